@@ -1,0 +1,210 @@
+"""The stages as commands: `python -m jobs <stage>`, or `sid <stage>`.
+
+On a laptop:   python -m jobs load --set load.source=vectors.parquet
+On a cluster:  spark-submit infra/spark/submit.py load --config infra/conf/cluster.toml
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, is_dataclass
+from datetime import date, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs.config import Config, ConfigError, load_config, parse_date
+
+ConfigFiles = Annotated[
+    list[Path] | None, typer.Option("--config", help="TOML file; may be given again, later ones win.")
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="One setting, section.key=value; may be given again.")
+]
+WarehouseDir = Annotated[str, typer.Option("--warehouse", help="Folder or URI under which every table lives.")]
+RunDate = Annotated[str, typer.Option("--date", help="Day of the run, YYYY-MM-DD (today by default).")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the facts to this file.")]
+Alias = Annotated[str, typer.Option("--codebook", help="Codebook version, or the alias candidate or champion.")]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+
+@app.callback()
+def stages() -> None:
+    """The stages of a night, one command each."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a command works with: settings, day, Spark on the warehouse, MLflow, folder of pictures."""
+
+    config: Config
+    run_date: date
+    warehouse: Any
+    registry: Any
+    pictures: Path
+    spark_seconds: float
+
+
+def resolved(files: list[Path] | None, settings: list[str] | None, warehouse: str = "") -> Config:
+    return load_config(files or (), settings or (), warehouse=warehouse)
+
+
+@contextmanager
+def opened(config: Config, run_date: str, *, write: bool = True) -> Iterator[Work]:
+    """Everything a command needs, for as long as it runs: lock first, then MLflow, then Spark."""
+    day = parse_date(run_date) if run_date else date.today()
+    from contextlib import nullcontext
+
+    from jobs.registry import open_registry
+    from jobs.session import spark_session
+    from jobs.tables import Warehouse, clear_staging, warehouse_root, writer_lock
+
+    root = warehouse_root(config.warehouse)
+    with writer_lock(root) if write else nullcontext():
+        if write:
+            clear_staging(root)
+        registry = open_registry(config, root)
+        pictures = Path("pictures") if "://" in root else Path(root) / "pictures"
+        with spark_session(config) as session:
+            yield Work(config, day, Warehouse(session.spark, root), registry, pictures, session.start_seconds)
+
+
+def tell(result: Any, json_file: Path | None) -> None:
+    """Print a stage's result as `key: value` lines, and write it as JSON where asked."""
+    facts = {key: _plain(value) for key, value in asdict(result).items()}
+    for key, value in facts.items():
+        typer.echo(f"{key}: {value}")
+    if json_file is not None:
+        json_file.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {key: _plain(item) for key, item in asdict(value).items()}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, date | datetime | Path) else value
+
+
+def codebook(registry: Any, name: str) -> Any:
+    """The codebook version that a number or an alias names.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from jobs.registry import CODEBOOK_MODEL
+
+    found = registry.version(CODEBOOK_MODEL, int(name)) if name.isdigit() else registry.resolve(CODEBOOK_MODEL, name)
+    if found is None:
+        raise ConfigError(
+            f"there is no codebook {name!r} in the registry; expected a version number, candidate or champion. See `sid status`"
+        )
+    return found
+
+
+@app.command()
+def load(
+    config: ConfigFiles = None,
+    settings: Settings = None,
+    warehouse: WarehouseDir = "",
+    run_date: RunDate = "",
+    json_file: JsonFile = None,
+) -> None:
+    """Raw vectors -> item_embeddings, or rejected_embeddings with a reason."""
+    from jobs import load as job
+
+    with opened(resolved(config, settings, warehouse), run_date) as work:
+        tell(job.run(work.config, work.warehouse, work.run_date), json_file)
+
+
+@app.command()
+def fit(
+    config: ConfigFiles = None,
+    settings: Settings = None,
+    warehouse: WarehouseDir = "",
+    run_date: RunDate = "",
+    json_file: JsonFile = None,
+) -> None:
+    """item_embeddings -> a codebook, registered as candidate."""
+    from jobs import fit as job
+    from jobs.registry import CHAMPION, CODEBOOK_MODEL
+
+    with opened(resolved(config, settings, warehouse), run_date) as work:
+        champion = work.registry.resolve(CODEBOOK_MODEL, CHAMPION)
+        tell(job.run(work.config, work.warehouse, work.registry, work.run_date, work.pictures, champion), json_file)
+
+
+@app.command()
+def encode(
+    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", run_date: RunDate = "", json_file: JsonFile = None,
+    name: Alias = "candidate",
+) -> None:  # fmt: skip
+    """item_embeddings + a codebook -> semantic_ids of that version."""
+    from jobs import encode as job
+
+    with opened(resolved(config, settings, warehouse), run_date) as work:
+        tell(
+            job.run(work.config, work.warehouse, work.registry, codebook(work.registry, name), work.run_date), json_file
+        )
+
+
+@app.command()
+def evaluate(
+    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", run_date: RunDate = "", json_file: JsonFile = None,
+    name: Alias = "candidate",
+) -> None:  # fmt: skip
+    """semantic_ids of a version -> quality_reports with a verdict, and pictures."""
+    from jobs import evaluate as job
+    from jobs.registry import CHAMPION, CODEBOOK_MODEL
+
+    with opened(resolved(config, settings, warehouse), run_date) as work:
+        champion = work.registry.resolve(CODEBOOK_MODEL, CHAMPION)
+        model = codebook(work.registry, name)
+        tell(
+            job.run(work.config, work.warehouse, work.registry, model, champion, work.run_date, work.pictures),
+            json_file,
+        )
+
+
+@app.command()
+def train(
+    config: ConfigFiles = None,
+    settings: Settings = None,
+    warehouse: WarehouseDir = "",
+    run_date: RunDate = "",
+    json_file: JsonFile = None,
+) -> None:
+    """Interactions + semantic_ids of the current release -> ctr_examples and the CTR model (DMQN)."""
+    from jobs import train as job
+    from jobs.releases import current_release
+
+    with opened(resolved(config, settings, warehouse), run_date) as work:
+        release = current_release(work.warehouse)
+        if release is None:
+            raise ConfigError(
+                "this warehouse has no release yet; expected one to train on. Run `sid nightly` or `sid promote` first"
+            )
+        model = codebook(work.registry, str(release.codebook_version))
+        tell(
+            job.run(
+                work.config,
+                work.warehouse,
+                work.registry,
+                model,
+                release.table_versions,
+                work.run_date,
+                work.pictures,
+                typer.echo,
+            ),
+            json_file,
+        )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,65 @@
+"""The codebook as an MLflow pyfunc: embeddings in, semantic codes out, without Spark.
+
+Models from code: MLflow runs this file at load time; the artefact is the codebook folder (safetensors + manifest).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlflow
+import numpy as np
+import pandas as pd
+import torch
+
+from tokenizer import load_codebook
+
+
+class CodebookModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    """`predict` takes a matrix (N, D), or a frame whose column `embedding` holds packed bytes or lists of floats."""
+
+    def load_context(self, context: Any) -> None:
+        self.codebook = load_codebook(context.artifacts["artefact"])
+
+    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Codes (one column per item: list of L ints), confidence and log-likelihood of each row."""
+        x = torch.from_numpy(_matrix(model_input, self.codebook.rqgmm.dim))
+        assignment = self.codebook.rqgmm.assign(x)
+        return pd.DataFrame(
+            {
+                "codes": assignment.codes.tolist(),
+                "confidence": assignment.confidence.numpy(),
+                "log_likelihood": assignment.log_likelihood.numpy(),
+                "codebook_hash": self.codebook.hash,
+            }
+        )
+
+
+def _matrix(model_input: Any, dim: int) -> np.ndarray:
+    if isinstance(model_input, pd.DataFrame):
+        column = model_input.get("embedding")
+        if column is not None:
+            rows = [_vector(value, dim) for value in column]
+            return np.stack(rows) if rows else np.empty((0, dim), np.float32)
+        model_input = model_input.to_numpy()
+    x = np.ascontiguousarray(model_input, dtype=np.float32)
+    if x.ndim != 2 or x.shape[1] != dim:
+        raise ValueError(
+            f"embeddings have shape {x.shape}; expected (N, {dim}), the dimension this codebook was fitted on"
+        )
+    return x
+
+
+def _vector(value: Any, dim: int) -> np.ndarray:
+    if isinstance(value, bytes):
+        width = "<f4" if len(value) == 4 * dim else "<f2"
+        value = np.frombuffer(value, width)
+    x = np.asarray(value, dtype=np.float32)
+    if x.shape != (dim,):
+        raise ValueError(
+            f"an embedding has {x.size} components; expected {dim}, the dimension this codebook was fitted on"
+        )
+    return x
+
+
+mlflow.models.set_model(CodebookModel())

@@ -1,0 +1,547 @@
+"""load: raw vectors -> `item_embeddings` (fused, packed) and `rejected_embeddings` (with reasons).
+
+Every input row ends in exactly one of the two. Parquet is read by the tasks themselves with pyarrow (any float width,
+and no vector crosses the JVM before it is packed); a Delta source is read by Spark.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+from pyspark.sql import DataFrame, Window
+from pyspark.sql import functions as F
+
+from jobs.config import Config, ConfigError
+from jobs.packed import Float32, pack
+from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SchemaError, Warehouse
+
+ROWS_PER_BATCH = 4096
+ROWS_TO_INFER_DIMENSION = 1000
+EXCERPT_CHARACTERS = 120
+CHECKED = "item_id STRING, embedding BINARY, dim INT, modalities ARRAY<STRING>, content_hash STRING, reason STRING, detail STRING, excerpt STRING"
+CHECKED_ARROW = pa.schema(
+    [
+        ("item_id", pa.string()),
+        ("embedding", pa.binary()),
+        ("dim", pa.int32()),
+        ("modalities", pa.list_(pa.string())),
+        ("content_hash", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("excerpt", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The recipe from modality vectors to one embedding; stored with the table and in every codebook manifest.
+
+    Each modality is scaled to unit length and multiplied by the root of its weight, a missing one is a block of zeros,
+    the blocks are concatenated and the whole is scaled to unit length. With `normalize` off, lengths are left alone.
+    """
+
+    item_id: str
+    dims: Mapping[str, int]
+    weights: Mapping[str, float]
+    normalize: bool
+    dtype: str
+
+    @property
+    def dim(self) -> int:
+        return sum(self.dims.values())
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Fusion:
+        return Fusion(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class LoadResult:
+    rows_in: int
+    rows_stored: int  # rows of the input that stand in the table afterwards
+    rows_rejected: int
+    new: int
+    changed: int
+    reasons: Mapping[str, int]
+    version: int
+    seconds: float = 0.0
+    nothing_to_do: bool = False
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be read: for Parquet the row groups (path, index), for Delta a version."""
+
+    path: str
+    format: str
+    schema: pa.Schema
+    fingerprint: str
+    row_groups: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+    version: int | None = None
+
+
+def run(config: Config, warehouse: Warehouse, run_date: date) -> LoadResult:
+    """Load the source of `config.load`; rows that did not change are not written again.
+
+    Raises:
+        ConfigError, SchemaError: the source, a column or the recipe is not what was asked for.
+    """
+    began = time.monotonic()
+    source = open_source(config, warehouse)
+    fusion = resolve_fusion(config, warehouse, source)
+    done = warehouse.property(ITEM_EMBEDDINGS, "sid.last_load")
+    if done is not None and json.loads(done)["fingerprint"] == source.fingerprint:
+        last = LoadResult(**json.loads(done)["result"])
+        version = warehouse.version(ITEM_EMBEDDINGS)
+        return replace(last, new=0, changed=0, version=version, seconds=time.monotonic() - began, nothing_to_do=True)
+
+    warehouse.create(ITEM_EMBEDDINGS)
+    if warehouse.property(ITEM_EMBEDDINGS, "sid.fusion") is None:
+        warehouse.set_property(ITEM_EMBEDDINGS, "sid.fusion", fusion.to_json())
+    with warehouse.staged(_checked_rows(source, fusion, warehouse), "load") as checked:
+        good, rejected = split_duplicates(checked)
+        rejected = _numbered(rejected, run_date).cache()
+        reasons = {row["reason"]: row["count"] for row in rejected.groupBy("reason").count().collect()}
+        rows_in, rows_rejected = checked.count(), sum(reasons.values())
+        if rows_in == 0:
+            raise SchemaError(
+                f"load.source {source.path} has no rows; expected at least one item. Is the export finished?"
+            )
+        if rows_rejected or warehouse.exists(REJECTED_EMBEDDINGS):
+            warehouse.replace(REJECTED_EMBEDDINGS, rejected, f"run_date = '{run_date}'")
+        rejected.unpersist()
+        new, changed = _store(good, warehouse, run_date)
+    result = LoadResult(rows_in, rows_in - rows_rejected, rows_rejected, new, changed, reasons, version=-1)
+    warehouse.set_property(
+        ITEM_EMBEDDINGS, "sid.last_load", json.dumps({"fingerprint": source.fingerprint, "result": asdict(result)})
+    )
+    return replace(result, version=warehouse.version(ITEM_EMBEDDINGS), seconds=time.monotonic() - began)
+
+
+def open_source(config: Config, warehouse: Warehouse) -> Source:
+    """Find the source and read its schema and footers (no rows)."""
+    load = config.load
+    if not load.source:
+        raise ConfigError(
+            "load.source is empty; give a Parquet file or folder, or a Delta table: --set load.source=PATH"
+        )
+    settings = config.digest("load")
+    if load.source_format == "delta":
+        from delta import DeltaTable
+
+        if not DeltaTable.isDeltaTable(warehouse.spark, load.source):
+            raise ConfigError(
+                f"load.source {load.source} is not a Delta table; expected one, since load.source_format is delta"
+            )
+        latest = DeltaTable.forPath(warehouse.spark, load.source).history(1).select("version").first()
+        assert latest is not None
+        version = int(latest["version"])
+        frame = warehouse.spark.read.format("delta").option("versionAsOf", version).load(load.source)
+        from pyspark.sql.pandas.types import to_arrow_schema
+
+        return Source(
+            load.source,
+            "delta",
+            to_arrow_schema(frame.schema),
+            _digest([load.source, version, settings]),
+            version=version,
+        )
+
+    filesystem, path = _filesystem(load.source)
+    found = filesystem.get_file_info(path)
+    if found.type == fs.FileType.NotFound:
+        raise ConfigError(f"load.source {load.source} does not exist; expected a Parquet file or a folder of them")
+    files = [found]
+    if found.type == fs.FileType.Directory:
+        files = [
+            info
+            for info in filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+            if info.type == fs.FileType.File and info.path.endswith(".parquet")
+        ]
+        files.sort(key=lambda info: info.path)
+    if not files:
+        raise ConfigError(f"load.source {load.source} holds no .parquet file; expected at least one")
+    row_groups, schema = [], None
+    for info in files:
+        try:
+            footer = pq.ParquetFile(info.path, filesystem=filesystem)
+        except pa.ArrowInvalid as error:
+            raise SchemaError(f"{info.base_name} is not a readable Parquet file ({error}); expected Parquet") from error
+        if schema is None:
+            schema = footer.schema_arrow
+        elif missing := set(schema.names) - set(footer.schema_arrow.names):
+            raise SchemaError(
+                f"{info.base_name} lacks columns {sorted(missing)} that {files[0].base_name} has; expected one schema"
+            )
+        row_groups += [(info.path, group) for group in range(footer.metadata.num_row_groups)]
+    assert schema is not None
+    stamp = [[info.base_name, info.size, info.mtime_ns] for info in files]
+    return Source(load.source, "parquet", schema, _digest([stamp, settings]), tuple(row_groups))
+
+
+def resolve_fusion(config: Config, warehouse: Warehouse, source: Source) -> Fusion:
+    """The recipe of the table if it has one (the settings must agree with it), else the one the settings and source say."""
+    load, names = config.load, source.schema.names
+    columns = list(load.modalities) or [name for name in names if name.endswith("_embedding")]
+    if load.item_id not in names:
+        raise SchemaError(f"column {load.item_id!r} is missing from {source.path}; it has {names}. Set load.item_id")
+    if not columns:
+        raise SchemaError(
+            f"no column of {source.path} ends in '_embedding'; it has {names}. Name them: load.modalities={{col = 1.0}}"
+        )
+    for column in columns:
+        if column not in names:
+            raise SchemaError(f"column {column!r} is missing from {source.path}; it has {names}. Set load.modalities")
+        if not _is_vector(source.schema.field(column).type):
+            raise SchemaError(
+                f"column {column!r} has type {source.schema.field(column).type}; expected a list of numbers or packed binary"
+            )
+    kind = source.schema.field(load.item_id).type
+    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise SchemaError(f"item id column {load.item_id!r} has type {kind}; expected integers or strings")
+    weights = {column: float(load.modalities.get(column, 1.0)) for column in columns}
+
+    stored = warehouse.property(ITEM_EMBEDDINGS, "sid.fusion")
+    if stored is None:
+        return Fusion(
+            load.item_id, _dimensions(config, source, columns, warehouse), weights, load.normalize, load.dtype
+        )
+    fusion = Fusion.from_json(stored)
+    asked = replace(fusion, item_id=load.item_id, weights=weights, normalize=load.normalize, dtype=load.dtype)
+    asked = replace(asked, dims={column: load.dims.get(column, fusion.dims.get(column, 0)) for column in columns})
+    if replace(asked, item_id=fusion.item_id) != fusion:
+        raise ConfigError(
+            f"item_embeddings was fused with {stored}, the settings now say {asked.to_json()}; one table holds one recipe. "
+            "Set load.* back, or start a new warehouse for the new recipe (--warehouse DIR)"
+        )
+    return asked
+
+
+def _dimensions(config: Config, source: Source, columns: list[str], warehouse: Warehouse) -> dict[str, int]:
+    """Dimension of each modality: as configured, else the commonest in the first rows if more than half have it."""
+    dims = dict(config.load.dims)
+    unknown = [column for column in columns if column not in dims]
+    if not unknown:
+        return {column: dims[column] for column in columns}
+    if source.format == "delta":
+        sample = (
+            warehouse.spark.read.format("delta").option("versionAsOf", source.version).load(source.path)
+            .select(*unknown).limit(ROWS_TO_INFER_DIMENSION).toArrow()
+        )  # fmt: skip
+    else:
+        batches = _read_row_groups(iter(source.row_groups), source.path, unknown)
+        first, rows = [], 0
+        for batch in batches:
+            first.append(batch)
+            rows += batch.num_rows
+            if rows >= ROWS_TO_INFER_DIMENSION:
+                break
+        sample = (
+            pa.Table.from_batches(first)
+            if first
+            else pa.table({c: pa.array([], pa.list_(pa.float32())) for c in unknown})
+        )
+    for column in unknown:
+        values = sample.column(column).combine_chunks()
+        lengths = Counter(int(n) for n in _lengths(values) if n > 0)
+        if not lengths:
+            raise SchemaError(
+                f"column {column!r}: the first {len(values)} rows hold no vector, so its dimension is unknown; "
+                f"expected vectors. Set load.dims={{{column} = D}} if they come later"
+            )
+        dim, count = lengths.most_common(1)[0]
+        if 2 * count <= lengths.total():
+            raise SchemaError(
+                f"column {column!r} mixes dimensions {dict(lengths.most_common(4))} (dimension: rows) and none has the majority; "
+                f"expected one dimension. Say which is right, the other rows are then rejected: load.dims={{{column} = D}}"
+            )
+        dims[column] = dim
+    return {column: dims[column] for column in columns}
+
+
+# ---- rows: read and check (runs in the tasks) ----
+
+
+def _checked_rows(source: Source, fusion: Fusion, warehouse: Warehouse) -> DataFrame:
+    spark = warehouse.spark
+    columns = [fusion.item_id, *fusion.dims]
+    if source.format == "delta":
+        frame = spark.read.format("delta").option("versionAsOf", source.version).load(source.path).select(*columns)
+        return frame.mapInArrow(_checker(fusion), CHECKED)
+    places = [(path, group) for path, group in source.row_groups] or [("", -1)]
+    frame = spark.createDataFrame(places, "path STRING, row_group INT").repartition(len(places))
+    return frame.mapInArrow(_reader(source.path, columns, _checker(fusion)), CHECKED)
+
+
+def _reader(
+    root: str, columns: list[str], check: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
+) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def read(places: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        pairs = (
+            (row["path"], row["row_group"]) for batch in places for row in batch.to_pylist() if row["row_group"] >= 0
+        )
+        return check(_read_row_groups(pairs, root, columns))
+
+    return read
+
+
+def _read_row_groups(places: Iterator[tuple[str, int]], root: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    filesystem, _ = _filesystem(root)
+    for path, group in places:
+        yield from pq.ParquetFile(path, filesystem=filesystem).iter_batches(
+            ROWS_PER_BATCH, row_groups=[group], columns=columns
+        )
+
+
+def _checker(fusion: Fusion) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    def check(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for batch in batches:
+            yield check_rows(batch, fusion)
+
+    return check
+
+
+def check_rows(batch: pa.RecordBatch, fusion: Fusion) -> pa.RecordBatch:
+    """One output row per input row: packed embedding and its hash, or a reason; never both, never neither."""
+    n = batch.num_rows
+    ids = batch.column(batch.schema.get_field_index(fusion.item_id)).cast(pa.string()).to_pylist()
+    reason: list[str | None] = [None] * n
+    detail = [""] * n
+    excerpt = [""] * n
+
+    def reject(rows: Any, why: str, what: Callable[[int], str], value: Callable[[int], str]) -> None:
+        for row in np.flatnonzero(rows):
+            if reason[row] is None:
+                reason[row], detail[row], excerpt[row] = why, what(row), value(row)[:EXCERPT_CHARACTERS]
+
+    reject(
+        [not i for i in ids],
+        "null_item_id",
+        lambda _: "item id is null or empty; expected an integer or a string",
+        lambda _: "",
+    )
+    present = np.zeros((n, len(fusion.dims)), bool)
+    blocks: list[Float32] = []
+    for number, (name, dim) in enumerate(fusion.dims.items()):
+        column = batch.column(batch.schema.get_field_index(name))
+        lengths = _lengths(column)
+        here = lengths >= 0
+        width = _packed_width(column.type, lengths, dim)
+        fits = here & (lengths == dim * width)
+
+        def shown(row: int, column: pa.Array = column) -> str:
+            return _excerpt(column[int(row)].as_py())
+
+        reject(
+            here & ~fits, "wrong_dimension",
+            lambda r, name=name, dim=dim, lengths=lengths, width=width: f"{name} has {lengths[r] / width:g} components; expected {dim}",
+            shown,
+        )  # fmt: skip
+        x = _matrix(column, fits, dim, width)
+        reject(
+            np.isnan(x).any(1) & fits,
+            "nan",
+            lambda r, name=name, x=x: f"{name} has {int(np.isnan(x[r]).sum())} NaN; expected numbers",
+            shown,
+        )
+        reject(
+            np.isinf(x).any(1) & fits, "inf", lambda r, name=name, x=x: f"{name} has {int(np.isinf(x[r]).sum())} infinities; expected finite numbers", shown
+        )  # fmt: skip
+        norm = np.linalg.norm(x.astype(np.float64), axis=1)
+        reject(
+            fits & (norm == 0),
+            "zero_norm",
+            lambda _, name=name: f"{name} is all zeros and has no direction; expected a vector",
+            shown,
+        )
+        present[:, number] = fits
+        block = x / np.where(norm > 0, norm, 1.0)[:, None] if fusion.normalize else x
+        blocks.append(np.sqrt(fusion.weights[name]) * block)
+    reject(
+        ~present.any(1),
+        "null_embedding",
+        lambda _: "every modality is null; expected at least one vector",
+        lambda _: "null",
+    )
+
+    good = np.array([why is None for why in reason], bool)
+    fused = np.concatenate(blocks, axis=1)
+    if fusion.normalize:
+        with np.errstate(invalid="ignore", divide="ignore"):  # rejected rows only; good ones have a norm
+            fused = fused / np.linalg.norm(fused, axis=1, keepdims=True)
+    packed: list[bytes | None] = [None] * n
+    hashes: list[str | None] = [None] * n
+    names = list(fusion.dims)
+    modalities: list[list[str] | None] = [None] * n
+    rows = np.flatnonzero(good)
+    for row, data in zip(rows, pack(fused[rows].astype(np.float32), fusion.dtype), strict=True):
+        packed[row] = data
+        modalities[row] = [name for name, here in zip(names, present[row], strict=True) if here]
+        hashes[row] = hashlib.blake2b(data, digest_size=16, person=b"embedding").hexdigest()
+    return pa.RecordBatch.from_arrays(
+        [
+            pa.array(ids, pa.string()),
+            pa.array(packed, pa.binary()),
+            pa.array([fusion.dim] * n, pa.int32()),
+            pa.array(modalities, pa.list_(pa.string())),
+            pa.array(hashes, pa.string()),
+            pa.array(reason, pa.string()),
+            pa.array(detail, pa.string()),
+            pa.array(excerpt, pa.string()),
+        ],
+        schema=CHECKED_ARROW,
+    )
+
+
+def _is_vector(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return bool(pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _lengths(column: pa.Array) -> Any:
+    """Elements (bytes, if packed) of each row; -1 for null."""
+    import pyarrow.compute as pc
+
+    lengths = pc.binary_length(column) if _is_packed(column.type) else pc.list_value_length(column)
+    return pc.fill_null(lengths, -1).to_numpy(zero_copy_only=False)
+
+
+def _is_packed(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _packed_width(kind: pa.DataType, lengths: Any, dim: int) -> int:
+    """1 for lists; bytes a component for packed ones: 2 if the batch has rows of 2 dim bytes and none of 4 dim."""
+    if not _is_packed(kind):
+        return 1
+    return 2 if (lengths == 2 * dim).any() and not (lengths == 4 * dim).any() else 4
+
+
+def _matrix(column: pa.Array, fits: Any, dim: int, width: int) -> Float32:
+    """(N, dim) float32, zeros where a row does not fit; a null inside a list becomes NaN."""
+    x = np.zeros((len(column), dim), np.float32)
+    rows = np.flatnonzero(fits)
+    if len(rows) == 0:
+        return x
+    chosen = column.take(pa.array(rows))
+    if _is_packed(column.type):
+        flat = np.frombuffer(b"".join(chosen.to_pylist()), {4: "<f4", 2: "<f2"}[width])
+    else:
+        flat = chosen.flatten().to_numpy(zero_copy_only=False)
+    with np.errstate(over="ignore"):  # a double beyond float32 becomes Inf, and is rejected as such
+        x[rows] = flat.astype(np.float32).reshape(len(rows), dim)
+    return x
+
+
+def _excerpt(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value[:24].hex(" ")
+    shown = ", ".join("null" if v is None else f"{v:.4g}" for v in value[:8])
+    return f"[{shown}{', ...' if len(value) > 8 else ''}]"
+
+
+# ---- tables ----
+
+
+def split_duplicates(checked: DataFrame) -> tuple[DataFrame, DataFrame]:
+    """Good rows with one row per item id, and rejected rows.
+
+    Identical copies of an item: one is kept. Different vectors under one id: all are rejected, since which is right
+    is not ours to guess. Only the offenders are shuffled, not the vectors of the catalogue.
+    """
+    valid = checked.where(F.col("reason").isNull())
+    offenders = (
+        valid.groupBy("item_id")
+        .agg(F.count(F.lit(1)).alias("copies"), F.countDistinct("content_hash").alias("vectors"))
+        .where("copies > 1")
+    )
+    marked = valid.join(F.broadcast(offenders), "item_id", how="left")
+    single = marked.where(F.col("copies").isNull())
+    several = marked.where(F.col("copies").isNotNull()).withColumn(
+        "copy", F.row_number().over(Window.partitionBy("item_id").orderBy("content_hash"))
+    )
+    kept = several.where("vectors = 1 AND copy = 1")
+    conflicting = F.col("vectors") > 1
+    refused = (
+        several.where("vectors > 1 OR copy > 1")
+        .withColumn("reason", F.when(conflicting, "duplicate_conflicting").otherwise("duplicate_identical"))
+        .withColumn(
+            "detail",
+            F.when(
+                conflicting,
+                F.format_string(
+                    "item id occurs %d times with %d different vectors; expected one row per item", "copies", "vectors"
+                ),
+            ).otherwise(F.format_string("item id occurs %d times with the same vector; the first is kept", "copies")),
+        )
+        .withColumn("excerpt", F.col("content_hash"))
+    )
+    columns = checked.columns
+    good = single.select(*columns).unionByName(kept.select(*columns))
+    bad = checked.where(F.col("reason").isNotNull()).unionByName(refused.select(*columns))
+    return good, bad
+
+
+def _numbered(rejected: DataFrame, run_date: date) -> DataFrame:
+    order = Window.partitionBy("item_id").orderBy("reason", "detail", "excerpt")
+    return rejected.select(
+        "item_id",
+        F.row_number().over(order).alias("occurrence"),
+        "reason",
+        "detail",
+        "excerpt",
+        F.lit(run_date).cast("date").alias("run_date"),
+    )
+
+
+def _store(good: DataFrame, warehouse: Warehouse, run_date: date) -> tuple[int, int]:
+    """Upsert the rows whose content changed; returns (new, changed)."""
+    stored = warehouse.read(ITEM_EMBEDDINGS).select(
+        "item_id", F.col("content_hash").alias("stored_hash"), F.col("first_seen").alias("stored_first_seen")
+    )
+    today = F.lit(run_date).cast("date")
+    pending = good.join(stored, "item_id", how="left").where("stored_hash IS NULL OR stored_hash <> content_hash")
+    counted = pending.agg(
+        F.count(F.when(F.col("stored_hash").isNull(), 1)).alias("new"),
+        F.count(F.when(F.col("stored_hash").isNotNull(), 1)).alias("changed"),
+    ).first()
+    assert counted is not None
+    new, changed = int(counted["new"]), int(counted["changed"])
+    if new or changed:
+        warehouse.merge(
+            ITEM_EMBEDDINGS,
+            pending.select(
+                "item_id", "embedding", "dim", "modalities", "content_hash",
+                F.coalesce("stored_first_seen", today).alias("first_seen"), today.alias("run_date"),
+            ),
+            update=True,
+        )  # fmt: skip
+    return new, changed
+
+
+def _filesystem(location: str) -> tuple[fs.FileSystem, str]:
+    if "://" in location:
+        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(location)
+        return found
+    return fs.LocalFileSystem(), os.path.abspath(location)  # tasks may run in another folder
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]

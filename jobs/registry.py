@@ -1,0 +1,171 @@
+"""The MLflow side of a run: where it is tracked, which model versions exist, which one an alias names.
+
+An alias is resolved once per command, to a version; everything after that names the version.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.config import Config
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CODEBOOK_MODEL = "semantic-id-codebook"
+CTR_MODEL = "dmqn-ctr"
+CANDIDATE, CHAMPION = "candidate", "champion"
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """One registered version and the facts it was registered with."""
+
+    name: str
+    version: int
+    run_id: str
+    tags: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Registry:
+    """MLflow at one tracking URI."""
+
+    client: MlflowClient
+    experiment_id: str
+    tracking_uri: str
+
+    def resolve(self, name: str, alias: str) -> ModelVersion | None:
+        """The version that `alias` names now, or None."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self.client.get_model_version_by_alias(name, alias)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+        return _model_version(found)
+
+    def version(self, name: str, number: int) -> ModelVersion | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return _model_version(self.client.get_model_version(name, str(number)))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+    def find(self, name: str, tag: str, value: str) -> ModelVersion | None:
+        """The newest version registered with this tag: 'has this work been done already?'"""
+        found = [_model_version(v) for v in self.client.search_model_versions(f"name = '{name}'")]
+        return max((v for v in found if v.tags.get(tag) == value), key=lambda v: v.version, default=None)
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        self.client.set_registered_model_alias(name, alias, str(version))
+
+    def download(self, model: ModelVersion, folder: Path) -> Path:
+        """The artefacts of a version as a local folder."""
+        import mlflow
+
+        return Path(
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=f"models:/{model.name}/{model.version}",
+                dst_path=str(folder),
+                tracking_uri=self.tracking_uri,
+            )
+        )
+
+    @contextmanager
+    def run(self, stage: str, config: Config, tags: Mapping[str, str]) -> Iterator[Any]:
+        """An MLflow run that carries the stage, the resolved configuration and the git commit."""
+        import mlflow
+
+        commit = _git_commit()
+        with mlflow.start_run(experiment_id=self.experiment_id, run_name=stage) as run:
+            mlflow.set_tags({"stage": stage, **({"git_commit": commit} if commit else {}), **tags})
+            mlflow.log_dict(config.model_dump(mode="json"), "config.json")
+            yield run
+
+
+def open_registry(config: Config, root: str) -> Registry:
+    """MLflow at the configured tracking URI; by default a sqlite file beside the tables of a local warehouse.
+
+    Raises:
+        ValueError: a warehouse on an object store and no tracking URI.
+    """
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import logging
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    import mlflow
+
+    uri = config.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    artefacts = None
+    if not uri:
+        if "://" in root:
+            raise ValueError(
+                f"warehouse {root} is not a local folder, so there is no place for the default tracking store; "
+                "set mlflow.tracking_uri (or MLFLOW_TRACKING_URI) to your MLflow server"
+            )
+        uri = f"sqlite:///{root}/mlflow.db"
+        artefacts = f"{root}/mlflow_artifacts"
+    mlflow.set_tracking_uri(uri)
+    logging.getLogger("mlflow").setLevel(logging.WARNING)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name(config.mlflow.experiment)
+    experiment_id = (
+        experiment.experiment_id
+        if experiment is not None
+        else client.create_experiment(config.mlflow.experiment, artifact_location=artefacts)
+    )
+    return Registry(client, experiment_id, uri)
+
+
+def register(registry: Registry, name: str, code: Path, artefacts: Path, tags: Mapping[str, str]) -> ModelVersion:
+    """Log `artefacts` with the pyfunc in the file `code` (models from code, no pickle) and register a version with `tags`.
+
+    Call inside `Registry.run`. The tags go in with the version, so that a version is never seen without them.
+    """
+    import mlflow
+
+    info = mlflow.pyfunc.log_model(
+        name=name,
+        python_model=str(code),
+        artifacts={"artefact": str(artefacts)},
+        pip_requirements=["semantic-id-pipeline"],
+        registered_model_name=None,
+    )
+    client = registry.client
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    created = client.create_model_version(
+        name, info.model_uri, run_id=info.run_id, model_id=info.model_id, tags=dict(tags)
+    )
+    return _model_version(created)
+
+
+def pinned(versions: Mapping[str, int]) -> str:
+    """Table versions as a tag."""
+    return json.dumps(dict(versions), sort_keys=True)
+
+
+def _model_version(found: Any) -> ModelVersion:
+    return ModelVersion(found.name, int(found.version), found.run_id or "", dict(found.tags))
+
+
+def _git_commit() -> str:
+    """The commit the code runs from; empty outside a checkout."""
+    result = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return result.stdout.strip() if result.returncode == 0 else ""

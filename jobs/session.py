@@ -1,0 +1,76 @@
+"""The one Spark session of a command: Delta on, quiet, in UTC, with the environment's own python on the workers."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.engine import delta_jars, find_java
+from pyspark.sql import SparkSession
+
+from jobs.config import Config
+
+# Right for tables of some files on one machine, wrong for a cluster, where Spark's and Delta's own defaults are good:
+# fifty tasks per snapshot and ten thousand for a listing cost seconds each when there are two cores.
+LOCAL_CONF = {
+    "spark.sql.shuffle.partitions": "4",
+    "spark.databricks.delta.snapshotPartitions": "2",
+    "spark.sql.sources.parallelPartitionDiscovery.parallelism": "4",
+    "spark.driver.host": "127.0.0.1",
+    "spark.driver.bindAddress": "127.0.0.1",
+    "spark.ui.enabled": "false",
+}
+CONF = {
+    "spark.sql.extensions": "io.delta.sql.DeltaSparkSessionExtension",
+    "spark.sql.catalog.spark_catalog": "org.apache.spark.sql.delta.catalog.DeltaCatalog",
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.execution.arrow.pyspark.enabled": "true",
+    # A barrier stage (TorchDistributor) that can never get its slots must fail in seconds, not hang for minutes.
+    "spark.scheduler.barrier.maxConcurrentTasksCheck.interval": "2s",
+    "spark.scheduler.barrier.maxConcurrentTasksCheck.maxFailures": "2",
+    "spark.ui.showConsoleProgress": "false",
+}
+
+
+@dataclass(frozen=True)
+class Session:
+    spark: SparkSession
+    start_seconds: float
+
+
+@contextmanager
+def spark_session(config: Config) -> Iterator[Session]:
+    """Start Spark for the duration of a command; a session that exists already is used and left alone."""
+    existing = SparkSession.getActiveSession()
+    if existing is not None:
+        yield Session(existing, 0.0)
+        return
+    began = time.monotonic()
+    local = config.spark.master.startswith("local")
+    os.environ["PYSPARK_PYTHON"] = os.environ.get("PYSPARK_PYTHON", sys.executable)
+    os.environ["JAVA_HOME"] = str(find_java())
+    if local:
+        os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
+    quiet = Path(__file__).with_name("log4j2.properties").resolve()
+    conf = {
+        **CONF,
+        **(LOCAL_CONF if local else {}),
+        "spark.jars": ",".join(map(str, delta_jars())),
+        "spark.driver.memory": config.spark.driver_memory,
+        "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={quiet.as_uri()} -Dderby.system.home=/dev/null",
+        **config.spark.conf,
+    }
+    builder = SparkSession.builder.appName("semantic-id-pipeline").master(config.spark.master)
+    for name, value in conf.items():
+        builder = builder.config(name, value)
+    spark = builder.getOrCreate()
+    spark.sparkContext.setLogLevel("OFF" if local else "ERROR")
+    try:
+        yield Session(spark, time.monotonic() - began)
+    finally:
+        spark.stop()

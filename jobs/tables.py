@@ -1,0 +1,309 @@
+"""Every Delta table of the warehouse: name, key, columns, partitions, checks; and the only code that reads or writes one.
+
+Reads and writes are checked against the schema declared here. Every write is one Delta commit, so a killed job
+leaves the table as it was before or as it should be after, never between.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import types as T
+
+if TYPE_CHECKING:
+    from delta import DeltaTable
+
+
+class SchemaError(ValueError):
+    """A table or an input does not have the columns it must have."""
+
+
+class WarehouseError(RuntimeError):
+    """The warehouse cannot be used: not writable, or in use by another command."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A declared table. `key` identifies a row; `checks` are Delta CHECK constraints by name."""
+
+    name: str
+    key: tuple[str, ...]
+    schema: T.StructType
+    partition_by: tuple[str, ...] = ()
+    checks: Mapping[str, str] = field(default_factory=dict)
+    change_feed: bool = False
+
+
+STRING, BINARY, INT, LONG, FLOAT, BOOLEAN, DATE = (
+    T.StringType(), T.BinaryType(), T.IntegerType(), T.LongType(), T.FloatType(), T.BooleanType(), T.DateType(),
+)  # fmt: skip
+VERSIONS = T.MapType(STRING, LONG)
+
+
+def _columns(optional: tuple[str, ...] = (), /, **types: T.DataType) -> T.StructType:
+    return T.StructType([T.StructField(name, kind, name in optional) for name, kind in types.items()])
+
+
+ITEM_EMBEDDINGS = Table(
+    "item_embeddings",
+    ("item_id",),
+    _columns(
+        item_id=STRING,
+        embedding=BINARY,
+        dim=INT,
+        modalities=T.ArrayType(STRING),
+        content_hash=STRING,
+        first_seen=DATE,
+        run_date=DATE,
+    ),
+    checks={"packed": "octet_length(embedding) IN (4 * dim, 2 * dim)"},
+    change_feed=True,
+)
+REJECTED_EMBEDDINGS = Table(
+    "rejected_embeddings",
+    ("run_date", "item_id", "occurrence"),
+    _columns(("item_id",), item_id=STRING, occurrence=INT, reason=STRING, detail=STRING, excerpt=STRING, run_date=DATE),
+    partition_by=("run_date",),
+)
+SEMANTIC_IDS = Table(
+    "semantic_ids",
+    ("codebook_version", "item_id"),
+    _columns(
+        codebook_version=INT, item_id=STRING, codes=T.ArrayType(INT), suffix=INT, semantic_id=STRING, confidence=FLOAT,
+        log_likelihood=FLOAT, codebook_hash=STRING, content_hash=STRING, held=BOOLEAN, run_date=DATE,
+    ),
+    partition_by=("codebook_version",),
+    checks={"suffix_counts_from_zero": "suffix >= 0", "confidence_is_a_probability": "confidence BETWEEN 0 AND 1"},
+    change_feed=True,
+)  # fmt: skip
+QUALITY_REPORTS = Table(
+    "quality_reports",
+    ("codebook_version", "run_id"),
+    _columns(
+        ("judged_against",),
+        codebook_version=INT, run_id=STRING, codebook_hash=STRING, metrics=T.MapType(STRING, T.DoubleType()), passed=BOOLEAN,
+        reasons=T.ArrayType(STRING), judged_against=INT, table_versions=VERSIONS, run_date=DATE,
+    ),
+)  # fmt: skip
+RELEASES = Table(
+    "releases",
+    ("release_id",),
+    _columns(
+        ("previous",),
+        release_id=LONG, codebook_version=INT, codebook_hash=STRING, table_versions=VERSIONS, previous=LONG, status=STRING,
+        at=T.TimestampType(),
+    ),
+)  # fmt: skip
+CTR_EXAMPLES = Table(
+    "ctr_examples",
+    ("user_id", "item_id", "ts"),
+    _columns(
+        user_id=STRING,
+        item_id=STRING,
+        label=INT,
+        ts=LONG,
+        history=T.ArrayType(STRING),
+        features=T.ArrayType(FLOAT),
+        split=STRING,
+    ),
+    partition_by=("split",),
+)
+TABLES = (ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, QUALITY_REPORTS, RELEASES, CTR_EXAMPLES)
+
+
+@dataclass(frozen=True)
+class Warehouse:
+    """The tables under one root, seen through one Spark session."""
+
+    spark: SparkSession
+    root: str
+
+    def path(self, table: Table) -> str:
+        return f"{self.root}/{table.name}"
+
+    def exists(self, table: Table) -> bool:
+        from delta import DeltaTable
+
+        return bool(DeltaTable.isDeltaTable(self.spark, self.path(table)))
+
+    def create(self, table: Table) -> DeltaTable:
+        """The table, created empty where it is absent."""
+        from delta import DeltaTable
+
+        if not self.exists(table):
+            builder = (
+                DeltaTable.createIfNotExists(self.spark)
+                .location(self.path(table))
+                .addColumns(table.schema)
+                # Without these two, delta-rs (and DuckDB and polars through it) can read the files.
+                .property("delta.enableDeletionVectors", "false")
+                .property("delta.columnMapping.mode", "none")
+                .property("delta.enableChangeDataFeed", str(table.change_feed).lower())
+            )
+            for name, condition in table.checks.items():
+                builder = builder.property(f"delta.constraints.{name}", condition)
+            if table.partition_by:
+                builder = builder.partitionedBy(*table.partition_by)
+            builder.execute()
+        return DeltaTable.forPath(self.spark, self.path(table))
+
+    def version(self, table: Table) -> int:
+        """The newest version of the table; -1 where it does not exist."""
+        from delta import DeltaTable
+
+        if not self.exists(table):
+            return -1
+        latest = DeltaTable.forPath(self.spark, self.path(table)).history(1).select("version").first()
+        assert latest is not None
+        return int(latest["version"])
+
+    def read(self, table: Table, version: int | None = None) -> DataFrame:
+        """The table at `version` (newest by default), its schema checked.
+
+        Raises:
+            SchemaError: the table is absent, or its columns are not the declared ones.
+        """
+        if not self.exists(table):
+            raise SchemaError(
+                f"table {table.name} does not exist in this warehouse; run the stage that writes it (see `sid status`)"
+            )
+        reader = self.spark.read.format("delta")
+        if version is not None:
+            reader = reader.option("versionAsOf", version)
+        frame = reader.load(self.path(table))
+        check_columns(frame, table)
+        return frame
+
+    def files(self, table: Table, version: int) -> list[str]:
+        """Parquet files that make up a version, in a fixed order; whole files, since deletion vectors are off."""
+        return sorted(self.read(table, version).inputFiles())
+
+    def merge(self, table: Table, rows: DataFrame, *, update: bool) -> int:
+        """Insert rows whose key is new; with `update`, also replace rows whose key exists. Returns the version after."""
+        target = self.create(table)
+        check_columns(rows, table)
+        on = " AND ".join(f"stored.{column} <=> new.{column}" for column in table.key)
+        merge = target.alias("stored").merge(rows.alias("new"), on)
+        if update:
+            merge = merge.whenMatchedUpdateAll()
+        merge.whenNotMatchedInsertAll().execute()
+        return self.version(table)
+
+    def replace(self, table: Table, rows: DataFrame, where: str) -> int:
+        """Replace the rows that satisfy `where` (all, if empty) by `rows` in one commit. Returns the version after."""
+        self.create(table)
+        check_columns(rows, table)
+        writer = rows.write.format("delta").mode("overwrite")
+        if where:
+            writer = writer.option("replaceWhere", where)
+        writer.save(self.path(table))
+        return self.version(table)
+
+    def append(self, table: Table, rows: DataFrame) -> int:
+        self.create(table)
+        check_columns(rows, table)
+        rows.write.format("delta").mode("append").save(self.path(table))
+        return self.version(table)
+
+    def rows(self, table: Table, values: list[dict[str, Any]]) -> DataFrame:
+        """A frame of a few rows with the table's schema."""
+        return self.spark.createDataFrame(
+            [tuple(value[name] for name in table.schema.names) for value in values], table.schema
+        )
+
+    def property(self, table: Table, name: str) -> str | None:
+        """A `sid.*` property of the table, such as the recipe its embeddings were fused with."""
+        if not self.exists(table):
+            return None
+        detail = self.create(table).detail().select("properties").first()
+        assert detail is not None
+        value = detail["properties"].get(name)
+        return None if value is None else str(value)
+
+    def set_property(self, table: Table, name: str, value: str) -> None:
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
+        self.spark.sql(f"ALTER TABLE delta.`{self.path(table)}` SET TBLPROPERTIES ('{name}' = '{quoted}')")
+
+    @contextmanager
+    def staged(self, rows: DataFrame, name: str) -> Iterator[DataFrame]:
+        """`rows` computed once and kept as Parquet for the duration: MERGE reads its source twice, counts read it again."""
+        folder = f"{self.root}/_staging/{name}"
+        rows.write.mode("overwrite").parquet(folder)
+        yield self.spark.read.schema(rows.schema).parquet(folder)
+        path = self.spark._jvm.org.apache.hadoop.fs.Path(folder)  # type: ignore[union-attr]
+        path.getFileSystem(self.spark._jsc.hadoopConfiguration()).delete(path, True)
+
+
+def check_columns(frame: DataFrame, table: Table) -> None:
+    """Names, order and types of `frame` are those of `table` (a column may be less nullable than declared)."""
+    wanted = [(f.name, f.dataType.simpleString()) for f in table.schema]
+    present = [(f.name, f.dataType.simpleString()) for f in frame.schema]
+    if wanted != present:
+        missing = [f"{name} {kind}" for name, kind in wanted if (name, kind) not in present]
+        surplus = [f"{name} {kind}" for name, kind in present if (name, kind) not in wanted]
+        raise SchemaError(
+            f"columns of {table.name} differ from the declared ones; missing: {', '.join(missing) or 'none'}; "
+            f"not expected: {', '.join(surplus) or 'none'} (order matters). Was the table written by another version?"
+        )
+
+
+def warehouse_root(location: str) -> str:
+    """Absolute folder or URI of the warehouse; a local folder is created.
+
+    Raises:
+        WarehouseError: a local folder that cannot be written.
+    """
+    if "://" in location:
+        return location.rstrip("/")
+    folder = Path(location).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise WarehouseError(
+            f"warehouse {location} cannot be written ({error.strerror}); expected a folder this user may create files in. "
+            "Choose another with --warehouse DIR"
+        ) from error
+    return str(folder.resolve())
+
+
+@contextmanager
+def writer_lock(root: str) -> Iterator[None]:
+    """One writing command per local warehouse; the system frees the lock when its holder dies, however it dies.
+
+    Local file systems give Delta no mutual exclusion between processes. Object stores with conditional writes do,
+    so a warehouse with a URI takes no lock.
+    """
+    if "://" in root:
+        yield
+        return
+    with open(Path(root) / ".writer.lock", "a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise WarehouseError(
+                f"the warehouse is being written by {holder}; one writer at a time. Wait for it, or choose another --warehouse"
+            ) from None
+        handle.truncate(0)
+        handle.write(json.dumps({"pid": os.getpid()}))
+        handle.flush()
+        yield
+
+
+def clear_staging(root: str) -> None:
+    """Remove what a killed command left in the staging area of a local warehouse. Call with the lock held."""
+    if "://" not in root:
+        shutil.rmtree(Path(root) / "_staging", ignore_errors=True)

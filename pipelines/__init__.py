@@ -1,0 +1,1 @@
+"""The order of things: what a night is made of, and how a codebook is promoted."""

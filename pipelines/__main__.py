@@ -1,0 +1,199 @@
+"""`sid`: the stages, and what is made of them: demo, nightly, promote, status, explain.
+
+Exit codes: 0 done or nothing to do · 2 wrong settings · 3 the gate did not pass · 4 wrong data or tables ·
+5 the machine or the warehouse cannot be used.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from jobs.__main__ import (
+    ConfigFiles,
+    JsonFile,
+    RunDate,
+    Settings,
+    WarehouseDir,
+    codebook,
+    opened,
+    resolved,
+    tell,
+)
+from jobs.__main__ import (
+    app as stages,
+)
+from jobs.config import Config, ConfigError
+
+WRONG_SETTINGS, GATE_DID_NOT_PASS, WRONG_DATA, UNUSABLE = 2, 3, 4, 5
+DEMO_WAREHOUSE = "warehouse/demo"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Semantic IDs for ranking: load, fit, encode, evaluate, promote, train.",
+)
+app.registered_commands += stages.registered_commands
+
+
+@app.command()
+def demo(
+    data: Annotated[Path | None, typer.Option("--data", help="Folder with embeddings.parquet and, to train, interactions.parquet. Generated data by default.")] = None,
+    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", run_date: RunDate = "", json_file: JsonFile = None,
+) -> None:  # fmt: skip
+    """A whole night, on generated data or on a folder of yours, and a summary to judge it by."""
+    name = data.resolve().name if data else ""
+    where = warehouse or (f"{DEMO_WAREHOUSE}-{name}" if name else DEMO_WAREHOUSE)
+    expected = ""
+    if data is None:
+        from jobs.demo_data import EXPECTED_LIFT, write_demo_data
+
+        from jobs.tables import warehouse_root
+
+        data = Path(warehouse_root(where)) / "demo_data"
+        if not (data / "interactions.parquet").exists():
+            typer.echo("writing generated items, vectors and clicks", err=True)
+            write_demo_data(data)
+        expected = EXPECTED_LIFT
+    if not (data / "embeddings.parquet").exists():
+        raise ConfigError(f"{data} has no embeddings.parquet; expected the folder format of the README")
+    interactions = data / "interactions.parquet"
+    sources = [
+        f"load.source={data / 'embeddings.parquet'}",
+        *([f"train.interactions={interactions}"] if interactions.exists() else []),
+    ]
+    _night(resolved(config, [*sources, *(settings or [])], where), run_date, json_file, where, expected)
+
+
+@app.command()
+def nightly(
+    config: ConfigFiles = None,
+    settings: Settings = None,
+    warehouse: WarehouseDir = "",
+    run_date: RunDate = "",
+    json_file: JsonFile = None,
+) -> None:
+    """The night of a date: encodes what changed, refits when due, gates, promotes, trains."""
+    chosen = resolved(config, settings, warehouse)
+    _night(chosen, run_date, json_file, chosen.warehouse, "")
+
+
+def _night(config: Config, run_date: str, json_file: Path | None, shown: str, expected: str) -> None:
+    from pipelines.nightly import Night, run
+    from pipelines.report import Terminal, facts, print_summary, write_json
+
+    began = time.monotonic()
+    terminal = Terminal()
+    terminal.done("start", "Spark and MLflow")
+    with opened(config, run_date) as work:
+        night = Night(work.run_date)
+        pictures = Path(shown) / "pictures" if "://" not in shown else work.pictures
+        run(work.config, work.warehouse, work.registry, night, work.pictures, terminal)
+        seconds = time.monotonic() - began
+    if json_file is not None:
+        write_json(json_file, facts(night, shown, pictures, seconds))
+    print_summary(night, shown, pictures, seconds, work.spark_seconds, expected=expected)
+    flags = f" --warehouse {shown}" if shown != "warehouse" else ""
+    typer.echo(f"\nTry next: sid status{flags} · sid explain ITEM_ID{flags}")
+    if night.gate_message is not None:
+        typer.echo(f"gate: {night.gate_message}", err=True)
+        raise typer.Exit(GATE_DID_NOT_PASS)
+
+
+@app.command()
+def promote(
+    version: Annotated[str, typer.Argument(help="Codebook version; the candidate by default.")] = "candidate",
+    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None,
+) -> None:  # fmt: skip
+    """Move the champion to a version whose verdict passed, and write the release."""
+    from jobs.evaluate import report
+    from pipelines.promote import promote as move
+
+    with opened(resolved(config, settings, warehouse), "") as work:
+        model = codebook(work.registry, version)
+        verdict = report(work.warehouse, model.version)
+        if verdict is None:
+            raise ConfigError(
+                f"codebook version {model.version} has no quality report; expected one. Run `sid evaluate --codebook {model.version}`"
+            )
+        tell(move(work.warehouse, work.registry, model, verdict), json_file)
+
+
+@app.command()
+def status(
+    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None
+) -> None:
+    """The current release, the candidate, the last verdict and every table, in one screen."""
+    from pipelines.lineage import print_status, status_facts
+
+    with opened(resolved(config, settings, warehouse), "", write=False) as work:
+        values = status_facts(work.warehouse, work.registry)
+    print_status(values)
+    if json_file is not None:
+        from pipelines.report import write_json
+
+        write_json(json_file, values)
+
+
+@app.command()
+def explain(
+    item_id: Annotated[str, typer.Argument(help="The item to explain.")],
+    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "",
+) -> None:  # fmt: skip
+    """Where the semantic ID of one item comes from: vector, codebook, release, models."""
+    from pipelines.lineage import print_item
+
+    with opened(resolved(config, settings, warehouse), "", write=False) as work:
+        found = print_item(work.warehouse, work.registry, item_id)
+    if not found:
+        raise typer.Exit(WRONG_DATA)
+
+
+def main() -> None:
+    """Run a command; a mistake of the user's or the machine's ends in a sentence and an exit code."""
+    from jobs.identity import IntruderError, check_packages
+
+    try:
+        check_packages()
+    except IntruderError as error:
+        _stop(error, UNUSABLE)
+    try:
+        app()
+    except ConfigError as error:
+        _stop(error, WRONG_SETTINGS)
+    except (ValueError, RuntimeError) as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        _stop(error, code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """The exit code of an error made for a reader; None for one that is our own mistake."""
+    from jobs.engine import EnvironmentProblem
+
+    from jobs.fit import FitFailed
+    from jobs.tables import SchemaError, WarehouseError
+    from pipelines.promote import GateFailed, PromotionConflict
+    from tokenizer import TokenizerError
+
+    codes: list[tuple[Any, int]] = [
+        (GateFailed, GATE_DID_NOT_PASS),
+        ((SchemaError, TokenizerError, PromotionConflict), WRONG_DATA),
+        ((WarehouseError, EnvironmentProblem, FitFailed), UNUSABLE),
+    ]
+    return next((code for kinds, code in codes if isinstance(error, kinds)), None)
+
+
+def _stop(error: Exception, code: int) -> None:
+    typer.echo(f"sid: {error}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""status and explain: the state of a warehouse, and the history of one item, in one screen each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyspark.sql import functions as F
+from rich.console import Console
+from rich.table import Table as Grid
+
+from jobs.evaluate import report
+from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, Registry
+from jobs.releases import current_release
+from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, TABLES, Warehouse
+
+
+def status_facts(warehouse: Warehouse, registry: Registry) -> dict[str, Any]:
+    """The state of the warehouse as flat keys."""
+    release = current_release(warehouse)
+    candidate = registry.resolve(CODEBOOK_MODEL, CANDIDATE)
+    champion = registry.resolve(CODEBOOK_MODEL, CHAMPION)
+    ctr = registry.resolve(CTR_MODEL, CANDIDATE)
+    newest = report(warehouse, candidate.version) if candidate else None
+    facts: dict[str, Any] = {
+        "release": release.release_id if release else None,
+        "released_at": release.at.isoformat(timespec="seconds") if release else None,
+        "champion_version": champion.version if champion else None,
+        "codebook_hash": champion.tags["codebook_hash"] if champion else None,
+        "candidate_version": candidate.version if candidate else None,
+        "verdict": None if newest is None else ("passed" if newest.passed else "failed"),
+        "reasons": [] if newest is None else list(newest.reasons),
+        "ctr_version": ctr.version if ctr else None,
+    }
+    for table in TABLES:
+        present = warehouse.exists(table)
+        facts[f"{table.name}_rows"] = warehouse.read(table).count() if present else None
+        facts[f"{table.name}_version"] = warehouse.version(table) if present else None
+    return facts
+
+
+def print_status(facts: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    if facts["release"] is None:
+        console.print("No release yet: run `sid nightly`, or the stages and `sid promote`.")
+    else:
+        console.print(
+            f"Release {facts['release']} of {facts['released_at']} UTC: codebook version {facts['champion_version']}, hash {facts['codebook_hash'][:12]}"
+        )
+    if facts["candidate_version"] not in (None, facts["champion_version"]):
+        console.print(
+            f"Candidate: codebook version {facts['candidate_version']}, verdict {facts['verdict'] or 'none yet'} {'; '.join(facts['reasons'])}"
+        )
+    grid = Grid(box=None, padding=(0, 2))
+    for column, justify in (("table", "left"), ("rows", "right"), ("version", "right")):
+        grid.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for table in TABLES:
+        rows = facts[f"{table.name}_rows"]
+        grid.add_row(
+            table.name,
+            "absent" if rows is None else f"{rows:,}",
+            "" if rows is None else str(facts[f"{table.name}_version"]),
+        )
+    console.print(grid)
+
+
+def print_item(warehouse: Warehouse, registry: Registry, item_id: str) -> bool:
+    """Print the lineage of one item; False if no table knows it."""
+    console = Console(highlight=False)
+    grid = Grid(show_header=False, box=None, padding=(0, 2))
+    known = False
+    if warehouse.exists(ITEM_EMBEDDINGS):
+        row = warehouse.read(ITEM_EMBEDDINGS).where(F.col("item_id") == item_id).first()
+        if row is not None:
+            known = True
+            grid.add_row(
+                "vector",
+                f"{row['dim']} components from {', '.join(row['modalities'])}; content {row['content_hash'][:12]}",
+            )
+            grid.add_row("", f"first seen {row['first_seen']}, last changed {row['run_date']}")
+    if warehouse.exists(REJECTED_EMBEDDINGS):
+        for row in (
+            warehouse.read(REJECTED_EMBEDDINGS)
+            .where(F.col("item_id") == item_id)
+            .orderBy("run_date", "occurrence")
+            .collect()
+        ):
+            known = True
+            grid.add_row("rejected", f"{row['run_date']}: {row['reason']}: {row['detail']}; {row['excerpt']}")
+    release = current_release(warehouse)
+    if warehouse.exists(SEMANTIC_IDS):
+        ids = warehouse.read(SEMANTIC_IDS)
+        for row in ids.where(F.col("item_id") == item_id).orderBy(F.desc("codebook_version")).collect():
+            known = True
+            model = registry.version(CODEBOOK_MODEL, row["codebook_version"])
+            mark = " (current release)" if release and release.codebook_version == row["codebook_version"] else ""
+            grid.add_row(
+                "semantic ID",
+                f"{row['semantic_id']} under codebook version {row['codebook_version']}{mark}, hash {row['codebook_hash'][:12]}",
+            )
+            grid.add_row(
+                "",
+                f"confidence {row['confidence']:.3f}, log-likelihood {row['log_likelihood']:.1f}, encoded {row['run_date']}"
+                + (", held" if row["held"] else ""),
+            )
+            same = (
+                (F.col("codebook_version") == row["codebook_version"])
+                & (F.col("codes") == F.array(*map(F.lit, row["codes"])))
+                & (F.col("item_id") != item_id)
+            )
+            others = [other["item_id"] for other in ids.where(same).orderBy("suffix").limit(6).collect()]
+            if others:
+                grid.add_row(
+                    "", f"shares its codes with {', '.join(others[:5])}{' and more' if len(others) > 5 else ''}"
+                )
+            if model is not None:
+                start = f", started from {model.tags['started_from'][:12]}" if model.tags.get("started_from") else ""
+                grid.add_row(
+                    "codebook",
+                    f"fitted {model.tags['run_date']} on {model.tags['table_versions']}{start}; MLflow run {model.run_id}",
+                )
+    ctr = registry.resolve(CTR_MODEL, CANDIDATE)
+    if known and ctr is not None:
+        grid.add_row(
+            "CTR model",
+            f"{CTR_MODEL} version {ctr.version} on codebook {ctr.tags.get('codebook_hash', '')[:12]}; MLflow run {ctr.run_id}",
+        )
+    if known:
+        console.print(f"item {item_id}")
+        console.print(grid)
+    else:
+        console.print(
+            f"item {item_id!r} is in no table of this warehouse; expected an id of item_embeddings or rejected_embeddings"
+        )
+    return known

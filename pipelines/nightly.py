@@ -1,0 +1,185 @@
+"""nightly: the whole order of a night in one Spark session; each step that has nothing to do says so.
+
+load -> encode with the champion -> (fit when due -> encode with the candidate) -> evaluate -> promote -> train
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from datetime import date, timedelta
+from pathlib import Path
+from typing import Protocol
+
+from jobs.train import TrainResult
+from pyspark.sql import functions as F
+
+from jobs import encode, evaluate, fit, load, train
+from jobs.config import Config
+from jobs.encode import EncodeResult
+from jobs.evaluate import EvaluateResult
+from jobs.fit import FitResult
+from jobs.load import LoadResult
+from jobs.registry import CHAMPION, CODEBOOK_MODEL, ModelVersion, Registry
+from jobs.releases import Release
+from jobs.tables import SEMANTIC_IDS, Warehouse
+from pipelines.promote import GateFailed, promote
+from tokenizer import Iteration
+
+
+class Reporter(Protocol):
+    """Who is told what happens: a terminal, or the log of a scheduler."""
+
+    def step(self, name: str, why: str) -> AbstractContextManager[None]: ...
+    def done(self, name: str, facts: str) -> None: ...
+    def iteration(self, step: Iteration) -> None: ...
+    def epoch(self, text: str) -> None: ...
+
+
+@dataclass
+class Night:
+    """What happened; filled step by step, so that a night that stops early can still be told."""
+
+    run_date: date
+    loaded: LoadResult | None = None
+    refit_because: str | None = None
+    fitted: FitResult | None = None
+    encoded: EncodeResult | None = None
+    evaluated: EvaluateResult | None = None
+    release: Release | None = None
+    trained: TrainResult | None = None
+    gate_message: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def nothing_to_do(self) -> bool:
+        results = (self.loaded, self.encoded, self.evaluated, self.release, self.trained)
+        return self.gate_message is None and all(r is None or r.nothing_to_do for r in results)
+
+
+def run(
+    config: Config, warehouse: Warehouse, registry: Registry, night: Night, pictures: Path, reporter: Reporter
+) -> None:
+    """Carry out the night of `night.run_date`. Call with the writer lock held.
+
+    A verdict that does not pass stops the night after `evaluate`: the champion and the release stay as they are.
+    """
+    with _timed(night, reporter, "load", config.load.source):
+        night.loaded = load.run(config, warehouse, night.run_date)
+    reporter.done("load", _load_facts(night.loaded))
+
+    champion = registry.resolve(CODEBOOK_MODEL, CHAMPION)
+    if champion is not None:
+        night.encoded = _encode(config, warehouse, registry, champion, night, reporter)
+    night.refit_because = refit_reason(config, warehouse, champion, night)
+    model = champion
+    if night.refit_because is not None:
+        with _timed(night, reporter, "fit", night.refit_because):
+            night.fitted = fit.run(config, warehouse, registry, night.run_date, pictures, champion, reporter.iteration)
+        reporter.done(
+            "fit",
+            f"codebook version {night.fitted.model.version}, hash {night.fitted.codebook_hash[:12]}"
+            + _idle(night.fitted),
+        )
+        model = night.fitted.model
+        night.encoded = _encode(config, warehouse, registry, model, night, reporter)
+    assert model is not None  # without a champion there is a reason to fit
+
+    with _timed(night, reporter, "evaluate", f"codebook version {model.version}"):
+        night.evaluated = evaluate.run(config, warehouse, registry, model, champion, night.run_date, pictures)
+    verdict = "passed" if night.evaluated.passed else "failed"
+    reporter.done("evaluate", f"RMSE {night.evaluated.metrics['rmse']:.5f}, gate {verdict}" + _idle(night.evaluated))
+
+    try:
+        with _timed(night, reporter, "promote", f"codebook version {model.version}"):
+            night.release = promote(warehouse, registry, model, night.evaluated)
+    except GateFailed as refusal:
+        night.gate_message = str(refusal)
+        return
+    reporter.done(
+        "promote", f"champion is version {model.version}, release {night.release.release_id}" + _idle(night.release)
+    )
+
+    if config.train.interactions:
+        with _timed(night, reporter, "train", config.train.interactions):
+            night.trained = train.run(
+                config,
+                warehouse,
+                registry,
+                model,
+                night.release.table_versions,
+                night.run_date,
+                pictures,
+                reporter.epoch,
+            )
+        reporter.done(
+            "train",
+            f"AUC {night.trained.auc:.4f} with semantic IDs, {night.trained.auc_control:.4f} without"
+            + _idle(night.trained),
+        )
+
+
+def refit_reason(config: Config, warehouse: Warehouse, champion: ModelVersion | None, night: Night) -> str | None:
+    """Why tonight needs a new codebook; None if the champion will do."""
+    if champion is None:
+        return "there is no champion yet"
+    wanted = f"{config.fit.levels}x{config.fit.components}x"
+    if not champion.tags["shape"].startswith(wanted):
+        return f"the champion is {champion.tags['shape']}, the settings ask for {config.fit.levels}x{config.fit.components}"
+    due = date.fromisoformat(champion.tags["run_date"]) + timedelta(days=config.nightly.refit_every_days)
+    if night.run_date >= due:
+        return f"the champion of {champion.tags['run_date']} was due for a refit on {due}"
+    drop = likelihood_drop(warehouse, champion, night.run_date)
+    if drop is not None and drop > config.nightly.max_likelihood_drop:
+        return f"the likelihood of tonight's new items is {drop:.2f} standard deviations below the others'"
+    return None
+
+
+def likelihood_drop(warehouse: Warehouse, champion: ModelVersion, run_date: date) -> float | None:
+    """How far the mean log-likelihood of tonight's rows lies below the others', in the others' standard deviations.
+
+    None where one of the two groups has under 30 rows: a mean of few items says nothing about drift.
+    """
+    rows = warehouse.read(SEMANTIC_IDS).where(F.col("codebook_version") == champion.version)
+    tonight = F.col("run_date") == F.lit(run_date)
+    found = rows.agg(
+        F.count(F.when(tonight, 1)).alias("new"),
+        F.count(F.when(~tonight, 1)).alias("old"),
+        F.mean(F.when(tonight, F.col("log_likelihood"))).alias("new_mean"),
+        F.mean(F.when(~tonight, F.col("log_likelihood"))).alias("old_mean"),
+        F.stddev_pop(F.when(~tonight, F.col("log_likelihood"))).alias("old_std"),
+    ).first()
+    assert found is not None
+    if found["new"] < 30 or found["old"] < 30 or not found["old_std"]:
+        return None
+    return float((found["old_mean"] - found["new_mean"]) / found["old_std"])
+
+
+def _encode(
+    config: Config, warehouse: Warehouse, registry: Registry, model: ModelVersion, night: Night, reporter: Reporter
+) -> EncodeResult:
+    with _timed(night, reporter, "encode", f"codebook version {model.version}"):
+        result = encode.run(config, warehouse, registry, model, night.run_date)
+    reporter.done("encode", f"{result.encoded:,} items encoded with codebook version {model.version}" + _idle(result))
+    return result
+
+
+@contextmanager
+def _timed(night: Night, reporter: Reporter, name: str, why: str) -> Iterator[None]:
+    began = time.monotonic()
+    with reporter.step(name, why):
+        yield
+    night.seconds[name] = night.seconds.get(name, 0.0) + time.monotonic() - began
+
+
+def _load_facts(loaded: LoadResult) -> str:
+    return (
+        f"{loaded.rows_in:,} rows in = {loaded.rows_stored:,} stored + {loaded.rows_rejected:,} rejected "
+        f"({loaded.new:,} new, {loaded.changed:,} changed)" + _idle(loaded)
+    )
+
+
+def _idle(result: LoadResult | FitResult | EncodeResult | EvaluateResult | Release | TrainResult) -> str:
+    return " (nothing to do)" if result.nothing_to_do else ""

@@ -1,0 +1,168 @@
+"""What a night tells: lines while it runs, a summary a person can judge, and the same facts as flat JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from pipelines.nightly import Night
+from tokenizer import Iteration
+
+
+class Terminal:
+    """Tells a person at a terminal (a line that updates) or a log (a line per event, no control characters)."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._status: Any = None
+        self._name = ""
+        self._began = time.monotonic()
+
+    @contextmanager
+    def step(self, name: str, why: str) -> Iterator[None]:
+        self._name = name
+        if not self.console.is_terminal:
+            self._line(f"{name}: {why}")
+            yield
+            return
+        with self.console.status(f"{name}: {why}") as status:
+            self._status = status
+            yield
+        self._status = None
+
+    def done(self, name: str, facts: str) -> None:
+        self._line(f"{name}: {facts}")
+
+    def iteration(self, step: Iteration) -> None:
+        text = f"fit: level {step.level}, iteration {step.iteration}, RMSE {step.rmse:.5f}"
+        if self._status is not None:
+            self._status.update(text)
+        elif step.iteration % 20 == 0:
+            self._line(text)
+
+    def epoch(self, text: str) -> None:
+        if self._status is not None:
+            self._status.update(f"{self._name}: {text}")
+        else:
+            self._line(f"{self._name}: {text}")
+
+    def _line(self, text: str) -> None:
+        self.console.print(f"{time.monotonic() - self._began:6.1f} s  {text}", markup=False)
+
+
+def facts(night: Night, warehouse: str, pictures: Path, seconds: float) -> dict[str, Any]:
+    """The night as flat keys; None where it did not get that far."""
+    metrics = night.evaluated.metrics if night.evaluated else {}
+    model = night.fitted.model if night.fitted else None
+    trained = night.trained
+    return {
+        "rows_in": night.loaded.rows_in if night.loaded else None,
+        "rows_stored": night.loaded.rows_stored if night.loaded else None,
+        "rows_rejected": night.loaded.rows_rejected if night.loaded else None,
+        "rmse": metrics.get("rmse"),
+        "utilization": metrics.get("utilization"),
+        "perplexity": metrics.get("perplexity"),
+        "distinct": metrics.get("distinct"),
+        "largest_collision": metrics.get("largest_collision"),
+        "neighbour_recall": metrics.get("neighbour_recall"),
+        "churn": metrics.get("churn"),
+        "verdict": None if night.evaluated is None else ("passed" if night.evaluated.passed else "failed"),
+        "champion_version": night.release.codebook_version if night.release else None,
+        "codebook_hash": night.release.codebook_hash
+        if night.release
+        else (model.tags["codebook_hash"] if model else None),
+        "auc": trained.auc if trained else None,
+        "auc_control": trained.auc_control if trained else None,
+        "gauc": trained.gauc if trained else None,
+        "log_loss": trained.log_loss if trained else None,
+        "nothing_to_do": night.nothing_to_do,
+        "seconds": round(seconds, 1),
+        "warehouse": warehouse,
+        "pictures": str(pictures),
+    }
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def print_summary(
+    night: Night,
+    warehouse: str,
+    pictures: Path,
+    seconds: float,
+    spark_seconds: float,
+    *,
+    expected: str = "",
+    tracking: str = "",
+) -> None:
+    """The last thing a night prints, on standard output."""
+    console = Console(highlight=False, file=sys.stdout)
+    grid = Grid(show_header=False, box=None, padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    if night.loaded:
+        grid.add_row(
+            "rows",
+            f"{night.loaded.rows_in:,} in = {night.loaded.rows_stored:,} stored + {night.loaded.rows_rejected:,} rejected",
+        )
+        if night.loaded.reasons:
+            grid.add_row(
+                "rejected", ", ".join(f"{reason} {count}" for reason, count in sorted(night.loaded.reasons.items()))
+            )
+    if night.evaluated:
+        m = night.evaluated.metrics
+        grid.add_row("RMSE", f"{m['rmse']:.5f}")
+        grid.add_row(
+            "components in use",
+            f"{m['utilization']:.1%} at the level that uses fewest; perplexity/K {m['perplexity']:.2f}",
+        )
+        grid.add_row(
+            "semantic IDs",
+            f"{m['distinct_ids']:,.0f} distinct codes for {m['items']:,.0f} items ({m['distinct']:.1%}); "
+            f"largest group {m['largest_collision']:.0f}; suffixes make every ID unique",
+        )
+        grid.add_row("neighbours kept", f"{m['neighbour_recall']:.1%} of 10 nearest (sample)")
+        if "churn" in m:
+            grid.add_row("churn", f"{m['churn']:.2%} of the champion's items changed codes")
+        grid.add_row("verdict", "passed" if night.evaluated.passed else "FAILED: " + "; ".join(night.evaluated.reasons))
+    if night.release:
+        grid.add_row(
+            "champion",
+            f"codebook version {night.release.codebook_version}, hash {night.release.codebook_hash[:12]}, release {night.release.release_id}",
+        )
+    if night.trained:
+        t = night.trained
+        grid.add_row(
+            "CTR model",
+            f"AUC {t.auc:.4f} with semantic IDs, {t.auc_control:.4f} with random codes (lift {t.auc - t.auc_control:+.4f})",
+        )
+        grid.add_row(
+            "",
+            f"GAUC {t.gauc:.4f} against {t.gauc_control:.4f}; log-loss {t.log_loss:.4f} against {t.log_loss_control:.4f}",
+        )
+        if t.note:
+            grid.add_row("", t.note)
+        if expected:
+            grid.add_row("expected", expected)
+    grid.add_row("tables", warehouse)
+    grid.add_row("pictures", str(pictures))
+    if tracking:
+        grid.add_row("MLflow", tracking)
+    parts = ", ".join(f"{name} {value:.0f} s" for name, value in night.seconds.items())
+    grid.add_row("time", f"{seconds:.0f} s: Spark start-up {spark_seconds:.0f} s, {parts}")
+    console.print()
+    console.print(
+        "Nothing to do: this night was done before, the tables are as they were."
+        if night.nothing_to_do
+        else "The night is done."
+    )
+    console.print(grid)
