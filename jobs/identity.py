@@ -1,0 +1,37 @@
+"""Our packages have plain names; another distribution with one of them would be imported instead, or merged with it."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+OURS = "semantic-id-pipeline"
+PACKAGES = ("jobs", "tokenizer", "pipelines")
+
+
+class IntruderError(RuntimeError):
+    """Another distribution has a package of our name."""
+
+
+def check_packages() -> None:
+    """Stop with the intruder's name if `tokenizer`, `jobs` or `pipelines` is not ours.
+
+    Raises:
+        IntruderError: another distribution installs one of the names, or the import finds another folder.
+    """
+    home = Path(__file__).parent.parent
+    owners = packages_distributions()
+    for package in PACKAGES:
+        others = sorted(set(owners.get(package, [])) - {OURS})
+        if others:
+            raise IntruderError(
+                f"distribution {others[0]!r} installs a package named {package!r}, which is ours ({OURS}); expected one owner. "
+                f"Uninstall it (pip uninstall {others[0]}), then install {OURS} again, or use an environment of its own"
+            )
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.origin or Path(spec.origin).parent.parent != home:
+            found = "nothing" if spec is None else spec.origin
+            raise IntruderError(
+                f"package {package!r} is found at {found}; expected it beside `jobs`. Check PYTHONPATH and the current folder"
+            )

@@ -1,0 +1,44 @@
+"""One real Spark session for the whole test run; every test that uses it is an integration test."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from jobs.config import Config, load_config
+from jobs.session import spark_session
+from jobs.tables import Warehouse
+
+
+@pytest.fixture(scope="session")
+def spark() -> Iterator[SparkSession]:
+    config = load_config(overrides=["spark.master=local[2]", "spark.driver_memory=2g"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # py4j leaves sockets to the garbage collector
+        with spark_session(config) as session:
+            yield session.spark
+
+
+@pytest.fixture
+def warehouse(spark: SparkSession, tmp_path: Path) -> Warehouse:
+    root = tmp_path / "warehouse"
+    root.mkdir()
+    return Warehouse(spark, str(root))
+
+
+@pytest.fixture
+def settings(warehouse: Warehouse) -> Callable[..., Config]:
+    """Configuration for the test's warehouse with `section.key=value` overrides."""
+    return lambda *overrides: load_config(overrides=overrides, warehouse=warehouse.root)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever uses the session is an integration test, marked so, and runs after the quick ones."""
+    for item in items:
+        if "spark" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.spark)
+    items.sort(key=lambda item: item.get_closest_marker("spark") is not None)

@@ -1,0 +1,278 @@
+"""load: nothing is lost, each kind of bad row is named, a second run changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data import topics, write_vectors
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from jobs import load
+from jobs.config import Config, ConfigError
+from jobs.load import Fusion, check_rows
+from jobs.packed import as_float_arrays, pack, unpack
+from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SchemaError, Warehouse
+
+DAY, NEXT_DAY = date(2026, 1, 1), date(2026, 1, 2)
+Settings = Callable[..., Config]
+ONE = Fusion("item_id", {"v": 3}, {"v": 1.0}, normalize=True, dtype="float32")
+TWO = Fusion("item_id", {"v": 3, "w": 2}, {"v": 1.0, "w": 4.0}, normalize=True, dtype="float32")
+
+
+def batch(fusion: Fusion, **columns: Any) -> pa.RecordBatch:
+    n = len(next(iter(columns.values())))
+    ids = columns.pop("item_id", [f"i{row}" for row in range(n)])
+    arrays = [pa.array(ids), *(pa.array(columns[name], pa.list_(pa.float64())) for name in fusion.dims)]
+    return pa.RecordBatch.from_arrays(arrays, names=["item_id", *fusion.dims])
+
+
+@pytest.mark.parametrize(
+    ("vector", "reason", "says"),
+    [
+        (None, "null_embedding", "expected at least one vector"),
+        ([1.0, 2.0], "wrong_dimension", "v has 2 components; expected 3"),
+        ([1.0, 2.0, 3.0, 4.0], "wrong_dimension", "v has 4 components; expected 3"),
+        ([], "wrong_dimension", "v has 0 components; expected 3"),
+        ([1.0, float("nan"), 3.0], "nan", "v has 1 NaN; expected numbers"),
+        ([1.0, None, 3.0], "nan", "v has 1 NaN; expected numbers"),
+        ([1.0, float("inf"), -float("inf")], "inf", "v has 2 infinities; expected finite numbers"),
+        ([1.0, 1e300, 1.0], "inf", "v has 1 infinities"),
+        ([0.0, 0.0, 0.0], "zero_norm", "all zeros"),
+    ],
+)
+def test_each_kind_of_bad_vector_is_named_and_its_neighbours_survive(vector: Any, reason: str, says: str) -> None:
+    checked = check_rows(batch(ONE, v=[[1.0, 0.0, 0.0], vector, [0.0, 2.0, 0.0]]), ONE).to_pylist()
+    assert [row["reason"] for row in checked] == [None, reason, None]
+    assert says in checked[1]["detail"]
+    assert checked[1]["embedding"] is None
+    assert all(checked[row]["embedding"] is not None for row in (0, 2))
+
+
+@pytest.mark.parametrize("item_id", [None, ""])
+def test_an_item_without_an_id_is_rejected(item_id: Any) -> None:
+    checked = check_rows(batch(ONE, item_id=[item_id, "a"], v=[[1.0, 0, 0]] * 2), ONE).to_pylist()
+    assert [row["reason"] for row in checked] == ["null_item_id", None]
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.none(),
+            st.lists(st.one_of(st.none(), st.floats(allow_nan=True, allow_infinity=True)), min_size=0, max_size=5),
+        ),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_every_row_has_an_embedding_or_a_reason_never_both(vectors: list[Any]) -> None:
+    checked = check_rows(batch(ONE, v=vectors), ONE).to_pylist()
+    assert len(checked) == len(vectors)
+    for row in checked:
+        assert (row["embedding"] is None) != (row["reason"] is None)
+        if row["embedding"] is not None:
+            x = np.frombuffer(row["embedding"], "<f4")
+            assert np.isfinite(x).all()
+            assert np.linalg.norm(x) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_modalities_are_scaled_weighted_and_joined() -> None:
+    v, w = np.array([3.0, 0.0, 4.0]), np.array([0.0, 5.0])
+    row = check_rows(batch(TWO, v=[list(v)], w=[list(w)]), TWO).to_pylist()[0]
+    whole = np.concatenate(
+        [1.0 * v / 5.0, 2.0 * w / 5.0]
+    )  # weight 4 counts twice in length, four times in squared distance
+    np.testing.assert_allclose(np.frombuffer(row["embedding"], "<f4"), whole / np.linalg.norm(whole), rtol=1e-6)
+    assert row["modalities"] == ["v", "w"]
+
+
+def test_a_missing_modality_is_a_block_of_zeros() -> None:
+    row = check_rows(batch(TWO, v=[[0.0, 3.0, 4.0]], w=[None]), TWO).to_pylist()[0]
+    np.testing.assert_allclose(np.frombuffer(row["embedding"], "<f4"), [0, 0.6, 0.8, 0, 0], rtol=1e-6)
+    assert row["modalities"] == ["v"]
+
+
+def test_without_normalisation_lengths_are_left_alone() -> None:
+    raw = Fusion("item_id", {"v": 3}, {"v": 1.0}, normalize=False, dtype="float32")
+    row = check_rows(batch(raw, v=[[1.0, 20.0, 255.0]]), raw).to_pylist()[0]
+    np.testing.assert_array_equal(np.frombuffer(row["embedding"], "<f4"), [1, 20, 255])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_pack_and_unpack_agree(dtype: str) -> None:
+    x = topics(7, 5)
+    column = pa.array(pack(x, dtype), pa.binary())
+    np.testing.assert_allclose(
+        unpack(column, 5), x, rtol=0 if dtype == "float32" else 1e-3, atol=0 if dtype == "float32" else 1e-3
+    )
+    np.testing.assert_array_equal(unpack(column.slice(2, 3), 5), unpack(column, 5)[2:5])
+
+
+def test_unpack_refuses_rows_of_another_length() -> None:
+    with pytest.raises(SchemaError, match=r"hold \[20\] bytes; expected 16 \(float32\) or 8"):
+        unpack(pa.array(pack(topics(2, 5), "float32"), pa.binary()), 4)
+
+
+# ---- with Spark ----
+
+
+def stored(warehouse: Warehouse) -> list[Any]:
+    return [tuple(row) for row in warehouse.read(ITEM_EMBEDDINGS).orderBy("item_id").collect()]
+
+
+def rejected(warehouse: Warehouse) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for row in warehouse.read(REJECTED_EMBEDDINGS).orderBy("item_id", "occurrence").collect():
+        found.setdefault(row["reason"], []).append(row["item_id"])
+    return found
+
+
+def test_duplicates_bad_rows_and_good_rows_add_up(tmp_path: Path, warehouse: Warehouse, settings: Settings) -> None:
+    good = topics(20, 4)
+    rows: list[Any] = [*good, good[3], good[4], good[5] + 1, [np.nan] * 4, None]
+    ids = [*range(20), 3, 3, 5, 100, 101]
+    rows[21] = good[3]  # item 3 three times with one vector; item 5 twice with two
+    path = write_vectors(tmp_path / "v.parquet", ids, text_embedding=rows)
+    result = load.run(settings(f"load.source={path}"), warehouse, DAY)
+    assert (result.rows_in, result.rows_stored, result.rows_rejected) == (25, 19, 6)
+    assert rejected(warehouse) == {
+        "duplicate_identical": ["3", "3"],
+        "duplicate_conflicting": ["5", "5"],
+        "nan": ["100"],
+        "null_embedding": ["101"],
+    }
+    assert result.reasons == {"duplicate_identical": 2, "duplicate_conflicting": 2, "nan": 1, "null_embedding": 1}
+    assert len(stored(warehouse)) == result.rows_stored == result.new
+
+
+def test_a_second_run_changes_nothing_and_a_changed_vector_is_replaced(
+    tmp_path: Path, warehouse: Warehouse, settings: Settings
+) -> None:
+    x = topics(12, 4)
+    config = settings(f"load.source={write_vectors(tmp_path / 'v.parquet', list(range(12)), text_embedding=x)}")
+    first = load.run(config, warehouse, DAY)
+    before = stored(warehouse)
+    again = load.run(config, warehouse, NEXT_DAY)
+    assert again.nothing_to_do
+    assert (again.version, stored(warehouse)) == (first.version, before)
+
+    x[0] = -x[0]
+    write_vectors(tmp_path / "v.parquet", list(range(13)), text_embedding=[*x, x[1] + x[2]])
+    changed = load.run(config, warehouse, NEXT_DAY)
+    assert (changed.new, changed.changed, changed.rows_stored) == (1, 1, 13)
+    days = {row["item_id"]: (row["first_seen"], row["run_date"]) for row in warehouse.read(ITEM_EMBEDDINGS).collect()}
+    assert days["0"] == (DAY, NEXT_DAY)
+    assert days["1"] == (DAY, DAY)
+    assert days["12"] == (NEXT_DAY, NEXT_DAY)
+
+
+def test_every_input_form_gives_the_same_table(tmp_path: Path, warehouse: Warehouse, settings: Settings) -> None:
+    x = topics(10, 4).astype(np.float16)
+    ids = [f"item-{n}" for n in range(10)]
+    forms: dict[str, pa.Array] = {
+        "half": pa.FixedSizeListArray.from_arrays(pa.array(x.reshape(-1), pa.float16()), 4).cast(
+            pa.list_(pa.float16())
+        ),
+        "single": pa.array([list(row) for row in x.astype(np.float32)], pa.large_list(pa.float32())),
+        "double": pa.array([list(row) for row in x.astype(np.float64)], pa.list_(pa.float64(), 4)),
+        "packed": pa.array(pack(x.astype(np.float32), "float32"), pa.binary()),
+    }
+    tables = {}
+    for form, column in forms.items():
+        path = tmp_path / f"{form}.parquet"
+        pq.write_table(pa.table({"item_id": pa.array(ids), "text_embedding": column}), path)
+        home = Warehouse(warehouse.spark, f"{warehouse.root}/{form}")
+        load.run(settings(f"load.source={path}", "load.dims={text_embedding = 4}"), home, DAY)
+        tables[form] = stored(home)
+    assert len(tables["half"]) == 10
+    assert all(table == tables["half"] for table in tables.values())
+
+
+def test_a_delta_source_gives_what_parquet_gives(tmp_path: Path, warehouse: Warehouse, settings: Settings) -> None:
+    path = write_vectors(tmp_path / "v.parquet", list(range(10)), text_embedding=topics(10, 4))
+    load.run(settings(f"load.source={path}"), warehouse, DAY)
+    warehouse.spark.read.parquet(str(path)).write.format("delta").save(str(tmp_path / "delta"))
+    home = Warehouse(warehouse.spark, f"{warehouse.root}/from_delta")
+    load.run(settings(f"load.source={tmp_path / 'delta'}", "load.source_format=delta"), home, DAY)
+    assert stored(home) == stored(warehouse)
+
+
+def test_the_float_view_shows_the_vectors(tmp_path: Path, warehouse: Warehouse, settings: Settings) -> None:
+    x = topics(5, 4)
+    load.run(
+        settings(f"load.source={write_vectors(tmp_path / 'v.parquet', list(range(5)), text_embedding=x)}"),
+        warehouse,
+        DAY,
+    )
+    rows = as_float_arrays(warehouse.read(ITEM_EMBEDDINGS)).orderBy("item_id").collect()
+    np.testing.assert_allclose(
+        [row["embedding"] for row in rows], x / np.linalg.norm(x, axis=1, keepdims=True), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("load.item_id=sku", "column 'sku' is missing"),
+        ("load.modalities={picture = 1.0}", "column 'picture' is missing"),
+        ("load.modalities={name = 1.0}", "column 'name' has type string; expected a list of numbers"),
+    ],
+)
+def test_a_missing_or_wrong_column_is_named(
+    override: str, says: str, tmp_path: Path, warehouse: Warehouse, settings: Settings
+) -> None:
+    path = tmp_path / "v.parquet"
+    pq.write_table(pa.table({"item_id": [1], "text_embedding": [[1.0, 2.0]], "name": ["a"]}), path)
+    with pytest.raises(SchemaError, match=says):
+        load.run(settings(f"load.source={path}", override), warehouse, DAY)
+
+
+def test_mixed_dimensions_without_a_majority_ask_which_is_right(
+    tmp_path: Path, warehouse: Warehouse, settings: Settings
+) -> None:
+    path = write_vectors(
+        tmp_path / "v.parquet", list(range(6)), text_embedding=[[1.0] * (2 + row % 2) for row in range(6)]
+    )
+    with pytest.raises(SchemaError, match=r"mixes dimensions \{2: 3, 3: 3\}"):
+        load.run(settings(f"load.source={path}"), warehouse, DAY)
+    result = load.run(settings(f"load.source={path}", "load.dims={text_embedding = 3}"), warehouse, DAY)
+    assert (result.rows_stored, result.reasons) == (3, {"wrong_dimension": 3})
+
+
+def test_an_empty_table_is_refused(tmp_path: Path, warehouse: Warehouse, settings: Settings) -> None:
+    path = tmp_path / "v.parquet"
+    pq.write_table(
+        pa.table({"item_id": pa.array([], pa.int64()), "text_embedding": pa.array([], pa.list_(pa.float32()))}), path
+    )
+    with pytest.raises(SchemaError, match="hold no vector"):
+        load.run(settings(f"load.source={path}"), warehouse, DAY)
+    with pytest.raises(SchemaError, match="has no rows"):
+        load.run(settings(f"load.source={path}", "load.dims={text_embedding = 3}"), warehouse, DAY)
+
+
+def test_a_source_that_is_not_there_or_not_parquet_is_named(
+    tmp_path: Path, warehouse: Warehouse, settings: Settings
+) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.parquet does not exist"):
+        load.run(settings(f"load.source={tmp_path / 'nowhere.parquet'}"), warehouse, DAY)
+    (tmp_path / "text.parquet").write_text("item_id,vector")
+    with pytest.raises(SchemaError, match="not a readable Parquet file"):
+        load.run(settings(f"load.source={tmp_path / 'text.parquet'}"), warehouse, DAY)
+
+
+def test_a_table_keeps_its_recipe(tmp_path: Path, warehouse: Warehouse, settings: Settings) -> None:
+    path = write_vectors(
+        tmp_path / "v.parquet", list(range(5)), text_embedding=topics(5, 4), image_embedding=topics(5, 3)
+    )
+    load.run(settings(f"load.source={path}"), warehouse, DAY)
+    with pytest.raises(ConfigError, match="one table holds one recipe"):
+        load.run(settings(f"load.source={path}", "load.modalities={text_embedding = 1.0}"), warehouse, DAY)

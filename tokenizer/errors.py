@@ -1,0 +1,13 @@
+"""The exceptions that callers of the library may catch."""
+
+
+class TokenizerError(ValueError):
+    """Something the caller can put right; the message says how."""
+
+
+class DataError(TokenizerError):
+    """The embeddings cannot be fitted or encoded."""
+
+
+class CodebookError(TokenizerError):
+    """A codebook on disk is not what its manifest, or the caller, says."""

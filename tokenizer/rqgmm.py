@@ -1,0 +1,434 @@
+"""RQ-GMM (arXiv 2602.12593): one Gaussian mixture per level, each on the residuals that the levels before leave.
+
+The fit is annealed from a contracted start (README): clusters form by splitting while a temperature falls, as
+responsibilities would otherwise be one-hot from the first iteration in hundreds of dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tokenizer.errors import DataError
+from tokenizer.gmm import DiagonalGMM, GMMStatistics, e_step, isotropic, m_step, with_means
+
+FIT_BLOCK = 8192  # rows of one block of the fit: statistics of blocks add, so chunks of any size give the same blocks
+ENCODE_BLOCK = 1024  # rows of one block of encode, padded: a row's codes do not depend on its neighbours
+CONTRACTION = 0.3  # means start this far from the level's mean towards the k-means centres
+CRITICAL_SHARE = 0.75  # first temperature, as a share of the critical one at which the first split happens
+COLDEST = 0.3  # last temperature; below 1, since in few dimensions components still overlap at 1
+HARD_STEPS = 10  # classification EM at the end
+WARM_STEPS = 3  # hard steps of a refit that starts from the champion (stable IDs)
+SPECTRUM_ROWS = 20_000  # rows of the power iteration for the critical temperature
+VARIANCE_FLOOR = 1e-12  # share of the data's mean square
+
+Method = Literal["annealed", "em", "kmeans"]
+Data = Tensor | Iterable[Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """codes (N, L) int32; confidence (N,), posterior of the codes; log_likelihood (N,), nats, summed over levels."""
+
+    codes: Tensor
+    confidence: Tensor
+    log_likelihood: Tensor
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One step of a fit. Temperature 0 is a hard step; perplexity is over K."""
+
+    level: int
+    iteration: int
+    temperature: float
+    rmse: float
+    log_likelihood: float
+    perplexity: float
+    used: int
+
+
+@dataclass(frozen=True, eq=False)
+class RQGMM:
+    """Levels of mixtures over one dimension with the same number of components."""
+
+    levels: tuple[DiagonalGMM, ...]
+
+    def __post_init__(self) -> None:
+        shapes = {tuple(gmm.means.shape) for gmm in self.levels}
+        if len(shapes) != 1:
+            raise DataError(f"levels have shapes {sorted(shapes)}; expected one (K, D), and at least one level")
+
+    @property
+    def n_levels(self) -> int:
+        return len(self.levels)
+
+    @property
+    def components(self) -> int:
+        return self.levels[0].components
+
+    @property
+    def dim(self) -> int:
+        return self.levels[0].dim
+
+    def encode(self, x: Tensor) -> Tensor:
+        """codes (N, L) int32: per level the most probable component of the residual; the lowest index wins a tie."""
+        return self.assign(x).codes
+
+    def assign(self, x: Tensor, codes: Tensor | None = None) -> Assignment:
+        """Codes with their posterior and likelihood in one pass; with `codes`, those of the given ones instead.
+
+        The posterior of a tuple of codes is the product over levels of p(code | residual).
+        """
+        self._check(x)
+        parts = [
+            self._assign_block(block, None if codes is None else codes[start : start + ENCODE_BLOCK])
+            for start, block in zip(range(0, max(len(x), 1), ENCODE_BLOCK), x.split(ENCODE_BLOCK), strict=True)
+        ]
+        return Assignment(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(N, D) float32: the sum of the means of each row's components."""
+        chosen = codes.long()
+        return torch.stack([gmm.means[chosen[:, level]] for level, gmm in enumerate(self.levels)]).sum(0)
+
+    def log_likelihood(self, x: Tensor) -> Tensor:
+        """(N,): sum over levels of log p(residual), nats."""
+        return self.assign(x).log_likelihood
+
+    def posteriors(self, x: Tensor, top: int) -> list[tuple[Tensor, Tensor]]:
+        """Per level the `top` most probable components (N, top) and their probabilities, along the greedy path."""
+        self._check(x)
+        found, residual = [], x
+        for gmm in self.levels:
+            probability, component = gmm.responsibilities(residual).topk(min(top, gmm.components), dim=1)
+            found.append((component.int(), probability))
+            residual = residual - gmm.means[component[:, 0]]
+        return found
+
+    def _assign_block(self, x: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        n = len(x)
+        residual = torch.cat([x, x.new_zeros(ENCODE_BLOCK - n, x.shape[1])]) if n < ENCODE_BLOCK else x
+        codes = torch.empty(len(residual), self.n_levels, dtype=torch.int32)
+        log_posterior, log_likelihood = residual.new_zeros(len(residual)), residual.new_zeros(len(residual))
+        for level, gmm in enumerate(self.levels):
+            affinity = gmm.affinity(residual)  # (n, K)
+            code = affinity.max(dim=1).indices
+            if given is not None:
+                code[:n] = given[:, level].long()
+            evidence = affinity.logsumexp(dim=1)
+            log_posterior += affinity.gather(1, code[:, None])[:, 0] - evidence
+            log_likelihood += evidence + gmm.row_term(residual)
+            residual = residual - gmm.means[code]
+            codes[:, level] = code
+        return codes[:n], log_posterior[:n].exp().clamp_(0, 1), log_likelihood[:n]
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim != 2 or x.shape[1] != self.dim:
+            raise DataError(
+                f"embeddings have shape {tuple(x.shape)}; expected (N, {self.dim}), the dimension of this codebook"
+            )
+        if not torch.isfinite(x).all():
+            raise DataError("embeddings hold NaN or Inf; expected finite numbers. Reject such rows when loading")
+
+
+@dataclass(frozen=True, eq=False)
+class RQGMMFit:
+    rqgmm: RQGMM
+    trace: tuple[Iteration, ...]
+
+
+def fit_rqgmm(
+    data: Data, *, levels: int, components: int, seed: int, init: RQGMM | None = None, iterations: int = 50,
+    method: Method = "annealed", shrinkage: float = 1.0, on_iteration: Callable[[Iteration], None] | None = None,
+) -> RQGMMFit:  # fmt: skip
+    """Fit RQ-GMM level by level (arXiv 2602.12593, section 3).
+
+    Args:
+        data: float tensor (N, D), or a re-iterable of float batches that may be larger than memory. Where
+            torch.distributed is initialised each rank passes its own rows.
+        init: start from this codebook with a few hard steps, so that codes move only where the data moved.
+        iterations: annealing steps (or EM, or Lloyd steps) per level.
+        method: "annealed" is ours; "em" the paper's own (diagonal EM from k-means, fitted weights, no annealing);
+            "kmeans" the limit of one hard variance, that is RQ-KMeans.
+        shrinkage: how far variances are pulled to the level's mean variance, 0 to 1.
+
+    Raises:
+        DataError: no rows, fewer than components, NaN or Inf, or batches of different width.
+    """
+    if init is not None and (init.n_levels, init.components) != (levels, components):
+        raise DataError(
+            f"init has {init.n_levels} levels of {init.components} components, asked for are {levels} of {components}; "
+            "expected the same. Fit without init to change the shape"
+        )
+    torch.set_flush_denormal(True)  # cold responsibilities underflow; arithmetic on denormals is many times slower
+    if method == "em":
+        shrinkage = 0.0
+    source = _Blocks(data, components)
+    if init is not None and init.dim != source.dim:
+        raise DataError(f"init has dimension {init.dim}, the data {source.dim}; expected the same. Fit without init")
+    trace: list[Iteration] = []
+    done: list[DiagonalGMM] = []
+    for level in range(1, levels + 1):
+        fit = _Level(source, level, components, seed, shrinkage, method, trace, on_iteration)
+        gmm = fit.warm(init.levels[level - 1].means) if init is not None else fit.cold(iterations)
+        done.append(gmm)
+        source.descend(gmm)
+    return RQGMMFit(RQGMM(tuple(done)), tuple(trace))
+
+
+class _Blocks:
+    """The data as blocks of FIT_BLOCK rows, whatever chunks it comes in, less what the fitted levels explain.
+
+    For a tensor the residuals are kept; for batches only the codes, and each pass reads the batches again.
+    """
+
+    def __init__(self, data: Data, components: int) -> None:
+        self._tensor = data.float().clone() if isinstance(data, Tensor) else None
+        self._batches = None if isinstance(data, Tensor) else data
+        self._levels: list[DiagonalGMM] = []
+        self._codes: list[list[Tensor]] = []  # per block, per level
+        rows, total, square, self.dim = 0, None, 0.0, 0
+        for block in self:
+            if block.ndim != 2 or (self.dim and block.shape[1] != self.dim):
+                raise DataError(
+                    f"a batch has shape {tuple(block.shape)}; expected (n, {self.dim or 'D'}) in every batch"
+                )
+            if not torch.isfinite(block).all():
+                raise DataError("embeddings hold NaN or Inf; expected finite numbers. Reject such rows before fitting")
+            self.dim = block.shape[1]
+            rows += len(block)
+            sums = block.double().sum(0)
+            total = sums if total is None else total + sums
+            square += float(block.double().square().sum())
+            self._codes.append([])
+        counted = _all_sum(torch.tensor([float(rows), square], dtype=torch.float64))
+        self.rows = int(counted[0])
+        if self.rows == 0:
+            raise DataError("there are no embeddings to fit on; expected at least as many as components")
+        if self.rows < components:
+            raise DataError(
+                f"{self.rows} embeddings are fewer than {components} components; expected at least as many. "
+                "Lower components or fit on more items"
+            )
+        self.mean_square = float(counted[1]) / (self.rows * self.dim)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self._tensor is not None:
+            yield from self._tensor.split(FIT_BLOCK)
+            return
+        assert self._batches is not None
+        waiting: list[Tensor] = []
+        held = number = 0
+        for batch in self._batches:
+            waiting.append(batch.float())
+            held += len(batch)
+            while held >= FIT_BLOCK:
+                joined = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
+                yield self._residual(joined[:FIT_BLOCK], number)
+                waiting, held, number = [joined[FIT_BLOCK:]], held - FIT_BLOCK, number + 1
+        if held:
+            yield self._residual(torch.cat(waiting), number)
+
+    def _residual(self, block: Tensor, number: int) -> Tensor:
+        for gmm, code in zip(self._levels, self._codes[number] if self._levels else (), strict=True):
+            block = block - gmm.means[code.long()]
+        return block
+
+    def descend(self, gmm: DiagonalGMM) -> None:
+        """Take from every row the mean of the component that encode would choose."""
+        codes = [RQGMM((gmm,)).encode(block)[:, 0] for block in self]
+        if self._tensor is not None:
+            for block, code in zip(self._tensor.split(FIT_BLOCK), codes, strict=True):
+                block -= gmm.means[code.long()]
+            return
+        self._levels.append(gmm)
+        for kept, code in zip(self._codes, codes, strict=True):
+            kept.append(code)
+
+
+class _Level:
+    """The fit of one level: start, annealing, hard steps, dead components."""
+
+    def __init__(
+        self, source: _Blocks, level: int, components: int, seed: int, shrinkage: float, method: Method,
+        trace: list[Iteration], told: Callable[[Iteration], None] | None,
+    ) -> None:  # fmt: skip
+        self.source, self.level, self.components, self.method = source, level, components, method
+        self.shrinkage, self.trace, self.told = shrinkage, trace, told
+        self.generator = torch.Generator().manual_seed(seed * 1000 + level)
+        self.floor = max(VARIANCE_FLOOR * source.mean_square, 1e-30)
+        self.count = 0
+
+    def cold(self, iterations: int) -> DiagonalGMM:
+        rows = self._sample(max(SPECTRUM_ROWS, 4 * self.components))
+        start = self._seeded(rows)
+        first = self._sums(isotropic(start, 1.0), 0.0)  # one k-means iteration
+        centres = with_means(first, isotropic(start, 1.0)).means
+        variance = max(float(first.squared_error) / (self.source.rows * self.source.dim), self.floor)
+        gmm = isotropic(centres, variance)
+        if self.method == "em":
+            for _ in range(iterations):
+                gmm = self._moved(gmm, 1.0)
+            return gmm
+        if self.method == "annealed":
+            mean = (first.sum_x.sum(0) / first.count.sum()).float()
+            gmm = isotropic(mean + CONTRACTION * (centres - mean), variance)
+            hottest = max(CRITICAL_SHARE * largest_eigenvalue(rows - mean) / variance, 2 * COLDEST)
+            for step in range(iterations):
+                temperature = hottest * (COLDEST / hottest) ** (step / max(1, iterations - 1))
+                sums = self._sums(gmm, temperature)
+                self._tell(sums, temperature)
+                gmm = with_means(sums, gmm)
+        return self._hard(gmm, HARD_STEPS if self.method == "annealed" else iterations)
+
+    def warm(self, means: Tensor) -> DiagonalGMM:
+        """A few hard steps from the champion's means; its unused components stay where they were."""
+        start = isotropic(means, 1.0)
+        first = self._sums(start, 0.0)
+        variance = max(float(first.squared_error) / (self.source.rows * self.source.dim), self.floor)
+        return self._hard(isotropic(means, variance), WARM_STEPS)
+
+    def _hard(self, gmm: DiagonalGMM, steps: int) -> DiagonalGMM:
+        for _ in range(steps):
+            gmm = self._revived(self._moved(gmm, 0.0))
+        return gmm
+
+    def _moved(self, gmm: DiagonalGMM, temperature: float) -> DiagonalGMM:
+        sums = self._sums(gmm, temperature, second_moments=True)
+        self._tell(sums, temperature)
+        self.counted = sums.count
+        return m_step(sums, gmm, shrinkage=self.shrinkage, fitted_weights=self.method == "em", floor=self.floor)
+
+    def _revived(self, gmm: DiagonalGMM) -> DiagonalGMM:
+        """Each component without rows moves to the row, among distinct ones, that its own component serves worst."""
+        dead = (self.counted == 0).nonzero()[:, 0]
+        if not len(dead):
+            return gmm
+        worst, error = self._worst_rows(gmm, len(dead))
+        wrong = error > self.floor
+        means = gmm.means.clone()
+        means[dead[: int(wrong.sum())]] = worst[wrong]
+        return DiagonalGMM(gmm.weights, means, gmm.variances)
+
+    def _worst_rows(self, gmm: DiagonalGMM, wanted: int) -> tuple[Tensor, Tensor]:
+        rows, errors = torch.empty(0, gmm.dim), torch.empty(0)
+        for block in self.source:
+            code = gmm.affinity(block).max(dim=1).indices
+            error = (block - gmm.means[code]).square().sum(1)
+            rows, errors = _distinct_top(torch.cat([rows, block]), torch.cat([errors, error]), wanted)
+        if _distributed():
+            rows, errors = _distinct_top(torch.cat(_gathered(rows)), torch.cat(_gathered(errors)), wanted)
+        return rows, errors
+
+    def _sums(self, gmm: DiagonalGMM, temperature: float, second_moments: bool = False) -> GMMStatistics:
+        total: GMMStatistics | None = None
+        for block in self.source:
+            part = e_step(gmm, block, temperature=temperature, second_moments=second_moments)
+            total = part if total is None else total + part
+        if total is None:  # a rank without rows
+            k, d = gmm.means.shape
+            nothing = torch.zeros(k, d, dtype=torch.float64)
+            scalar = torch.zeros((), dtype=torch.float64)
+            total = GMMStatistics(
+                nothing[:, 0].clone(), nothing, nothing.clone() if second_moments else None, scalar, scalar.clone()
+            )
+        return total if not _distributed() else _all_ranks(total)
+
+    def _sample(self, wanted: int) -> Tensor:
+        """About `wanted` rows, evenly spread over the data; the same on every rank."""
+        step = max(1, self.source.rows // wanted)
+        rows = torch.cat([block[::step] for block in self.source] or [torch.empty(0, self.source.dim)])
+        return torch.cat(_gathered(rows)) if _distributed() else rows
+
+    def _seeded(self, rows: Tensor) -> Tensor:
+        """K distinct sampled rows where there are as many; repeats else (they stay unused)."""
+        order = torch.randperm(len(rows), generator=self.generator)
+        shuffled = rows[order]
+        start = shuffled[: self.components]
+        if len(torch.unique(start, dim=0)) < self.components:
+            distinct = torch.unique(shuffled, dim=0)
+            distinct = distinct[torch.randperm(len(distinct), generator=self.generator)]
+            start = distinct[torch.arange(self.components) % len(distinct)]
+        return start.clone()
+
+    def _tell(self, sums: GMMStatistics, temperature: float) -> None:
+        self.count += 1
+        share = sums.count / sums.count.sum()
+        entropy = -float((share * share.clamp_min(1e-300).log()).sum())
+        step = Iteration(
+            level=self.level,
+            iteration=self.count,
+            temperature=temperature,
+            rmse=math.sqrt(float(sums.squared_error) / (self.source.rows * self.source.dim)),
+            log_likelihood=float(sums.log_likelihood) / self.source.rows,
+            perplexity=math.exp(entropy) / self.components,
+            used=int((sums.count > 0.5).sum()),
+        )
+        self.trace.append(step)
+        if self.told is not None:
+            self.told(step)
+
+
+def largest_eigenvalue(centred: Tensor, steps: int = 30) -> float:
+    """Of the covariance of centred rows (N, D), by power iteration; with the variance it gives the critical temperature."""
+    vector = centred.double().square().sum(0).sqrt() + 1e-12  # (D,)
+    value = 0.0
+    for _ in range(steps):
+        vector = vector / vector.norm()
+        product = centred.T @ (centred @ vector.float())  # (D,)
+        value = float(product.double() @ vector) / max(1, len(centred))
+        if not product.any():
+            break
+        vector = product.double()
+    return value
+
+
+def _distinct_top(rows: Tensor, errors: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
+    order = errors.sort(descending=True, stable=True).indices[: 4 * wanted]
+    rows, errors = rows[order], errors[order]
+    _, inverse = torch.unique(rows, dim=0, return_inverse=True)
+    first = torch.full((int(inverse.max()) + 1 if len(inverse) else 0,), len(rows), dtype=torch.int64)
+    first.scatter_reduce_(0, inverse, torch.arange(len(rows)), reduce="amin")
+    kept = first.sort().values[:wanted]
+    return rows[kept], errors[kept]
+
+
+# ---- several processes: every rank adds the same numbers in the same order, so all take the same step ----
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _gathered(value: Tensor) -> list[Tensor]:
+    """`value` of every rank, in rank order; first dimensions may differ."""
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(value)]))
+    longest = max(int(n) for n in lengths)
+    padded = torch.cat([value, value.new_zeros(longest - len(value), *value.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded)
+    return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
+
+
+def _all_sum(value: Tensor) -> Tensor:
+    if not _distributed():
+        return value
+    return torch.stack(_gathered(value[None])).sum(0)[0]
+
+
+def _all_ranks(own: GMMStatistics) -> GMMStatistics:
+    return GMMStatistics(
+        _all_sum(own.count),
+        _all_sum(own.sum_x),
+        None if own.sum_xx is None else _all_sum(own.sum_xx),
+        _all_sum(own.log_likelihood),
+        _all_sum(own.squared_error),
+    )
