@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -19,12 +18,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from jobs.config import Config, ConfigError
 from jobs.packed import Float32, pack
+from jobs.sources import filesystem_of, open_parquet
 from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SchemaError, Warehouse
 
 ROWS_PER_BATCH = 4096
@@ -163,36 +162,8 @@ def open_source(config: Config, warehouse: Warehouse) -> Source:
             version=version,
         )
 
-    filesystem, path = _filesystem(load.source)
-    found = filesystem.get_file_info(path)
-    if found.type == fs.FileType.NotFound:
-        raise ConfigError(f"load.source {load.source} does not exist; expected a Parquet file or a folder of them")
-    files = [found]
-    if found.type == fs.FileType.Directory:
-        files = [
-            info
-            for info in filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-            if info.type == fs.FileType.File and info.path.endswith(".parquet")
-        ]
-        files.sort(key=lambda info: info.path)
-    if not files:
-        raise ConfigError(f"load.source {load.source} holds no .parquet file; expected at least one")
-    row_groups, schema = [], None
-    for info in files:
-        try:
-            footer = pq.ParquetFile(info.path, filesystem=filesystem)
-        except pa.ArrowInvalid as error:
-            raise SchemaError(f"{info.base_name} is not a readable Parquet file ({error}); expected Parquet") from error
-        if schema is None:
-            schema = footer.schema_arrow
-        elif missing := set(schema.names) - set(footer.schema_arrow.names):
-            raise SchemaError(
-                f"{info.base_name} lacks columns {sorted(missing)} that {files[0].base_name} has; expected one schema"
-            )
-        row_groups += [(info.path, group) for group in range(footer.metadata.num_row_groups)]
-    assert schema is not None
-    stamp = [[info.base_name, info.size, info.mtime_ns] for info in files]
-    return Source(load.source, "parquet", schema, _digest([stamp, settings]), tuple(row_groups))
+    files = open_parquet(load.source)
+    return Source(load.source, "parquet", files.schema, _digest([files.fingerprint, settings]), files.row_groups)
 
 
 def resolve_fusion(config: Config, warehouse: Warehouse, source: Source) -> Fusion:
@@ -302,7 +273,7 @@ def _reader(
 
 
 def _read_row_groups(places: Iterator[tuple[str, int]], root: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    filesystem, _ = _filesystem(root)
+    filesystem, _ = filesystem_of(root)
     for path, group in places:
         yield from pq.ParquetFile(path, filesystem=filesystem).iter_batches(
             ROWS_PER_BATCH, row_groups=[group], columns=columns
@@ -534,13 +505,6 @@ def _store(good: DataFrame, warehouse: Warehouse, run_date: date) -> tuple[int, 
             update=True,
         )  # fmt: skip
     return new, changed
-
-
-def _filesystem(location: str) -> tuple[fs.FileSystem, str]:
-    if "://" in location:
-        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(location)
-        return found
-    return fs.LocalFileSystem(), os.path.abspath(location)  # tasks may run in another folder
 
 
 def _digest(values: list[Any]) -> str:

@@ -72,6 +72,35 @@ def draw_likelihood(known: npt.NDArray[np.float32], new: npt.NDArray[np.float32]
     _save(figure, path)
 
 
+def draw_ctr(
+    with_ids: Sequence[float],
+    control: Sequence[float],
+    rarity: Sequence[str],
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    path: Path,
+) -> None:
+    """Validation AUC by epoch, and test AUC by how often an item was shown in training, with semantic IDs and without."""
+    figure = _figure(8.6, 3.4)
+    left, right = figure.subplots(1, 2)
+    for values, label, colour in (
+        (with_ids, "semantic IDs", "tab:blue"),
+        (control, "codes dealt at random", "tab:gray"),
+    ):
+        left.plot(range(1, len(values) + 1), values, marker="o", color=colour, label=label)
+    left.set(title="validation", xlabel="epoch", ylabel="AUC")
+    left.legend(frameon=False)
+    place = np.arange(len(rarity))
+    right.bar(place - 0.2, ours, 0.4, color="tab:blue", label="semantic IDs")
+    right.bar(place + 0.2, theirs, 0.4, color="tab:gray", label="codes dealt at random")
+    lowest = min([*ours, *theirs], default=0.5)
+    right.set(
+        title="test, by rarity of the item", xlabel="times shown in training", ylabel="AUC", xticks=place, xticklabels=rarity,
+        ylim=(max(0.0, min(0.5, lowest) - 0.02), None),
+    )  # fmt: skip
+    _save(figure, path)
+
+
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 

@@ -1,0 +1,164 @@
+"""Training of DMQN on tensors, and the metrics of a CTR model. No Spark, no MLflow."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from jobs.config import TrainConfig
+from jobs.ctr.dmqn import DMQN, DMQNShape
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """One split as tensors. `history` (n, S) and `item` (n,) are item rows, 0 is padding; `user` numbers the users."""
+
+    item: Tensor
+    history: Tensor
+    features: Tensor
+    label: Tensor
+    user: Tensor
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    auc: float
+    gauc: float
+    log_loss: float
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    model: DMQN
+    test: Metrics
+    validation_auc: tuple[float, ...]  # by epoch
+    scores: Array  # of the test examples
+
+
+def item_tokens(codes: Tensor, components: int) -> tuple[Tensor, int]:
+    """Token rows of every item, (I, L + 1), and the size of the table: one token per level, one for the whole tuple of codes.
+
+    Row 0 of `codes` is padding; a row of -1 is an item without a semantic ID. Both have only padding tokens.
+    """
+    known = codes[:, 0] >= 0
+    levels = codes.shape[1]
+    per_level = codes.long() + torch.arange(levels) * components + 1
+    _, prefix = torch.unique(codes, dim=0, return_inverse=True)
+    tokens = torch.cat([per_level, (prefix + levels * components + 1)[:, None]], dim=1)
+    return torch.where(known[:, None], tokens, 0), levels * components + int(prefix.max()) + 2
+
+
+def shuffled_codes(codes: Tensor, seed: int) -> Tensor:
+    """The control: the same codes, dealt to the items at random, so that sizes are equal and the meaning is gone."""
+    known = (codes[:, 0] >= 0).nonzero()[:, 0]
+    dealt = codes.clone()
+    dealt[known] = codes[known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]]
+    return dealt
+
+
+def train_dmqn(
+    train: Examples, validation: Examples, test: Examples, codes: Tensor, components: int, config: TrainConfig,
+    told: Callable[[int, float], None] | None = None,
+) -> Trained:  # fmt: skip
+    """Train with early stopping on the validation AUC; the best epoch's model is kept and judged on the test split."""
+    torch.manual_seed(config.seed)
+    tokens, table = item_tokens(codes, components)
+    shape = DMQNShape(
+        tokens=table, items=len(codes), levels=codes.shape[1], features=train.features.shape[1], width=config.width,
+        interest_codebooks=config.interest_codebooks, codewords=config.codewords,
+    )  # fmt: skip
+    model = DMQN(shape)
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    generator = torch.Generator().manual_seed(config.seed)
+    best, best_auc, aucs = copy.deepcopy(model), -1.0, []
+    for epoch in range(config.epochs):
+        model.train()
+        for rows in batches(train, config.batch_size, generator):
+            loss = F.binary_cross_entropy_with_logits(_logits(model, train, rows, tokens), train.label[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        aucs.append(auc(validation.label.numpy(), predict(model, validation, tokens)))
+        if told is not None:
+            told(epoch + 1, aucs[-1])
+        if aucs[-1] > best_auc:
+            best, best_auc = copy.deepcopy(model), aucs[-1]
+        else:
+            break
+    scores = predict(best, test, tokens)
+    return Trained(best, measure(test, scores), tuple(aucs), scores)
+
+
+def batches(examples: Examples, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Row numbers in batches of like history length (little padding), in random order."""
+    length = (examples.history > 0).sum(1).float()
+    noise = torch.rand(len(examples), generator=generator)
+    order = (length * (0.8 + 0.4 * noise) + noise).argsort()
+    parts = list(order.split(size))
+    for number in torch.randperm(len(parts), generator=generator).tolist():
+        if len(parts[number]) > 1:  # batch normalisation needs two rows
+            yield parts[number]
+
+
+def predict(model: DMQN, examples: Examples, tokens: Tensor, size: int = 2048) -> Array:
+    """Probability of a click, (n,)."""
+    model.eval()
+    order = (examples.history > 0).sum(1).argsort(stable=True)
+    scores = torch.empty(len(examples))
+    with torch.no_grad():
+        for rows in order.split(size):
+            scores[rows] = _logits(model, examples, rows, tokens).sigmoid()
+    return scores.double().numpy()
+
+
+def _logits(model: DMQN, examples: Examples, rows: Tensor, tokens: Tensor) -> Tensor:
+    history = examples.history[rows].long()
+    longest = max(1, int((history > 0).sum(1).max()))
+    history = history[:, -longest:]  # right-aligned: padding is on the left
+    item = examples.item[rows].long()
+    logits: Tensor = model(history, tokens[history], item, tokens[item], examples.features[rows])
+    return logits
+
+
+def measure(examples: Examples, scores: Array) -> Metrics:
+    label = examples.label.numpy()
+    return Metrics(auc(label, scores), gauc(examples.user.numpy(), label, scores), log_loss(label, scores))
+
+
+def auc(label: npt.NDArray[np.float32], score: Array) -> float:
+    """Area under the ROC curve from ranks, ties shared; 0.5 where only one class is present."""
+    positives = float(label.sum())
+    negatives = len(label) - positives
+    if positives == 0 or negatives == 0:
+        return 0.5
+    _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[inverse]
+    return float((rank[label > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def gauc(user: npt.NDArray[np.int64], label: npt.NDArray[np.float32], score: Array) -> float:
+    """AUC per user, weighted by the user's impressions; users with one class only are left out."""
+    total = weight = 0.0
+    order = np.argsort(user, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(user[order])) + 1):
+        if 0 < label[rows].sum() < len(rows):
+            total += len(rows) * auc(label[rows], score[rows])
+            weight += len(rows)
+    return total / weight if weight else 0.5
+
+
+def log_loss(label: npt.NDArray[np.float32], score: Array) -> float:
+    p = np.clip(score, 1e-7, 1 - 1e-7)
+    return float(-np.mean(label * np.log(p) + (1 - label) * np.log(1 - p)))
