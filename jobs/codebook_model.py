@@ -21,7 +21,7 @@ class CodebookModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         self.codebook = load_codebook(context.artifacts["artefact"])
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> pd.DataFrame:
+    def predict(self, context, model_input, params=None):  # MLflow reads type hints here as a promise about schemas
         """Codes (one column per item: list of L ints), confidence and log-likelihood of each row."""
         x = torch.from_numpy(_matrix(model_input, self.codebook.rqgmm.dim))
         assignment = self.codebook.rqgmm.assign(x)

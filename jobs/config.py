@@ -105,9 +105,9 @@ class TrainConfig(Section):
     interest_codebooks: int = Field(4, ge=1, description="N of DMQN")
     codewords: int = Field(25, ge=1, description="W of DMQN; N x W is about 100 in the paper")
     width: int = Field(32, ge=4, description="D, width of behaviour and cluster vectors")
-    epochs: int = Field(4, ge=1)
-    batch_size: int = Field(512, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    epochs: int = Field(3, ge=1, description="at most; training stops when the validation AUC falls")
+    batch_size: int = Field(256, ge=1)
+    learning_rate: float = Field(3e-3, gt=0)
     seed: int = Field(0, ge=0)
 
 

@@ -150,7 +150,7 @@ def run(
 
 
 def _fit(config: Config, data: EmbeddingFiles, init: RQGMM | None, folder: Path, progress: Progress | None) -> RQGMMFit:
-    settings = {"levels": config.fit.levels, "components": config.fit.components, "seed": config.fit.seed}
+    settings: dict[str, Any] = {"levels": config.fit.levels, "components": config.fit.components, "seed": config.fit.seed}
     if config.fit.workers == 1:
         return fit_rqgmm(data, init=init, on_iteration=progress, **settings)
     from pyspark.ml.torch.distributor import TorchDistributor
@@ -181,7 +181,7 @@ def _fit(config: Config, data: EmbeddingFiles, init: RQGMM | None, folder: Path,
     return RQGMMFit(load_codebook(folder / "fitted").rqgmm, trace)
 
 
-def _fit_worker(data: dict[str, Any], settings: dict[str, int], folder: str, warm: bool) -> str:
+def _fit_worker(data: dict[str, Any], settings: dict[str, Any], folder: str, warm: bool) -> str:
     """One process of a distributed fit. Rank 0 leaves the result in `folder`; a failure leaves its own text there."""
     import os
 

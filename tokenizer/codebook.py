@@ -76,7 +76,7 @@ def load_codebook(folder: Path, *, expect_hash: str | None = None) -> Codebook:
         rqgmm = RQGMM(levels)
     except CodebookError:
         raise
-    except (SafetensorError, json.JSONDecodeError, KeyError, TokenizerError) as error:
+    except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TokenizerError) as error:
         raise CodebookError(
             f"codebook folder {folder.name} is damaged ({type(error).__name__}: {error}); expected what save_codebook wrote. Fetch it again"
         ) from error

@@ -89,7 +89,7 @@ class RQGMM:
         self._check(x)
         parts = [
             self._assign_block(block, None if codes is None else codes[start : start + ENCODE_BLOCK])
-            for start, block in zip(range(0, max(len(x), 1), ENCODE_BLOCK), x.split(ENCODE_BLOCK), strict=True)
+            for start, block in zip(range(0, max(len(x), 1), ENCODE_BLOCK), torch.split(x, ENCODE_BLOCK), strict=True)
         ]
         return Assignment(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -167,7 +167,6 @@ def fit_rqgmm(
             f"init has {init.n_levels} levels of {init.components} components, asked for are {levels} of {components}; "
             "expected the same. Fit without init to change the shape"
         )
-    torch.set_flush_denormal(True)  # cold responsibilities underflow; arithmetic on denormals is many times slower
     if method == "em":
         shrinkage = 0.0
     source = _Blocks(data, components)
@@ -175,11 +174,16 @@ def fit_rqgmm(
         raise DataError(f"init has dimension {init.dim}, the data {source.dim}; expected the same. Fit without init")
     trace: list[Iteration] = []
     done: list[DiagonalGMM] = []
-    for level in range(1, levels + 1):
-        fit = _Level(source, level, components, seed, shrinkage, method, trace, on_iteration)
-        gmm = fit.warm(init.levels[level - 1].means) if init is not None else fit.cold(iterations)
-        done.append(gmm)
-        source.descend(gmm)
+    # Cold responsibilities underflow, and arithmetic on denormals is many times slower.
+    torch.set_flush_denormal(True)
+    try:
+        for level in range(1, levels + 1):
+            fit = _Level(source, level, components, seed, shrinkage, method, trace, on_iteration)
+            gmm = fit.warm(init.levels[level - 1].means) if init is not None else fit.cold(iterations)
+            done.append(gmm)
+            source.descend(gmm)
+    finally:
+        torch.set_flush_denormal(False)  # it is a state of the whole process
     return RQGMMFit(RQGMM(tuple(done)), tuple(trace))
 
 
@@ -221,12 +225,16 @@ class _Blocks:
 
     def __iter__(self) -> Iterator[Tensor]:
         if self._tensor is not None:
-            yield from self._tensor.split(FIT_BLOCK)
+            yield from torch.split(self._tensor, FIT_BLOCK)
             return
         assert self._batches is not None
         waiting: list[Tensor] = []
         held = number = 0
+        width = 0
         for batch in self._batches:
+            width = width or batch.shape[-1]
+            if batch.ndim != 2 or batch.shape[1] != width:
+                raise DataError(f"a batch has shape {tuple(batch.shape)}; expected (n, {width}) in every batch")
             waiting.append(batch.float())
             held += len(batch)
             while held >= FIT_BLOCK:
@@ -245,7 +253,7 @@ class _Blocks:
         """Take from every row the mean of the component that encode would choose."""
         codes = [RQGMM((gmm,)).encode(block)[:, 0] for block in self]
         if self._tensor is not None:
-            for block, code in zip(self._tensor.split(FIT_BLOCK), codes, strict=True):
+            for block, code in zip(torch.split(self._tensor, FIT_BLOCK), codes, strict=True):
                 block -= gmm.means[code.long()]
             return
         self._levels.append(gmm)

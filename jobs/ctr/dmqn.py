@@ -20,6 +20,7 @@ class DMQNShape:
     tokens: int
     items: int
     levels: int
+    components: int
     features: int
     width: int
     interest_codebooks: int
@@ -52,11 +53,15 @@ class MultiClusterQuantization(nn.Module):
         super().__init__()
         n, w, d = shape.interest_codebooks, shape.codewords, shape.width
         self.project = nn.Parameter(torch.randn(n, d, d) / d**0.5)  # W_j
-        self.codewords = nn.Parameter(torch.randn(n, w, d) / d**0.5)  # c_j
+        # Spread wide, so that behaviours fall into different clusters from the first step, as in locality-sensitive hashing.
+        self.codewords = nn.Parameter(torch.randn(n, w, d))  # c_j
+        self.mass = nn.Parameter(
+            torch.randn(n, 1, d) / d**0.5
+        )  # how a cluster vector shows the number of its behaviours
         self.temperature = shape.temperature
 
     def assign(self, behaviours: Tensor) -> tuple[Tensor, Tensor]:
-        """Projected behaviours (B, N, S, D) and their soft assignment to codewords (B, N, S, W).
+        """Projected behaviours (B, N, S, D) and their soft assignment to codewords (B, N, S, W); the candidate's likewise.
 
         Gumbel noise is added while training only, so that scoring is deterministic.
         """
@@ -68,13 +73,13 @@ class MultiClusterQuantization(nn.Module):
         return projected, (logits / self.temperature).softmax(dim=-1)
 
     def forward(self, behaviours: Tensor, mask: Tensor) -> Tensor:
-        """(B, S, D), mask (B, S) -> clusters (B, N, W, D): the mean of a codeword's behaviours, plus the codeword."""
+        """(B, S, D), mask (B, S) -> clusters (B, N, W, D): codeword, mean of its behaviours, and their number."""
         projected, assignment = self.assign(behaviours)
         assignment = assignment * mask[:, None, :, None]
         mass = assignment.sum(dim=2)[..., None]  # (B, N, W, 1)
         pooled = torch.einsum("bnsw,bnsd->bnwd", assignment, projected) / (mass + 1e-6)
         filled = mass / (1 + mass)  # an empty cluster is its codeword alone
-        return self.codewords + filled * pooled + 0.1 * torch.log1p(mass)
+        return self.codewords + filled * pooled + torch.log1p(mass) * self.mass
 
 
 class DMQN(nn.Module):
@@ -86,16 +91,19 @@ class DMQN(nn.Module):
         d, n = shape.width, shape.interest_codebooks
         self.token = nn.Embedding(shape.tokens, d, padding_idx=0)
         self.item = nn.Embedding(shape.items, d, padding_idx=0)
-        nn.init.normal_(self.token.weight, std=0.05)
-        nn.init.normal_(self.item.weight, std=0.05)
+        # What many items share comes first: level 1 is wide, each further level a third, the rest has to be learned.
+        nn.init.normal_(self.token.weight, std=0.01)
+        nn.init.normal_(self.item.weight, std=0.01)
+        for level in range(shape.levels):
+            rows = slice(1 + level * shape.components, 1 + (level + 1) * shape.components)
+            nn.init.normal_(self.token.weight[rows], std=0.6 / 3**level)
         with torch.no_grad():
             self.token.weight[0] = self.item.weight[0] = 0.0
         self.quantize = MultiClusterQuantization(shape)
         self.interact = HSTU(d, shape.codewords)
-        self.query = nn.Parameter(torch.randn(n, d, d) / d**0.5)
         self.normalize = nn.BatchNorm1d(shape.features)
         self.mlp = nn.Sequential(
-            nn.Linear((n + 1) * d + n + shape.features, 64),
+            nn.Linear((n + 1) * d + 2 * n + shape.features, 64),
             nn.ReLU(),
             nn.Dropout(0.1),
             nn.Linear(64, 32),
@@ -117,12 +125,12 @@ class DMQN(nn.Module):
     def score(self, interests: Tensor, items: Tensor, tokens: Tensor, features: Tensor) -> Tensor:
         """CTAM and MLP: interests (B, N, W, D), candidate (B,), (B, T), features (B, F) -> logits (B,)."""
         candidate = self.embed(items, tokens)  # (B, D)
-        query = torch.einsum("bd,nde->bne", candidate, self.query)  # (B, N, D)
-        # Keys are codewords as this user fills them: an interest codeword without behaviours draws little attention.
-        weight = (torch.einsum("bne,bnwe->bnw", query, interests) / self.shape.width**0.5).softmax(dim=-1)
+        # Query and keys are the candidate and the codewords, as for a behaviour: it reads the clusters it would fall into.
+        query, weight = (part[:, :, 0] for part in self.quantize.assign(candidate[:, None]))  # (B, N, D), (B, N, W)
         interest = torch.einsum("bnw,bnwd->bnd", weight, interests)  # (B, N, D)
-        match = (query * interest).sum(-1)  # (B, N)
-        inputs = torch.cat([candidate, interest.flatten(1), match, self.normalize(features)], dim=1)
+        match = (query * interest).mean(-1)  # (B, N)
+        tally = (interest * self.quantize.mass[:, 0]).mean(-1)  # (B, N)  how many behaviours the read clusters hold
+        inputs = torch.cat([candidate, interest.flatten(1), match, tally, self.normalize(features)], dim=1)
         logits: Tensor = self.mlp(inputs)[:, 0]
         return logits
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import mlflow
 import numpy as np
-import pandas as pd
 import torch
 from safetensors.torch import load_file
 
@@ -31,7 +30,7 @@ class DMQNModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items()})
         self.model.eval()
 
-    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> np.ndarray:
+    def predict(self, context, model_input, params=None):  # MLflow reads type hints here as a promise about schemas
         """Probability of a click per row. An item the model does not know is treated as padding."""
         longest = max(1, max((len(history) for history in model_input["history"]), default=1))
         history = torch.zeros(len(model_input), longest, dtype=torch.int64)
@@ -42,7 +41,7 @@ class DMQNModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         features = torch.tensor(np.stack(model_input["features"].to_list()), dtype=torch.float32)
         with torch.no_grad():
             logits = self.model(history, self.tokens[history], item, self.tokens[item], features)
-        scores: np.ndarray = logits.sigmoid().numpy()
+        scores = logits.sigmoid().numpy()
         return scores
 
 

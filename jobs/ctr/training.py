@@ -76,7 +76,7 @@ def train_dmqn(
     torch.manual_seed(config.seed)
     tokens, table = item_tokens(codes, components)
     shape = DMQNShape(
-        tokens=table, items=len(codes), levels=codes.shape[1], features=train.features.shape[1], width=config.width,
+        tokens=table, items=len(codes), levels=codes.shape[1], components=components, features=train.features.shape[1], width=config.width,
         interest_codebooks=config.interest_codebooks, codewords=config.codewords,
     )  # fmt: skip
     model = DMQN(shape)

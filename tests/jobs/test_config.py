@@ -1,0 +1,53 @@
+"""Configuration: files, overrides, and all mistakes at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from jobs.config import Config, ConfigError, load_config, parse_date
+
+
+def test_later_sources_win(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("[fit]\ncomponents = 64\nlevels = 3\n")
+    (tmp_path / "b.toml").write_text("[fit]\ncomponents = 32\n")
+    config = load_config([tmp_path / "a.toml", tmp_path / "b.toml"], ["fit.seed=7", "load.modalities={text = 2.0}"], warehouse="w")
+    assert (config.fit.components, config.fit.levels, config.fit.seed, config.warehouse) == (32, 3, 7, "w")
+    assert config.load.modalities == {"text": 2.0}
+
+
+def test_all_mistakes_are_told_at_once_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(overrides=["fit.component=256", "fit.levels=many", "gate.min_distinct=3", "nonsense"])
+    message = str(caught.value)
+    assert "fit.component is not a setting; did you mean fit.components?" in message
+    assert "fit.levels = 'many'" in message
+    assert "gate.min_distinct = 3" in message
+    assert "--set nonsense has no '='" in message
+
+
+def test_a_file_that_is_missing_or_broken_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.toml").write_text("[fit\n")
+    with pytest.raises(ConfigError, match=r"(?s)absent\.toml does not exist.*broken\.toml is not TOML"):
+        load_config([tmp_path / "absent.toml", tmp_path / "broken.toml"])
+
+
+def test_a_weight_must_be_positive() -> None:
+    with pytest.raises(ConfigError, match="weight of text is 0.0; expected a number above 0"):
+        load_config(overrides=["load.modalities={text = 0.0}"])
+
+
+def test_the_digest_names_the_settings() -> None:
+    assert Config().digest("fit") == load_config(overrides=["gate.max_churn=0.5"]).digest("fit")
+    assert Config().digest("fit") != load_config(overrides=["fit.seed=1"]).digest("fit")
+
+
+def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WAREHOUSE", "elsewhere")
+    assert load_config().warehouse == "warehouse"
+
+
+def test_a_date_is_a_day() -> None:
+    with pytest.raises(ConfigError, match="'2026-02-30' is not a day"):
+        parse_date("2026-02-30")

@@ -1,0 +1,62 @@
+"""The arrows infra -> pipelines -> jobs -> tokenizer, read off the imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MAY_IMPORT = {
+    "tokenizer": {"tokenizer"},
+    "jobs": {"jobs", "tokenizer"},
+    "pipelines": {"pipelines", "jobs", "tokenizer"},
+}
+TOKENIZER_USES = {"torch", "numpy", "safetensors", "faiss", "tokenizer"}
+FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    ours = imported(path) & {"tokenizer", "jobs", "pipelines", "infra", "tests", "benchmarks"}
+    assert ours <= MAY_IMPORT[package]
+    if package == "tokenizer":
+        assert imported(path) <= TOKENIZER_USES | set(sys.stdlib_module_names)
+        assert "environ" not in path.read_text()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_has_the_name_of_a_standard_module(path: Path) -> None:
+    assert path.stem.startswith("__") or path.stem not in sys.stdlib_module_names
+
+
+def test_the_steps_load_neither_torch_nor_spark() -> None:
+    code = "import sys, pipelines.steps; print({'torch', 'pyspark', 'mlflow'} & set(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert told.stdout.strip() == "set()"
+
+
+def test_the_steps_need_what_others_write() -> None:
+    from pipelines.steps import NIGHT
+
+    done: set[str] = set()
+    written: set[str] = set()
+    for step in NIGHT:
+        assert set(step.needs) <= done
+        assert set(step.reads) <= written
+        done.add(step.name)
+        written |= set(step.writes)

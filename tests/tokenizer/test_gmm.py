@@ -1,0 +1,96 @@
+"""One mixture: laws of its statistics, and scikit-learn as the oracle."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from data import topics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.mixture import GaussianMixture
+
+from tokenizer import DataError, DiagonalGMM, GMMStatistics, e_step, m_step
+
+
+def mixture(k: int, d: int, *, seed: int = 0, tied: bool = False) -> DiagonalGMM:
+    g = torch.Generator().manual_seed(seed)
+    variances = torch.rand(1 if tied else k, d, generator=g).expand(k, d) + 0.5
+    return DiagonalGMM(torch.rand(k, generator=g).softmax(0), torch.randn(k, d, generator=g), variances.contiguous())
+
+
+def close(a: GMMStatistics, b: GMMStatistics) -> bool:
+    assert a.sum_xx is not None and b.sum_xx is not None
+    pairs = [
+        (a.count, b.count),
+        (a.sum_x, b.sum_x),
+        (a.sum_xx, b.sum_xx),
+        (a.log_likelihood, b.log_likelihood),
+        (a.squared_error, b.squared_error),
+    ]
+    return all(torch.allclose(p, q, rtol=1e-4, atol=1e-3) for p, q in pairs)
+
+
+def sklearn_twin(gmm: DiagonalGMM) -> GaussianMixture:
+    twin = GaussianMixture(gmm.components, covariance_type="diag")
+    twin.weights_, twin.means_ = gmm.weights.double().numpy(), gmm.means.double().numpy()
+    twin.covariances_ = gmm.variances.double().numpy()
+    twin.precisions_cholesky_ = 1 / np.sqrt(twin.covariances_)
+    return twin
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(2, 60), cut=st.integers(1, 59), temperature=st.sampled_from([0.0, 0.3, 1.0, 20.0]), tied=st.booleans()
+)
+def test_statistics_of_two_parts_add_up_to_those_of_the_whole(n: int, cut: int, temperature: float, tied: bool) -> None:
+    x = torch.from_numpy(topics(n, 5))
+    gmm, cut = mixture(4, 5, tied=tied), min(cut, n - 1)
+    whole = e_step(gmm, x, temperature=temperature)
+    assert close(e_step(gmm, x[:cut], temperature=temperature) + e_step(gmm, x[cut:], temperature=temperature), whole)
+    assert float(whole.count.sum()) == pytest.approx(n, rel=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_densities_are_those_of_scikit_learn(tied: bool) -> None:
+    gmm, x = mixture(6, 8, tied=tied), topics(50, 8)
+    twin = sklearn_twin(gmm)
+    np.testing.assert_allclose(gmm.log_joint(torch.from_numpy(x)).logsumexp(1), twin.score_samples(x), rtol=1e-4)
+    np.testing.assert_allclose(gmm.responsibilities(torch.from_numpy(x)), twin.predict_proba(x), atol=1e-5)
+
+
+def test_one_em_step_is_that_of_scikit_learn() -> None:
+    gmm, x = mixture(4, 5), topics(300, 5, groups=4, spread=1.0)
+    ours = m_step(e_step(gmm, torch.from_numpy(x)), gmm, shrinkage=0.0, fitted_weights=True, floor=1e-12)
+    resp = sklearn_twin(gmm).predict_proba(x)
+    nk = resp.sum(0)
+    means = resp.T @ x / nk[:, None]
+    np.testing.assert_allclose(ours.means, means, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ours.variances, resp.T @ x**2 / nk[:, None] - means**2, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(ours.weights, nk / nk.sum(), atol=1e-4)
+
+
+def test_likelihood_never_falls_under_em() -> None:
+    x = torch.from_numpy(topics(400, 6, spread=0.7))
+    gmm, last = mixture(8, 6), -np.inf
+    for _ in range(15):
+        stats = e_step(gmm, x)
+        assert float(stats.log_likelihood) >= last - 1e-3
+        last = float(stats.log_likelihood)
+        gmm = m_step(stats, gmm, shrinkage=0.0, fitted_weights=True, floor=1e-9)
+
+
+def test_means_far_from_zero_lose_no_digits() -> None:
+    gmm, x = mixture(5, 4), torch.from_numpy(topics(100, 4))
+    far = DiagonalGMM(gmm.weights, gmm.means + 1000, gmm.variances)
+    agree = (far.affinity(x + 1000).argmax(1) == gmm.affinity(x).argmax(1)).float().mean()
+    assert agree >= 0.98  # float32 itself rounds x + 1000
+
+
+@pytest.mark.parametrize(
+    "broken", [{"variances": torch.zeros(2, 3)}, {"means": torch.full((2, 3), torch.nan)}, {"weights": torch.ones(3)}]
+)
+def test_a_degenerate_mixture_cannot_be_built(broken: dict[str, torch.Tensor]) -> None:
+    parts = {"weights": torch.full((2,), 0.5), "means": torch.zeros(2, 3), "variances": torch.ones(2, 3), **broken}
+    with pytest.raises(DataError, match="expected|must be"):
+        DiagonalGMM(**parts)

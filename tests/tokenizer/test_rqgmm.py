@@ -1,0 +1,208 @@
+"""The fit and the quantizer: chunks and order change nothing, encode agrees with a slow loop, k-means is beaten."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing as mp
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from data import topics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenizer import RQGMM, DataError, fit_rqgmm, measure_quality, save_codebook
+from tokenizer.rqgmm import FIT_BLOCK, largest_eigenvalue
+
+
+@pytest.fixture(scope="module")
+def x() -> torch.Tensor:
+    return torch.from_numpy(topics(3000, 24, groups=40, spread=0.5))
+
+
+@pytest.fixture(scope="module")
+def rqgmm(x: torch.Tensor) -> RQGMM:
+    return fit_rqgmm(x, levels=2, components=16, seed=0, iterations=20, shrinkage=0.5).rqgmm
+
+
+def test_encode_is_the_slow_loop(x: torch.Tensor, rqgmm: RQGMM) -> None:
+    rows = x[:50].double().numpy()
+    codes, likelihood, posterior = np.zeros((50, 2), int), np.zeros(50), np.ones(50)
+    for n, row in enumerate(rows):
+        residual = row.copy()
+        for level, gmm in enumerate(rqgmm.levels):
+            joint = np.array(
+                [
+                    math.log(gmm.weights[k]) - 0.5 * sum(math.log(2 * math.pi * v) + (r - m) ** 2 / v for r, m, v in zip(residual, gmm.means[k].tolist(), gmm.variances[k].tolist(), strict=True))
+                    for k in range(gmm.components)
+                ]
+            )  # fmt: skip
+            evidence = joint.max() + math.log(np.exp(joint - joint.max()).sum())
+            codes[n, level] = joint.argmax()
+            likelihood[n] += evidence
+            posterior[n] *= math.exp(joint.max() - evidence)
+            residual -= gmm.means[codes[n, level]].double().numpy()
+    found = rqgmm.assign(x[:50])
+    np.testing.assert_array_equal(found.codes, codes)
+    np.testing.assert_allclose(found.log_likelihood, likelihood, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(found.confidence, posterior, rtol=1e-3, atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(cut=st.lists(st.integers(1, 2999), max_size=5), seed=st.integers(0, 5))
+def test_codes_do_not_depend_on_batches_or_order(x: torch.Tensor, rqgmm: RQGMM, cut: list[int], seed: int) -> None:
+    codes = rqgmm.encode(x)
+    parts = torch.tensor_split(x, sorted(set(cut)))
+    assert torch.equal(torch.cat([rqgmm.encode(part) for part in parts]), codes)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(rqgmm.encode(x[order]), codes[order])
+
+
+def test_chunks_of_the_data_do_not_change_the_fit() -> None:
+    x = torch.from_numpy(topics(2 * FIT_BLOCK + 100, 8, groups=30, spread=0.4))
+    whole = fit_rqgmm(x, levels=2, components=8, seed=1, iterations=8).rqgmm
+    for size in (1000, 7777, len(x)):
+        chunked = fit_rqgmm(list(x.split(size)), levels=2, components=8, seed=1, iterations=8).rqgmm
+        for a, b in zip(whole.levels, chunked.levels, strict=True):
+            assert torch.equal(a.means, b.means)
+
+
+def test_decoding_is_a_fixed_point_of_the_first_level(x: torch.Tensor, rqgmm: RQGMM) -> None:
+    one = RQGMM(rqgmm.levels[:1])
+    centres = one.decode(torch.arange(16, dtype=torch.int32)[:, None])
+    tied = RQGMM(fit_rqgmm(x, levels=1, components=16, seed=0, iterations=5).rqgmm.levels)
+    assert torch.equal(tied.encode(tied.levels[0].means)[:, 0], torch.arange(16, dtype=torch.int32))
+    assert centres.shape == (16, 24)
+
+
+def test_residuals_never_grow_with_levels(x: torch.Tensor) -> None:
+    fit = fit_rqgmm(x, levels=3, components=16, seed=0, iterations=15)
+    codes = fit.rqgmm.encode(x)
+    errors = [float((x - RQGMM(fit.rqgmm.levels[:n]).decode(codes[:, :n])).square().mean()) for n in (1, 2, 3)]
+    assert errors == sorted(errors, reverse=True)
+
+
+@pytest.mark.parametrize("dim", [6, 96])
+def test_annealing_beats_residual_k_means(dim: int) -> None:
+    x = torch.from_numpy(topics(4000, dim, groups=200, spread=0.6, seed=3))
+    ours = fit_rqgmm(x, levels=2, components=32, seed=0).rqgmm
+    rest = x.numpy().copy()
+    for level in range(2):
+        kmeans = faiss.Kmeans(dim, 32, niter=100, seed=level, min_points_per_centroid=1, max_points_per_centroid=10**9)
+        kmeans.train(rest)
+        rest -= kmeans.centroids[kmeans.index.search(rest, 1)[1][:, 0]]
+    quality = measure_quality(x, ours.encode(x), ours)
+    assert quality.rmse < 1.005 * math.sqrt((rest**2).mean())
+    assert all(level.dead == 0 for level in quality.levels)
+
+
+def test_the_k_means_limit_is_a_fixed_point_of_lloyd(x: torch.Tensor) -> None:
+    means = fit_rqgmm(x, levels=1, components=10, seed=0, method="kmeans", iterations=100).rqgmm.levels[0].means
+    code = torch.cdist(x, means).argmin(1)
+    again = torch.stack([x[code == k].mean(0) for k in range(10)])
+    torch.testing.assert_close(again, means, rtol=1e-3, atol=1e-3)
+
+
+def test_a_warm_start_moves_few_codes_and_a_free_refit_many(x: torch.Tensor) -> None:
+    champion = fit_rqgmm(x[:2700], levels=2, components=16, seed=0, iterations=20).rqgmm
+    before = champion.encode(x[:2700])
+    warm = fit_rqgmm(x, levels=2, components=16, seed=0, init=champion).rqgmm.encode(x[:2700])
+    free = fit_rqgmm(x, levels=2, components=16, seed=9, iterations=20).rqgmm.encode(x[:2700])
+    churn_warm, churn_free = ((codes != before).any(1).float().mean() for codes in (warm, free))
+    assert churn_warm < 0.1 < 0.5 < churn_free
+
+
+def test_posteriors_sum_to_one_and_start_with_the_code(x: torch.Tensor, rqgmm: RQGMM) -> None:
+    found = rqgmm.posteriors(x[:100], top=16)
+    codes = rqgmm.encode(x[:100])
+    for level, (component, probability) in enumerate(found):
+        torch.testing.assert_close(probability.sum(1), torch.ones(100), rtol=0, atol=1e-4)
+        assert torch.equal(component[:, 0], codes[:, level])
+
+
+def test_given_codes_get_their_own_posterior(x: torch.Tensor, rqgmm: RQGMM) -> None:
+    best = rqgmm.assign(x[:20])
+    same = rqgmm.assign(x[:20], best.codes)
+    assert torch.equal(same.confidence, best.confidence)
+    other = rqgmm.assign(x[:20], (best.codes + 1) % 16)
+    assert (other.confidence <= best.confidence).all()
+    assert torch.equal(other.codes, (best.codes + 1) % 16)
+
+
+def test_the_critical_temperature_needs_the_largest_eigenvalue() -> None:
+    x = torch.from_numpy(topics(500, 12, spread=1.0))
+    centred = x - x.mean(0)
+    exact = torch.linalg.eigvalsh((centred.T @ centred).double() / len(x))[-1]
+    assert largest_eigenvalue(centred) == pytest.approx(float(exact), rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "nasty",
+    [
+        torch.ones(64, 4),
+        torch.arange(5.0).repeat(20)[:, None] * torch.ones(1, 4),
+        torch.cat([torch.zeros(5000, 4), torch.eye(4)]),
+        torch.cat([torch.randn(100, 1, generator=torch.Generator().manual_seed(0)), torch.full((100, 3), 7.0)], dim=1),
+    ],
+    ids=["one point", "five points", "one item many times", "constant columns"],
+)
+def test_degenerate_data_gives_finite_codes(nasty: torch.Tensor) -> None:
+    rqgmm = fit_rqgmm(nasty, levels=2, components=8, seed=0, iterations=10).rqgmm
+    codes = rqgmm.encode(nasty)
+    assert int(codes.min()) >= 0
+    assert int(codes.max()) < 8
+    distinct = len(torch.unique(nasty, dim=0))
+    if distinct <= 8:
+        torch.testing.assert_close(rqgmm.decode(codes), nasty, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (torch.zeros(3, 4), "3 embeddings are fewer than 8 components"),
+        (torch.full((20, 4), torch.nan), "NaN or Inf"),
+        ([torch.zeros(10, 4), torch.zeros(10, 5)], "expected \\(n, 4\\) in every batch"),
+        ([], "no embeddings"),
+    ],
+)
+def test_data_that_cannot_be_fitted_is_refused(data: torch.Tensor, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        fit_rqgmm(data, levels=1, components=8, seed=0)
+
+
+def test_encode_refuses_another_dimension(rqgmm: RQGMM) -> None:
+    with pytest.raises(DataError, match=r"expected \(N, 24\)"):
+        rqgmm.encode(torch.zeros(2, 5))
+
+
+def _worker(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    x = torch.from_numpy(topics(4 * FIT_BLOCK, 8, groups=30, spread=0.4))
+    own = [block for number, block in enumerate(x.split(FIT_BLOCK)) if number % world == rank]
+    fitted = fit_rqgmm(own, levels=2, components=8, seed=1, iterations=6)
+    if rank == 0:
+        save_codebook(Path(folder) / f"world{world}", fitted.rqgmm, {})
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_codes_of_one(tmp_path: Path) -> None:
+    from tokenizer import load_codebook
+
+    context = mp.get_context("spawn")
+    ranks = [context.Process(target=_worker, args=(rank, 2, str(tmp_path))) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    x = torch.from_numpy(topics(4 * FIT_BLOCK, 8, groups=30, spread=0.4))
+    two = load_codebook(tmp_path / "world2").rqgmm
+    # The start is drawn from rows in rank order, so one process reads them in that order too.
+    order = torch.cat([torch.cat([b for n, b in enumerate(x.split(FIT_BLOCK)) if n % 2 == rank]) for rank in range(2)])
+    one = fit_rqgmm(order, levels=2, components=8, seed=1, iterations=6).rqgmm
+    assert torch.equal(one.encode(x), two.encode(x))
