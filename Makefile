@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench
+.PHONY: help setup demo test check
 BIN := .venv/bin
 
 help:  ## this list
@@ -21,5 +21,3 @@ check: .venv/ready  ## format, lint, types
 test: .venv/ready check  ## check, then every test but the slow and the GPU ones
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-bench: .venv/ready  ## quality and speed against peers on generated vectors
-	$(BIN)/python -m benchmarks.quantizers

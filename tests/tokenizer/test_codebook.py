@@ -13,8 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenizer import (
-    RQGMM, CodebookError, DataError, Thresholds, check_gate, fit_rqgmm, level_usage, load_codebook, neighbour_recall, parse,
-    save_codebook, text_of, tokens,
+    RQGMM,
+    CodebookError,
+    DataError,
+    Thresholds,
+    check_gate,
+    fit_rqgmm,
+    level_usage,
+    load_codebook,
+    neighbour_recall,
+    parse,
+    save_codebook,
+    text_of,
+    tokens,
 )  # fmt: skip
 
 LIMITS = Thresholds(

@@ -20,7 +20,8 @@ def mixture(k: int, d: int, *, seed: int = 0, tied: bool = False) -> DiagonalGMM
 
 
 def close(a: GMMStatistics, b: GMMStatistics) -> bool:
-    assert a.sum_xx is not None and b.sum_xx is not None
+    assert a.sum_xx is not None
+    assert b.sum_xx is not None
     pairs = [
         (a.count, b.count),
         (a.sum_x, b.sum_x),
@@ -92,5 +93,5 @@ def test_means_far_from_zero_lose_no_digits() -> None:
 )
 def test_a_degenerate_mixture_cannot_be_built(broken: dict[str, torch.Tensor]) -> None:
     parts = {"weights": torch.full((2,), 0.5), "means": torch.zeros(2, 3), "variances": torch.ones(2, 3), **broken}
-    with pytest.raises(DataError, match="expected|must be"):
+    with pytest.raises(DataError, match=r"expected|must be"):
         DiagonalGMM(**parts)

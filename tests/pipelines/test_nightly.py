@@ -1,0 +1,263 @@
+"""A story of nights on real Spark, Delta and MLflow: first night, idle night, new items, refit, failed gate."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data import topics, write_vectors
+from deltalake import DeltaTable
+from pyspark.sql import SparkSession
+
+from jobs.config import Config, ConfigError, load_config
+from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, Registry, open_registry
+from jobs.releases import current_release
+from jobs.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, Warehouse
+from pipelines import nightly
+from pipelines.nightly import Night
+from pipelines.report import facts
+from tokenizer import Iteration, text_of
+
+ITEMS, DIM = 400, 12
+DAY = date(2026, 1, 1)
+
+
+class Silent:
+    @contextmanager
+    def step(self, name: str, why: str) -> Iterator[None]:
+        yield
+
+    def done(self, name: str, facts: str) -> None: ...
+    def iteration(self, step: Iteration) -> None: ...
+    def epoch(self, text: str) -> None: ...
+
+
+class House:
+    """One warehouse and what a night needs of it."""
+
+    def __init__(self, spark: SparkSession, root: Path) -> None:
+        self.root = root
+        self.warehouse = Warehouse(spark, str(root))
+        self.x = topics(ITEMS + 60, DIM, groups=40, spread=0.3)
+        self.settings = [f"load.source={root}/in/vectors.parquet", f"train.interactions={root}/in/clicks.parquet", "fit.components=16", "train.epochs=1", "train.width=8", "train.history=10"]  # fmt: skip
+        self.config = self.configured()
+        self.registry: Registry = open_registry(self.config, str(root))
+        self.write(ITEMS)
+        generator = np.random.default_rng(0)
+        n = 4000
+        pq.write_table(
+            pa.table(
+                {
+                    "user_id": generator.integers(60, size=n),
+                    "item_id": generator.integers(ITEMS + 5, size=n),  # five items have no vector
+                    "timestamp": np.sort(generator.integers(1000, size=n)),
+                    "rating": generator.integers(1, 6, size=n).astype(float),
+                }
+            ),
+            root / "in" / "clicks.parquet",
+        )
+
+    def configured(self, *more: str) -> Config:
+        return load_config(overrides=[*self.settings, *more], warehouse=str(self.root))
+
+    def write(self, items: int) -> None:
+        write_vectors(self.root / "in" / "vectors.parquet", list(range(items)), text_embedding=self.x[:items])
+
+    def night(self, day: date, *more: str) -> Night:
+        night = Night(day)
+        nightly.run(self.configured(*more), self.warehouse, self.registry, night, self.root / "pictures", Silent())
+        return night
+
+    def ids(self, version: int) -> dict[str, Any]:
+        rows = self.warehouse.read(SEMANTIC_IDS).where(f"codebook_version = {version}").collect()
+        assert len({row["item_id"] for row in rows}) == len(rows)
+        return {row["item_id"]: row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def house(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> House:
+    return House(spark, tmp_path_factory.mktemp("house"))
+
+
+@pytest.fixture(scope="module")
+def first(house: House) -> Night:
+    return house.night(DAY)
+
+
+def test_the_first_night_ends_in_a_release_and_a_model(house: House, first: Night) -> None:
+    assert first.refit_because == "there is no champion yet"
+    assert first.loaded is not None
+    assert first.loaded.rows_in == first.loaded.rows_stored + first.loaded.rows_rejected == ITEMS
+    release = current_release(house.warehouse)
+    assert release is not None
+    assert (release.release_id, release.codebook_version) == (1, 1)
+    champion = house.registry.resolve(CODEBOOK_MODEL, CHAMPION)
+    assert champion is not None
+    assert champion.tags["codebook_hash"] == release.codebook_hash
+    assert house.registry.resolve(CTR_MODEL, CANDIDATE) is not None
+    assert first.trained is not None
+    assert first.trained.without_id == 5
+    told = facts(first, "w", Path("p"), 1.0)
+    json.dumps(told)
+    assert {"rows_in", "rmse", "utilization", "perplexity", "distinct", "largest_collision", "verdict", "champion_version", "codebook_hash", "auc", "auc_control", "gauc", "log_loss", "seconds", "warehouse", "pictures"} <= set(told)  # fmt: skip
+    drawn = {path.name.split("-")[0] for path in (house.root / "pictures").glob("*.png")}
+    assert drawn == {"convergence", "usage", "likelihood", "ctr"}
+
+
+def test_every_item_has_one_unique_id_with_its_hashes(house: House, first: Night) -> None:
+    ids = house.ids(1)
+    release = current_release(house.warehouse)
+    assert release is not None
+    assert len(ids) == ITEMS
+    assert len({row["semantic_id"] for row in ids.values()}) == ITEMS
+    for row in ids.values():
+        assert row["semantic_id"] == text_of(row["codes"], row["suffix"])
+        assert row["codebook_hash"] == release.codebook_hash
+        assert not row["held"]
+
+
+def test_the_same_night_again_does_nothing(house: House, first: Night) -> None:
+    before = {table.name: house.warehouse.version(table) for table in (ITEM_EMBEDDINGS, SEMANTIC_IDS, RELEASES)}
+    again = house.night(DAY)
+    assert again.nothing_to_do
+    assert {table.name: house.warehouse.version(table) for table in (ITEM_EMBEDDINGS, SEMANTIC_IDS, RELEASES)} == before
+    assert again.trained is not None
+    assert first.trained is not None
+    assert again.trained.auc == first.trained.auc
+
+
+def test_delta_rs_and_duckdb_read_the_ids_both_ways(house: House, first: Night) -> None:
+    table = DeltaTable(house.warehouse.path(SEMANTIC_IDS)).to_pyarrow_dataset()  # noqa: F841  duckdb finds it by name
+    row = next(iter(house.ids(1).values()))
+    with duckdb.connect() as db:
+        found = db.sql(
+            "SELECT semantic_id FROM table WHERE item_id = ?".replace("table", '"table"'), params=[row["item_id"]]
+        ).fetchall()
+        assert found == [(row["semantic_id"],)]
+        same = db.sql('SELECT item_id FROM "table" WHERE codes = ?', params=[list(row["codes"])]).fetchall()
+    assert (row["item_id"],) in same
+
+
+def test_the_champion_loads_without_spark_and_gives_the_codes_of_the_table(
+    house: House, first: Night, tmp_path: Path
+) -> None:
+    code = f"""
+import sys
+sys.modules["pyspark"] = None  # as on a machine that does not have it
+import json, mlflow, pandas as pd
+from deltalake import DeltaTable
+mlflow.set_tracking_uri({house.registry.tracking_uri!r})
+model = mlflow.pyfunc.load_model("models:/semantic-id-codebook@champion")
+rows = DeltaTable({house.warehouse.path(ITEM_EMBEDDINGS)!r}).to_pandas()
+out = model.predict(rows[["embedding"]])
+json.dump(dict(zip(rows["item_id"], out["codes"])), open({str(tmp_path / "codes.json")!r}, "w"))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "codes.json").read_text())
+    assert told == {item: list(row["codes"]) for item, row in house.ids(1).items()}
+
+
+def test_new_items_are_encoded_and_incumbents_do_not_move(house: House, first: Night) -> None:
+    before = house.ids(1)
+    house.write(ITEMS + 40)
+    night = house.night(date(2026, 1, 2), "train.interactions=")
+    assert night.refit_because is None
+    assert night.encoded is not None
+    assert night.encoded.encoded == 40
+    after = house.ids(1)
+    assert len(after) == ITEMS + 40
+    assert {item: after[item] for item in before} == before
+    assert len({row["semantic_id"] for row in after.values()}) == len(after)
+    assert night.release is not None
+    assert (night.release.release_id, night.release.previous) == (2, 1)
+
+
+def test_a_changed_vector_keeps_its_published_id(house: House, first: Night) -> None:
+    before = house.ids(1)
+    house.x[7] = -house.x[7]
+    house.write(ITEMS + 40)
+    night = house.night(date(2026, 1, 3), "train.interactions=")
+    after = house.ids(1)
+    assert night.encoded is not None
+    assert night.encoded.encoded == 1
+    assert after["7"]["semantic_id"] == before["7"]["semantic_id"]
+    assert after["7"]["content_hash"] != before["7"]["content_hash"]
+    assert after["7"]["held"]
+
+
+def test_a_failed_gate_leaves_champion_and_release(house: House, first: Night) -> None:
+    night = house.night(date(2026, 2, 5), "gate.min_distinct=1.0", "fit.seed=1")
+    assert night.refit_because is not None
+    assert "due for a refit" in night.refit_because
+    assert night.gate_message is not None
+    assert "distinct is" in night.gate_message
+    assert "The champion stays" in night.gate_message
+    champion = house.registry.resolve(CODEBOOK_MODEL, CHAMPION)
+    release = current_release(house.warehouse)
+    assert champion is not None
+    assert release is not None
+    assert champion.version == release.codebook_version == 1
+    assert night.trained is None
+
+
+def test_a_refit_starts_from_the_champion_and_moves_few_ids(house: House, first: Night) -> None:
+    before = house.ids(1)
+    house.write(ITEMS + 60)
+    night = house.night(date(2026, 2, 10), "train.interactions=")
+    assert night.evaluated is not None
+    assert night.evaluated.passed, night.evaluated.reasons
+    assert night.evaluated.metrics["churn"] <= 0.1
+    release = current_release(house.warehouse)
+    assert release is not None
+    after = house.ids(release.codebook_version)
+    assert len(after) == ITEMS + 60
+    assert len({row["semantic_id"] for row in after.values()}) == len(after)
+    kept = [item for item in before if after[item]["codes"] == before[item]["codes"] and item != "7"]
+    assert all(after[item]["suffix"] == before[item]["suffix"] for item in kept)
+    assert house.night(date(2026, 2, 10), "train.interactions=").nothing_to_do
+
+
+def test_fewer_items_than_components_is_a_sentence(house: House, first: Night) -> None:
+    with pytest.raises(ConfigError, match=r"has 460 items and fit\.components is 1000"):
+        house.night(date(2026, 2, 11), "fit.components=1000")
+
+
+def sid(house: House, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pipelines", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent.parent,
+    )
+
+
+def test_status_and_explain_fit_one_screen(house: House, first: Night, tmp_path: Path) -> None:
+    told = sid(house, "status", "--warehouse", str(house.root), "--json", str(tmp_path / "status.json"))
+    assert told.returncode == 0, told.stderr
+    assert "Release" in told.stdout
+    assert len(told.stdout.splitlines()) < 24
+    assert json.loads((tmp_path / "status.json").read_text())["semantic_ids_rows"] > ITEMS
+    told = sid(house, "explain", "7", "--warehouse", str(house.root))
+    assert told.returncode == 0, told.stderr
+    assert "semantic ID" in told.stdout
+    assert "held" in told.stdout
+
+
+def test_a_wrong_setting_is_a_sentence_and_exit_code_2(house: House) -> None:
+    told = sid(house, "nightly", "--set", "fit.component=3")
+    assert told.returncode == 2
+    assert "did you mean fit.components?" in told.stderr
+    assert "Traceback" not in told.stderr
