@@ -18,6 +18,8 @@ from tokenizer import load_codebook
 class CodebookModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """`predict` takes a matrix (N, D), or a frame whose column `embedding` holds packed bytes or lists of floats."""
 
+    _skip_type_hint_validation = True  # else MLflow warns everyone who loads it; the input is checked here, in words
+
     def load_context(self, context: Any) -> None:
         self.codebook = load_codebook(context.artifacts["artefact"])
 

@@ -88,7 +88,7 @@ def draw_ctr(
         (control, "codes dealt at random", "tab:gray"),
     ):
         left.plot(range(1, len(values) + 1), values, marker="o", color=colour, label=label)
-    left.set(title="validation", xlabel="epoch", ylabel="AUC")
+    left.set(title="validation", xlabel="epoch", ylabel="AUC", xticks=range(1, max(len(with_ids), len(control)) + 1))
     left.legend(frameon=False)
     place = np.arange(len(rarity))
     right.bar(place - 0.2, ours, 0.4, color="tab:blue", label="semantic IDs")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,14 +138,12 @@ def register(registry: Registry, name: str, code: Path, artefacts: Path, tags: M
     """
     import mlflow
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(?s).*type hints")  # the model checks its input itself, in words
-        info = mlflow.pyfunc.log_model(
-            name=name,
-            python_model=str(code),
-            artifacts={"artefact": str(artefacts)},
-            pip_requirements=["semantic-id-pipeline"],
-        )
+    info = mlflow.pyfunc.log_model(
+        name=name,
+        python_model=str(code),
+        artifacts={"artefact": str(artefacts)},
+        pip_requirements=["semantic-id-pipeline"],
+    )
     client = registry.client
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)

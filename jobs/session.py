@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.engine import delta_jars, find_java
 from pyspark.sql import SparkSession
 
 from jobs.config import Config
+from jobs.engine import delta_jars, find_java
 
 # Right for tables of some files on one machine, wrong for a cluster, where Spark's and Delta's own defaults are good:
 # fifty tasks per snapshot and ten thousand for a listing cost seconds each when there are two cores.

@@ -52,7 +52,6 @@ def demo(
     expected = ""
     if data is None:
         from jobs.demo_data import EXPECTED_LIFT, write_demo_data
-
         from jobs.tables import warehouse_root
 
         data = Path(warehouse_root(where)) / "demo_data"
@@ -176,7 +175,6 @@ def main() -> None:
 def _exit_code(error: Exception) -> int | None:
     """The exit code of an error made for a reader; None for one that is our own mistake."""
     from jobs.engine import EnvironmentProblem
-
     from jobs.fit import FitFailed
     from jobs.tables import SchemaError, WarehouseError
     from pipelines.promote import GateFailed, PromotionConflict

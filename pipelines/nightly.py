@@ -13,7 +13,6 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Protocol
 
-from jobs.train import TrainResult
 from pyspark.sql import functions as F
 
 from jobs import encode, evaluate, fit, load, train
@@ -25,6 +24,7 @@ from jobs.load import LoadResult
 from jobs.registry import CHAMPION, CODEBOOK_MODEL, ModelVersion, Registry
 from jobs.releases import Release
 from jobs.tables import SEMANTIC_IDS, Warehouse
+from jobs.train import TrainResult
 from pipelines.promote import GateFailed, promote
 from tokenizer import Iteration
 

@@ -20,6 +20,8 @@ from jobs.ctr.dmqn import DMQN, DMQNShape
 class DMQNModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     """`predict` takes a frame of item_id, history (list of item ids, oldest first) and features (list of floats)."""
 
+    _skip_type_hint_validation = True  # else MLflow warns everyone who loads it; the input is checked here, in words
+
     def load_context(self, context: Any) -> None:
         folder = Path(context.artifacts["artefact"])
         manifest = json.loads((folder / "manifest.json").read_text())
