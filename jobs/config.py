@@ -66,7 +66,7 @@ class FitConfig(Section):
     seed: int = Field(0, ge=0)
     workers: int = Field(1, ge=1, description="processes of the fit; more than one runs on TorchDistributor")
     sample: int = Field(0, ge=0, description="fit on this many items, 0 for all")
-    batch_rows: int = Field(65536, ge=1, description="rows of one batch in memory")
+    batch_rows: int = Field(8192, ge=1, description="rows of one batch in memory; workers take turns by batch")
 
 
 class EncodeConfig(Section):

@@ -175,7 +175,8 @@ def _fit(config: Config, data: EmbeddingFiles, init: RQGMM | None, folder: Path,
             _fit_worker, asdict(data), settings, str(folder), init is not None
         )
     except RuntimeError as error:
-        told = sorted(folder.glob("error-*.txt"))
+        # The first to fail says why; the others only that it has gone.
+        told = sorted(folder.glob("error-*.txt"), key=lambda file: file.stat().st_mtime_ns)
         if not told:
             raise
         raise FitFailed(

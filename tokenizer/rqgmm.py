@@ -214,6 +214,8 @@ class _Blocks:
             self._codes.append([])
         counted = _all_sum(torch.tensor([float(rows), square], dtype=torch.float64))
         self.rows = int(counted[0])
+        if _distributed():  # a rank may have no rows, and takes part all the same
+            self.dim = int(torch.cat(_gathered(torch.tensor([self.dim]))).max())
         if self.rows == 0:
             raise DataError("there are no embeddings to fit on; expected at least as many as components")
         if self.rows < components:
