@@ -1,0 +1,1 @@
+"""Measurements behind the figures of the README: `sid bench ...`, or `python -m benchmarks.<name>`."""
