@@ -56,7 +56,9 @@ def rq_kmeans_pp(x: Tensor, levels: int, components: int, seed: int) -> Fitted:
     from sklearn.cluster import KMeans
 
     def centres(residual: np.ndarray, level: int) -> np.ndarray:
-        fitted = KMeans(components, n_init=10, max_iter=LLOYD_ITERATIONS, random_state=seed * 1000 + level).fit(residual)
+        fitted = KMeans(components, n_init=10, max_iter=LLOYD_ITERATIONS, random_state=seed * 1000 + level).fit(
+            residual
+        )
         return np.asarray(fitted.cluster_centers_, np.float32)
 
     return _residual_kmeans(x, levels, centres)
@@ -78,7 +80,10 @@ def _residual_kmeans(x: Tensor, levels: int, centres: Callable[[np.ndarray, int]
             residual -= means[codes[-1]]
         return torch.tensor(np.stack(codes, axis=1), dtype=torch.int32)
 
-    return Fitted(encode, lambda codes, _: sum((torch.tensor(m)[codes[:, n].long()] for n, m in enumerate(found)), torch.zeros(())))
+    return Fitted(
+        encode,
+        lambda codes, _: sum((torch.tensor(m)[codes[:, n].long()] for n, m in enumerate(found)), torch.zeros(())),
+    )
 
 
 def _nearest(means: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -106,7 +111,9 @@ def faiss_rq(beam: int) -> Callable[[Tensor, int, int, int], Fitted]:
             return torch.tensor(code_bits @ (1 << np.arange(bits)), dtype=torch.int32)
 
         means = torch.tensor(faiss.vector_to_array(rq.codebooks).reshape(levels, components, -1))
-        return Fitted(encode, lambda codes, _: sum((means[n][codes[:, n].long()] for n in range(levels)), torch.zeros(())))
+        return Fitted(
+            encode, lambda codes, _: sum((means[n][codes[:, n].long()] for n in range(levels)), torch.zeros(()))
+        )
 
     return fit
 
@@ -181,7 +188,9 @@ def rq_vae(x: Tensor, levels: int, components: int, seed: int, epochs: int = 60)
             with torch.no_grad():
                 residual = encoder(x / scale)
                 for level in range(levels):
-                    kmeans = faiss.Kmeans(latent, components, niter=20, seed=seed + level + 1, min_points_per_centroid=1)
+                    kmeans = faiss.Kmeans(
+                        latent, components, niter=20, seed=seed + level + 1, min_points_per_centroid=1
+                    )
                     kmeans.train(residual.numpy())
                     codebooks[level] = torch.tensor(kmeans.centroids)
                     residual = residual - codebooks[level][torch.cdist(residual, codebooks[level]).argmin(1)]

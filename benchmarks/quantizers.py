@@ -123,7 +123,9 @@ def draw(rows: Sequence[Row], names: Sequence[str], title: str, file: Path) -> N
     for place, name in enumerate(reversed(names)):
         for part, colour, marker in (("train", "tab:blue", "o"), ("held-out", "tab:orange", "s")):
             values = [row.rmse for row in rows if row.quantizer == name and row.split == part]
-            left.plot(values, [place] * len(values), marker, color=colour, alpha=0.7, label=part if place == 0 else None)
+            left.plot(
+                values, [place] * len(values), marker, color=colour, alpha=0.7, label=part if place == 0 else None
+            )
         train = mean(rows, name, "train")
         assert train is not None
         right.plot(train.perplexity, [place] * len(train.perplexity), "-", color="lightgrey", zorder=0)
@@ -167,7 +169,9 @@ def quantizers(
     rows = compare(x, names, levels, components, range(seeds))
     console = Console(width=180, highlight=False)
     console.print(title + (f"; {left_out} rows without a usable vector left out" if left_out else ""))
-    console.print("Mean over seeds; a tenth of the items held out; ratios of RMSE to the two opponents; the last five columns on training items.")
+    console.print(
+        "Mean over seeds; a tenth of the items held out; ratios of RMSE to the two opponents; the last five columns on training items."
+    )
     console.print(table(rows, names))
     if "prq-kmeans" in names:
         console.print("prq-kmeans keeps a scalar per level beside the codes; its RMSE is not of codes alone.")

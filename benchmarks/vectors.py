@@ -45,10 +45,14 @@ def read_vectors(file: Path, columns: list[str], *, normalize: bool = True, pca:
     """
     if not file.exists():
         raise WrongVectors(f"{file} does not exist; expected a Parquet file or folder, or a .npy")
-    blocks = [_numbers(np.load(file, allow_pickle=False), file.name)] if file.suffix == ".npy" else _columns(file, columns)
+    blocks = (
+        [_numbers(np.load(file, allow_pickle=False), file.name)] if file.suffix == ".npy" else _columns(file, columns)
+    )
     scaled = [_unit(block) if normalize else block for block in blocks]
     present = np.stack([np.isfinite(block).all(1) & block.any(1) for block in blocks], axis=1)
-    x = np.concatenate([np.where(here[:, None], block, 0) for block, here in zip(scaled, present.T, strict=True)], axis=1)
+    x = np.concatenate(
+        [np.where(here[:, None], block, 0) for block, here in zip(scaled, present.T, strict=True)], axis=1
+    )
     broken = ~present.any(1)
     x = x[~broken]
     if not len(x):
@@ -76,10 +80,16 @@ def _matrix(column: pa.Array, name: str) -> np.ndarray:
     kind: Any = column.type
     binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
     if not binary and not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        raise WrongVectors(f"column {name!r} has type {kind}; expected a list of numbers or packed little-endian float32")
+        raise WrongVectors(
+            f"column {name!r} has type {kind}; expected a list of numbers or packed little-endian float32"
+        )
     rows = [
         None if row is None else np.frombuffer(row, "<f4") if binary else np.asarray(row, np.float64)
-        for row in (column.to_pylist() if binary else (value.values.to_numpy(False) if value.is_valid else None for value in column))
+        for row in (
+            column.to_pylist()
+            if binary
+            else (value.values.to_numpy(False) if value.is_valid else None for value in column)
+        )
     ]
     sizes = [len(row) for row in rows if row is not None and len(row)]
     if not sizes:
@@ -102,7 +112,9 @@ def _unit(x: np.ndarray) -> np.ndarray:
 
 def _principal(x: np.ndarray, components: int) -> np.ndarray:
     if components > x.shape[1]:
-        raise WrongVectors(f"--pca is {components} and the vectors have {x.shape[1]} dimensions; expected at most as many")
+        raise WrongVectors(
+            f"--pca is {components} and the vectors have {x.shape[1]} dimensions; expected at most as many"
+        )
     centred = x - x.mean(0)
     _, vectors = np.linalg.eigh(centred.T @ centred)  # ascending
     return centred @ vectors[:, ::-1][:, :components]

@@ -65,8 +65,8 @@ class FitConfig(Section):
     components: int = Field(128, ge=2, le=65536, description="K, components of a level (the paper's 128)")
     seed: int = Field(0, ge=0)
     workers: int = Field(1, ge=1, description="processes of the fit; more than one runs on TorchDistributor")
-    sample: int = Field(0, ge=0, description="fit on this many items, 0 for all")
-    batch_rows: int = Field(8192, ge=1, description="rows of one batch in memory; workers take turns by batch")
+    sample: int = Field(0, ge=0, description="fit on about this many items, evenly spread; 0 for all")
+    batch_rows: int = Field(8192, ge=1, description="rows of one batch in memory")
 
 
 class EncodeConfig(Section):

@@ -27,7 +27,7 @@ from jobs.packed import unpack
 from jobs.pictures import draw_convergence
 from jobs.registry import CANDIDATE, CODEBOOK_MODEL, ModelVersion, Registry, pinned, register
 from jobs.tables import ITEM_EMBEDDINGS, SchemaError, Warehouse
-from tokenizer import RQGMM, Iteration, RQGMMFit, fit_rqgmm, load_codebook, save_codebook
+from tokenizer import FIT_BLOCK, RQGMM, Iteration, RQGMMFit, fit_rqgmm, load_codebook, save_codebook
 
 Progress = Callable[[Iteration], None]
 
@@ -49,7 +49,8 @@ class FitFailed(RuntimeError):
 class EmbeddingFiles:
     """A table version as a re-iterable of float32 batches (n, dim): the rows of `files` that fall to `rank` of `world`.
 
-    Row groups of batches are dealt out whole, in a fixed order, so that a batch is the same whoever reads it.
+    Every `step`-th row counts. Ranks take consecutive stretches of them that begin at a block of the fit, so that the
+    blocks, and with them the codebook, are the same for any number of workers. Only row groups with own rows are read.
     """
 
     files: tuple[str, ...]
@@ -57,22 +58,28 @@ class EmbeddingFiles:
     batch_rows: int
     rank: int = 0
     world: int = 1
-    keep: float = 1.0  # share of the rows of each batch, evenly spaced
+    step: int = 1
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        number = 0
+        groups = []  # (file, row group, number of its first row in the table)
+        rows = 0
         for uri in self.files:
             filesystem, path = fs.FileSystem.from_uri(uri)
-            for batch in pq.ParquetFile(path, filesystem=filesystem).iter_batches(
-                self.batch_rows, columns=["embedding"]
-            ):
-                number += 1
-                if (number - 1) % self.world != self.rank:
-                    continue
-                x = unpack(batch.column(0), self.dim)
-                if self.keep < 1.0:
-                    x = x[:: max(1, round(1 / self.keep))]
-                yield torch.tensor(x)
+            file = pq.ParquetFile(path, filesystem=filesystem)
+            for group in range(file.num_row_groups):
+                groups.append((file, group, rows))
+                rows += file.metadata.row_group(group).num_rows
+        blocks = -(-rows // (FIT_BLOCK * self.step))
+        begin, end = (FIT_BLOCK * self.step * (blocks * rank // self.world) for rank in (self.rank, self.rank + 1))
+        for file, group, first in groups:
+            if first >= end or first + file.metadata.row_group(group).num_rows <= begin:
+                continue
+            for batch in file.iter_batches(self.batch_rows, row_groups=[group], columns=["embedding"]):
+                own = batch.slice(max(0, begin - first), max(0, end - max(first, begin)))
+                skipped = -max(first, begin) % self.step
+                first += len(batch)
+                if len(own):
+                    yield torch.tensor(unpack(own.column(0), self.dim)[skipped :: self.step])
 
 
 def run(
@@ -108,8 +115,8 @@ def run(
         return FitResult(done, done.tags["codebook_hash"], None, time.monotonic() - began, nothing_to_do=True)
 
     files = tuple(warehouse.files(ITEM_EMBEDDINGS, version))
-    keep = min(1.0, config.fit.sample / items) if config.fit.sample else 1.0
-    data = EmbeddingFiles(files, fusion.dim, config.fit.batch_rows, keep=keep)
+    step = max(1, items // config.fit.sample) if config.fit.sample else 1
+    data = EmbeddingFiles(files, fusion.dim, config.fit.batch_rows, step=step)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         init = None
@@ -123,6 +130,7 @@ def run(
             "fusion": json.loads(fusion.to_json()),
             "fit": config.fit.model_dump(mode="json"),
             "items": items,
+            "items_fitted_on": -(-items // step),
             "table_versions": {ITEM_EMBEDDINGS.name: version},
             "started_from": start.tags["codebook_hash"] if start else None,
             "run_date": str(run_date),

@@ -54,7 +54,7 @@ class DiagonalGMM:
         return bool((self.variances == self.variances[:1]).all())
 
     @cached_property
-    def _shift(self) -> Tensor | None:
+    def shift(self) -> Tensor | None:
         """Where the means lie far from zero compared with their spread, products with them lose digits: work around their centre."""
         centre = self.means.double().mean(0)
         return centre.float() if centre.square().sum() > 100 * self.variances.double().mean(0).sum() else None
@@ -62,17 +62,28 @@ class DiagonalGMM:
     @cached_property
     def _linear(self) -> tuple[Tensor, Tensor, Tensor]:
         """Coefficients of the log-joint: `x @ slope.T - x^2 @ half_precision.T + intercept`."""
-        means = (self.means - self._shift if self._shift is not None else self.means).double()
+        means = (self.means - self.shift if self.shift is not None else self.means).double()
         precision = 1 / self.variances.double()
         log_norm = -0.5 * (self.variances.double().log().sum(1) + self.dim * LOG_2PI)
         intercept = self.weights.double().log() + log_norm - 0.5 * (means.square() * precision).sum(1)
         return (means * precision).float(), (0.5 * precision).float(), intercept.float()
 
-    def affinity(self, x: Tensor) -> Tensor:
-        """(N, K): the log-joint up to a term of each row, which changes neither argmax nor posterior."""
+    @cached_property
+    def log_normaliser(self) -> float:
+        """Of an isotropic mixture with flat weights: log weight and the constant of the density, the same for all."""
+        return math.log(float(self.weights[0])) - 0.5 * self.dim * (math.log(float(self.variances[0, 0])) + LOG_2PI)
+
+    def affinity(self, x: Tensor, temperature: float = 1.0) -> Tensor:
+        """(N, K): the log-joint / temperature, up to a term of each row, which changes neither argmax nor posterior."""
         slope, half_precision, intercept = self._linear
-        if self._shift is not None:
-            x = x - self._shift
+        if temperature != 1.0:
+            slope, half_precision, intercept = (
+                slope / temperature,
+                half_precision / temperature,
+                intercept / temperature,
+            )
+        if self.shift is not None:
+            x = x - self.shift
         score = torch.addmm(intercept, x, slope.T)
         return score if self.tied else score.addmm_(x.square(), half_precision.T, alpha=-1)
 
@@ -80,8 +91,8 @@ class DiagonalGMM:
         """(N,): what `affinity` leaves out of the log-joint."""
         if not self.tied:
             return x.new_zeros(len(x))
-        if self._shift is not None:
-            x = x - self._shift
+        if self.shift is not None:
+            x = x - self.shift
         return -(x.square() @ self._linear[1][0])
 
     def log_joint(self, x: Tensor) -> Tensor:
@@ -100,8 +111,9 @@ class GMMStatistics:
     count: Tensor  # (K,)    sum_n gamma_nk
     sum_x: Tensor  # (K, D)  sum_n gamma_nk x_n
     sum_xx: Tensor | None  # (K, D)  sum_n gamma_nk x_n^2, where asked for
-    log_likelihood: Tensor  # ()  sum_n log p(x_n)
+    log_likelihood: Tensor  # ()  sum_n log p(x_n); NaN where not asked for
     squared_error: Tensor  # ()  sum_n |x_n - mu_code(n)|^2
+    certainty: Tensor  # ()  sum_n max_k gamma_nk
 
     def __add__(self, other: GMMStatistics) -> GMMStatistics:
         both = None if self.sum_xx is None or other.sum_xx is None else self.sum_xx + other.sum_xx
@@ -111,6 +123,28 @@ class GMMStatistics:
             both,
             self.log_likelihood + other.log_likelihood,
             self.squared_error + other.squared_error,
+            self.certainty + other.certainty,
+        )
+
+    def on_grid(self, rows: int, largest: float) -> GMMStatistics:
+        """Rounded so that adding the statistics of all `rows`, of elements up to `largest`, is exact in any order.
+
+        Every number becomes a multiple of a power of two below 2^-52 of what the sum can reach; doubles add such
+        numbers without rounding, so the number of processes and their order change no bit.
+        """
+
+        def rounded(value: Tensor, reach: float) -> Tensor:
+            grid = 2.0 ** (math.frexp(max(reach, 1e-290))[1] - 52)
+            return (value / grid).round() * grid
+
+        dim = self.sum_x.shape[1]
+        return GMMStatistics(
+            rounded(self.count, 2 * rows),
+            rounded(self.sum_x, 2 * rows * largest),
+            None if self.sum_xx is None else rounded(self.sum_xx, 2 * rows * largest**2),
+            self.log_likelihood,
+            rounded(self.squared_error, 8 * rows * dim * largest**2),
+            rounded(self.certainty, 2 * rows),
         )
 
 
@@ -121,54 +155,97 @@ def e_step(gmm: DiagonalGMM, x: Tensor, *, temperature: float = 1.0, second_mome
     one-hot (classification EM). Products of a block are float32, their sums over blocks float64.
     """
     affinity = gmm.affinity(x)  # (N, K)
-    row_term = gmm.row_term(x)  # (N,)
     best, code = affinity.max(dim=1)  # (N,), (N,)
-    log_likelihood = (affinity.logsumexp(dim=1) + row_term).double().sum()
-    squared_error = (x - gmm.means[code]).double().square().sum()
+    log_likelihood = (affinity.logsumexp(dim=1) + gmm.row_term(x)).double().sum()
+    squared_error = (x - gmm.means[code]).square().sum(dim=1).double().sum()
     if temperature > 0:
-        resp = affinity.sub_(best[:, None]).div_(temperature).exp_()
-        resp /= resp.sum(dim=1, keepdim=True)
-        count, sum_x = resp.sum(0), resp.T @ x
+        resp = affinity.sub_(best[:, None]).div_(temperature).softmax(dim=1)
+        count, sum_x, certainty = resp.sum(0), resp.T @ x, resp.amax(dim=1).double().sum()
         sum_xx = resp.T @ x.square() if second_moments else None
     else:
-        count = torch.bincount(code, minlength=gmm.components)
-        sum_x = x.new_zeros(gmm.means.shape).index_add_(0, code, x)
-        sum_xx = x.new_zeros(gmm.means.shape).index_add_(0, code, x.square()) if second_moments else None
+        count, sum_x = _hard_sums(code, x, gmm.components)
+        certainty = torch.tensor(float(len(x)), dtype=torch.float64)
+        sum_xx = _hard_sums(code, x.square(), gmm.components)[1] if second_moments else None
     return GMMStatistics(
-        count.double(), sum_x.double(), None if sum_xx is None else sum_xx.double(), log_likelihood, squared_error
-    )
+        count.double(), sum_x.double(), None if sum_xx is None else sum_xx.double(), log_likelihood, squared_error, certainty
+    )  # fmt: skip
+
+
+CERTAIN = 1 - 1e-3  # a row this sure of its component counts as its component's alone
+
+
+def annealing_step(gmm: DiagonalGMM, x: Tensor, temperature: float) -> GMMStatistics:
+    """`e_step` of an `isotropic` mixture without the likelihood, for the many passes of annealing.
+
+    Rows whose component is certain are summed without a product; as it gets cold these are nearly all. The error
+    comes from the best score, |x - mu|^2 = |x|^2 - 2 variance score, so no mean is gathered.
+    """
+    variance = float(gmm.variances[0, 0])
+    score = gmm.affinity(x, temperature)  # (N, K)
+    moved = x if gmm.shift is None else x - gmm.shift
+    squared = torch.linalg.vector_norm(moved).double().square()
+    normaliser = gmm.log_normaliser / temperature
+    best = score.amax(dim=1)
+    squared_error = (squared - 2 * variance * temperature * (best - normaliser).double().sum()).clamp_min(0)
+    resp = score.softmax(dim=1)
+    sure, code = resp.max(dim=1)
+    unsure = (sure < CERTAIN).nonzero()[:, 0]
+    if 2 * len(unsure) > len(x):
+        count, sum_x = resp.sum(0), (x.T @ resp).T
+    else:
+        certain = (sure >= CERTAIN).nonzero()[:, 0]
+        count, sum_x = _hard_sums(code[certain], x[certain], gmm.components)
+        rest = resp[unsure]
+        count, sum_x = count + rest.sum(0), sum_x + (x[unsure].T @ rest).T
+    unknown = torch.tensor(math.nan, dtype=torch.float64)
+    return GMMStatistics(count.double(), sum_x.double(), None, unknown, squared_error, sure.double().sum())
+
+
+def _hard_sums(code: Tensor, x: Tensor, components: int) -> tuple[Tensor, Tensor]:
+    count = torch.bincount(code, minlength=components)
+    return count, x.new_zeros(components, x.shape[1]).index_add_(0, code, x)
+
+
+def map_means(stats: GMMStatistics, previous: Tensor, *, prior: float = 0.0) -> Tensor:
+    """(K, D) float64: means under a prior of `prior` rows at the mean of all rows; without rows or prior, as before.
+
+    The posterior mode of a Gaussian prior (PRML eq. 2.141). One row is the unit information prior of Kass and
+    Wasserman (1995); it matters where components have few rows, and there keeps their noise out of the codebook.
+    """
+    weight = stats.count[:, None] + prior
+    centre = stats.sum_x.sum(0) / stats.count.sum()
+    means = (stats.sum_x + prior * centre) / weight.clamp_min(1e-6)
+    return torch.where(stats.count[:, None] > 1e-6, means, previous.double())
 
 
 def m_step(
-    stats: GMMStatistics, previous: DiagonalGMM, *, shrinkage: float, fitted_weights: bool, floor: float
-) -> DiagonalGMM:
-    """Weights, means and variances from the statistics (PRML eq. 9.24-9.26).
+    stats: GMMStatistics, previous: DiagonalGMM, *, shrinkage: float, fitted_weights: bool, floor: float, prior: float = 0.0
+) -> DiagonalGMM:  # fmt: skip
+    """Weights, means and variances from the statistics (PRML eq. 9.24-9.26); means as in `map_means`.
 
     `shrinkage` s pulls each variance to the mean variance of the level: (1 - s) var_k + s mean; 1 gives one variance for
-    all, 0 the paper's model. Weights are flat unless fitted. A component without rows keeps its mean.
+    all, 0 the paper's model. Weights are flat unless fitted. With shrinkage 1 second moments are not needed if the
+    statistics are hard: the error under the old means gives that under the new ones.
     """
-    if stats.sum_xx is None:
-        raise ValueError("the M-step of variances needs second moments; call e_step(second_moments=True)")
     used = stats.count > 0
-    count = stats.count.clamp_min(torch.finfo(torch.float64).tiny)[:, None]  # (K, 1)
-    means = torch.where(used[:, None], stats.sum_x / count, previous.means.double())
-    variances = (stats.sum_xx / count - means.square()).clamp_min(0)  # (K, D)
-    within = (stats.sum_xx[used] - stats.count[used, None] * means[used].square()).sum() / (
-        stats.count.sum() * means.shape[1]
-    )
-    within = within.clamp_min(floor)
-    variances = torch.where(used[:, None], variances, within)
-    variances = ((1 - shrinkage) * variances + shrinkage * within).clamp_min(floor)
+    means = map_means(stats, previous.means, prior=prior)  # (K, D)
+    elements = stats.count.sum() * means.shape[1]
+    if stats.sum_xx is None:
+        if shrinkage < 1:
+            raise ValueError("the M-step of variances needs second moments; call e_step(second_moments=True)")
+        old = previous.means.double()
+        saved = (stats.sum_x * (means - old)).sum() * 2 - (stats.count[:, None] * (means.square() - old.square())).sum()
+        within = ((stats.squared_error - saved) / elements).clamp_min(floor)
+        variances = within.expand_as(means)
+    else:
+        count = stats.count.clamp_min(torch.finfo(torch.float64).tiny)[:, None]  # (K, 1)
+        variances = (stats.sum_xx / count - 2 * means * stats.sum_x / count + means.square()).clamp_min(0)  # (K, D)
+        within = ((stats.count[:, None] * variances)[used].sum() / elements).clamp_min(floor)
+        variances = torch.where(used[:, None], variances, within)
+        variances = ((1 - shrinkage) * variances + shrinkage * within).clamp_min(floor)
     k = len(stats.count)
     weights = (stats.count + 1e-3) / (stats.count + 1e-3).sum() if fitted_weights else torch.full((k,), 1 / k)
-    return DiagonalGMM(weights.float(), means.float(), variances.float())
-
-
-def with_means(sums: GMMStatistics, previous: DiagonalGMM) -> DiagonalGMM:
-    """`previous` with the means moved to their rows' mean; the step of annealing, where variances are held."""
-    used = sums.count > 1e-6
-    means = torch.where(used[:, None], sums.sum_x / sums.count.clamp_min(1e-6)[:, None], previous.means.double())
-    return DiagonalGMM(previous.weights, means.float(), previous.variances)
+    return DiagonalGMM(weights.float(), means.float(), variances.float().contiguous())
 
 
 def isotropic(means: Tensor, variance: float) -> DiagonalGMM:

@@ -16,14 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenizer.errors import DataError
-from tokenizer.gmm import DiagonalGMM, GMMStatistics, e_step, isotropic, m_step, with_means
+from tokenizer.gmm import DiagonalGMM, GMMStatistics, annealing_step, e_step, isotropic, m_step, map_means
 
 FIT_BLOCK = 8192  # rows of one block of the fit: statistics of blocks add, so chunks of any size give the same blocks
 ENCODE_BLOCK = 1024  # rows of one block of encode, padded: a row's codes do not depend on its neighbours
-CONTRACTION = 0.3  # means start this far from the level's mean towards the k-means centres
-CRITICAL_SHARE = 0.75  # first temperature, as a share of the critical one at which the first split happens
-COLDEST = 0.3  # last temperature; below 1, since in few dimensions components still overlap at 1
-HARD_STEPS = 10  # classification EM at the end
+CONTRACTION = 1 / 4  # means start this far from the level's mean towards the k-means centres
+CRITICAL_SHARE = 1 / 2  # first temperature, as a share of the critical one at which the first split happens
+COOLING = 0.95  # factor of the temperature from one annealing step to the next
+QUICK_COOLING = 0.7  # the same where the last step moved nothing: between two splits there is nothing to wait for
+STILL = 1e-4  # relative change of the error that counts as none
+OVERRELAXATION = 1.5  # means move this far along each step: near a split EM itself is slow
+ANNEALED = 0.99  # mean posterior of the most probable component at which annealing has done its work
+PRIOR_ROWS = 1.0  # rows at the level's mean that each component is thought to have besides its own
+HARD_STEPS = 10  # classification EM at the end, at most
 WARM_STEPS = 3  # hard steps of a refit that starts from the champion (stable IDs)
 SPECTRUM_ROWS = 20_000  # rows of the power iteration for the critical temperature
 VARIANCE_FLOOR = 1e-12  # share of the data's mean square
@@ -43,13 +48,17 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Iteration:
-    """One step of a fit. Temperature 0 is a hard step; perplexity is over K."""
+    """One step of a fit. Temperature 0 is a hard step; perplexity is over K; no likelihood while annealing.
+
+    `certainty` is the mean posterior, at the step's temperature, of each row's most probable component.
+    """
 
     level: int
     iteration: int
     temperature: float
     rmse: float
-    log_likelihood: float
+    certainty: float
+    log_likelihood: float | None
     perplexity: float
     used: int
 
@@ -145,16 +154,18 @@ class RQGMMFit:
 
 
 def fit_rqgmm(
-    data: Data, *, levels: int, components: int, seed: int, init: RQGMM | None = None, iterations: int = 50,
+    data: Data, *, levels: int, components: int, seed: int, init: RQGMM | None = None, iterations: int = 100,
     method: Method = "annealed", shrinkage: float = 1.0, on_iteration: Callable[[Iteration], None] | None = None,
 ) -> RQGMMFit:  # fmt: skip
     """Fit RQ-GMM level by level (arXiv 2602.12593, section 3).
 
     Args:
         data: float tensor (N, D), or a re-iterable of float batches that may be larger than memory. Where
-            torch.distributed is initialised each rank passes its own rows.
+            torch.distributed is initialised each rank passes its own rows: with ranks in order, and each one's rows
+            starting at a multiple of FIT_BLOCK, any number of ranks gives the codebook of one.
         init: start from this codebook with a few hard steps, so that codes move only where the data moved.
-        iterations: annealing steps (or EM, or Lloyd steps) per level.
+        iterations: annealing steps (or EM, or Lloyd steps) per level, at most. Annealing ends when rows are certain of
+            their component (ANNEALED), hard and Lloyd steps when the error stands still.
         method: "annealed" is ours; "em" the paper's own (diagonal EM from k-means, fitted weights, no annealing);
             "kmeans" the limit of one hard variance, that is RQ-KMeans.
         shrinkage: how far variances are pulled to the level's mean variance, 0 to 1.
@@ -198,7 +209,7 @@ class _Blocks:
         self._batches = None if isinstance(data, Tensor) else data
         self._levels: list[DiagonalGMM] = []
         self._codes: list[list[Tensor]] = []  # per block, per level
-        rows, total, square, self.dim = 0, None, 0.0, 0
+        rows, square, largest, self.dim = 0, 0.0, 0.0, 0
         for block in self:
             if block.ndim != 2 or (self.dim and block.shape[1] != self.dim):
                 raise DataError(
@@ -208,11 +219,14 @@ class _Blocks:
                 raise DataError("embeddings hold NaN or Inf; expected finite numbers. Reject such rows before fitting")
             self.dim = block.shape[1]
             rows += len(block)
-            sums = block.double().sum(0)
-            total = sums if total is None else total + sums
-            square += float(block.double().square().sum())
+            square += float(torch.linalg.vector_norm(block).double().square())
+            largest = max(largest, float(block.abs().amax()))
             self._codes.append([])
-        counted = _all_sum(torch.tensor([float(rows), square], dtype=torch.float64))
+        counted = torch.tensor([float(rows), square], dtype=torch.float64)
+        if _distributed():  # in rank order, so that every rank has the same bits
+            counted = torch.stack(_gathered(counted[None])).sum(0)[0]
+            largest = float(torch.cat(_gathered(torch.tensor([largest]))).max())
+        self.largest = largest
         self.rows = int(counted[0])
         if _distributed():  # a rank may have no rows, and takes part all the same
             self.dim = int(torch.cat(_gathered(torch.tensor([self.dim]))).max())
@@ -223,7 +237,8 @@ class _Blocks:
                 f"{self.rows} embeddings are fewer than {components} components; expected at least as many. "
                 "Lower components or fit on more items"
             )
-        self.mean_square = float(counted[1]) / (self.rows * self.dim)
+        self.elements = self.rows * self.dim
+        self.mean_square = float(counted[1]) / self.elements
 
     def __iter__(self) -> Iterator[Tensor]:
         if self._tensor is not None:
@@ -252,8 +267,10 @@ class _Blocks:
         return block
 
     def descend(self, gmm: DiagonalGMM) -> None:
-        """Take from every row the mean of the component that encode would choose."""
-        codes = [RQGMM((gmm,)).encode(block)[:, 0] for block in self]
+        """Take from every row the mean of its most probable component, as encode will."""
+        codes = [gmm.affinity(block).argmax(dim=1).int() for block in self]
+        # A residual is at most the element and the mean it lost: the bound that exact sums need.
+        self.largest += float(gmm.means.abs().amax())
         if self._tensor is not None:
             for block, code in zip(torch.split(self._tensor, FIT_BLOCK), codes, strict=True):
                 block -= gmm.means[code.long()]
@@ -274,53 +291,76 @@ class _Level:
         self.shrinkage, self.trace, self.told = shrinkage, trace, told
         self.generator = torch.Generator().manual_seed(seed * 1000 + level)
         self.floor = max(VARIANCE_FLOOR * source.mean_square, 1e-30)
+        self.prior = PRIOR_ROWS if method == "annealed" else 0.0
         self.count = 0
 
     def cold(self, iterations: int) -> DiagonalGMM:
         rows = self._sample(max(SPECTRUM_ROWS, 4 * self.components))
-        start = self._seeded(rows)
-        first = self._sums(isotropic(start, 1.0), 0.0)  # one k-means iteration
-        centres = with_means(first, isotropic(start, 1.0)).means
-        variance = max(float(first.squared_error) / (self.source.rows * self.source.dim), self.floor)
-        gmm = isotropic(centres, variance)
+        start = isotropic(self._seeded(rows), 1.0)
+        first = self._sums(lambda block: e_step(start, block, temperature=0.0, second_moments=False))
+        gmm = m_step(first, start, shrinkage=1.0, fitted_weights=False, floor=self.floor)  # one k-means iteration
         if self.method == "em":
             for _ in range(iterations):
-                gmm = self._moved(gmm, 1.0)
+                gmm = self._em_step(gmm, 1.0)
             return gmm
-        if self.method == "annealed":
-            mean = (first.sum_x.sum(0) / first.count.sum()).float()
-            gmm = isotropic(mean + CONTRACTION * (centres - mean), variance)
-            hottest = max(CRITICAL_SHARE * largest_eigenvalue(rows - mean) / variance, 2 * COLDEST)
-            for step in range(iterations):
-                temperature = hottest * (COLDEST / hottest) ** (step / max(1, iterations - 1))
-                sums = self._sums(gmm, temperature)
-                self._tell(sums, temperature)
-                gmm = with_means(sums, gmm)
-        return self._hard(gmm, HARD_STEPS if self.method == "annealed" else iterations)
+        if self.method == "kmeans":
+            return self._hard(gmm, iterations)
+        mean = first.sum_x.sum(0) / first.count.sum()
+        return self._hard(self._annealed(gmm, mean, largest_eigenvalue(rows - mean.float()), iterations), HARD_STEPS)
+
+    def _annealed(self, gmm: DiagonalGMM, mean: Tensor, spread: float, steps: int) -> DiagonalGMM:
+        """Means after annealing from half the critical temperature, `spread` / variance, until rows are certain."""
+        variance = float(gmm.variances[0, 0])
+        if variance <= self.floor:  # the start explains its rows exactly: there is nothing to split
+            return gmm
+        gmm = isotropic((mean + CONTRACTION * (gmm.means.double() - mean)).float(), variance)
+        temperature, last = CRITICAL_SHARE * spread / variance, math.inf
+        for _ in range(steps):
+            at, of = gmm, temperature
+            sums = self._sums(lambda block, at=at, of=of: annealing_step(at, block, of))  # type: ignore[misc]
+            self._tell(sums, temperature)
+            target = map_means(sums, gmm.means, prior=self.prior)
+            gmm = isotropic((gmm.means.double() + OVERRELAXATION * (target - gmm.means.double())).float(), variance)
+            if float(sums.certainty) >= ANNEALED * self.source.rows:
+                break
+            error = float(sums.squared_error)
+            temperature *= QUICK_COOLING if abs(last - error) <= STILL * error else COOLING
+            last = error
+        return gmm
 
     def warm(self, means: Tensor) -> DiagonalGMM:
         """A few hard steps from the champion's means; its unused components stay where they were."""
         start = isotropic(means, 1.0)
-        first = self._sums(start, 0.0)
-        variance = max(float(first.squared_error) / (self.source.rows * self.source.dim), self.floor)
-        return self._hard(isotropic(means, variance), WARM_STEPS)
+        first = self._sums(lambda block: e_step(start, block, temperature=0.0, second_moments=False))
+        return self._hard(
+            isotropic(means, max(float(first.squared_error) / self.source.elements, self.floor)), WARM_STEPS
+        )
 
     def _hard(self, gmm: DiagonalGMM, steps: int) -> DiagonalGMM:
+        """Classification EM until the error stands still and every component has rows."""
+        last = math.inf
         for _ in range(steps):
-            gmm = self._revived(self._moved(gmm, 0.0))
+            gmm = self._em_step(gmm, 0.0)
+            error, dead = self.trace[-1].rmse, self.counted == 0
+            if bool(dead.any()):
+                gmm = self._revived(gmm)
+            elif last - error <= (STILL if self.method == "annealed" else 0.0) * error:
+                break
+            last = error
         return gmm
 
-    def _moved(self, gmm: DiagonalGMM, temperature: float) -> DiagonalGMM:
-        sums = self._sums(gmm, temperature, second_moments=True)
+    def _em_step(self, gmm: DiagonalGMM, temperature: float) -> DiagonalGMM:
+        moments = self.shrinkage < 1
+        sums = self._sums(lambda block: e_step(gmm, block, temperature=temperature, second_moments=moments))
         self._tell(sums, temperature)
         self.counted = sums.count
-        return m_step(sums, gmm, shrinkage=self.shrinkage, fitted_weights=self.method == "em", floor=self.floor)
+        return m_step(
+            sums, gmm, shrinkage=self.shrinkage, fitted_weights=self.method == "em", floor=self.floor, prior=self.prior
+        )
 
     def _revived(self, gmm: DiagonalGMM) -> DiagonalGMM:
         """Each component without rows moves to the row, among distinct ones, that its own component serves worst."""
         dead = (self.counted == 0).nonzero()[:, 0]
-        if not len(dead):
-            return gmm
         worst, error = self._worst_rows(gmm, len(dead))
         wrong = error > self.floor
         means = gmm.means.clone()
@@ -337,19 +377,16 @@ class _Level:
             rows, errors = _distinct_top(torch.cat(_gathered(rows)), torch.cat(_gathered(errors)), wanted)
         return rows, errors
 
-    def _sums(self, gmm: DiagonalGMM, temperature: float, second_moments: bool = False) -> GMMStatistics:
-        total: GMMStatistics | None = None
-        for block in self.source:
-            part = e_step(gmm, block, temperature=temperature, second_moments=second_moments)
-            total = part if total is None else total + part
-        if total is None:  # a rank without rows
-            k, d = gmm.means.shape
-            nothing = torch.zeros(k, d, dtype=torch.float64)
-            scalar = torch.zeros((), dtype=torch.float64)
-            total = GMMStatistics(
-                nothing[:, 0].clone(), nothing, nothing.clone() if second_moments else None, scalar, scalar.clone()
-            )
-        return total if not _distributed() else _all_ranks(total)
+    def _sums(self, statistics: Callable[[Tensor], GMMStatistics]) -> GMMStatistics:
+        """Of all blocks of all ranks; the same bits whoever adds them in whatever order."""
+        k, d = self.components, self.source.dim
+        shapes: tuple[tuple[int, ...], ...] = ((k,), (k, d), (k, d), (), (), ())
+        count, sum_x, sum_xx, *scalars = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
+        total = GMMStatistics(count, sum_x, sum_xx if self.shrinkage < 1 else None, *scalars)
+        for number, block in enumerate(self.source):
+            part = statistics(block).on_grid(self.source.rows, self.source.largest)
+            total = part if number == 0 else total + part
+        return _all_ranks(total) if _distributed() else total
 
     def _sample(self, wanted: int) -> Tensor:
         """About `wanted` rows, evenly spread over the data; the same on every rank."""
@@ -372,12 +409,14 @@ class _Level:
         self.count += 1
         share = sums.count / sums.count.sum()
         entropy = -float((share * share.clamp_min(1e-300).log()).sum())
+        likelihood = float(sums.log_likelihood) / self.source.rows
         step = Iteration(
             level=self.level,
             iteration=self.count,
             temperature=temperature,
-            rmse=math.sqrt(float(sums.squared_error) / (self.source.rows * self.source.dim)),
-            log_likelihood=float(sums.log_likelihood) / self.source.rows,
+            rmse=math.sqrt(float(sums.squared_error) / self.source.elements),
+            certainty=float(sums.certainty) / self.source.rows,
+            log_likelihood=likelihood if math.isfinite(likelihood) else None,
             perplexity=math.exp(entropy) / self.components,
             used=int((sums.count > 0.5).sum()),
         )
@@ -428,17 +467,9 @@ def _gathered(value: Tensor) -> list[Tensor]:
     return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
 
 
-def _all_sum(value: Tensor) -> Tensor:
-    if not _distributed():
-        return value
-    return torch.stack(_gathered(value[None])).sum(0)[0]
-
-
 def _all_ranks(own: GMMStatistics) -> GMMStatistics:
-    return GMMStatistics(
-        _all_sum(own.count),
-        _all_sum(own.sum_x),
-        None if own.sum_xx is None else _all_sum(own.sum_xx),
-        _all_sum(own.log_likelihood),
-        _all_sum(own.squared_error),
-    )
+    values = [own.count, own.sum_x, own.sum_xx, own.log_likelihood, own.squared_error, own.certainty]
+    for value in values:
+        if value is not None:
+            dist.all_reduce(value)
+    return GMMStatistics(*values)  # type: ignore[arg-type]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import multiprocessing as mp
+from functools import reduce
+from operator import add
 from pathlib import Path
 
 import faiss
@@ -14,8 +16,10 @@ import torch.distributed as dist
 from data import topics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.mixture import GaussianMixture
 
-from tokenizer import RQGMM, DataError, fit_rqgmm, measure_quality, save_codebook
+from tokenizer import RQGMM, DataError, e_step, fit_rqgmm, load_codebook, measure_quality, save_codebook
+from tokenizer.gmm import annealing_step, isotropic
 from tokenizer.rqgmm import FIT_BLOCK, largest_eigenvalue
 
 
@@ -183,26 +187,85 @@ def _worker(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     x = torch.from_numpy(topics(4 * FIT_BLOCK, 8, groups=30, spread=0.4))
-    own = [block for number, block in enumerate(x.split(FIT_BLOCK)) if number % world == rank]
+    blocks = x.split(FIT_BLOCK)
+    own = list(blocks[rank * len(blocks) // world : (rank + 1) * len(blocks) // world])
     fitted = fit_rqgmm(own, levels=2, components=8, seed=1, iterations=6)
     if rank == 0:
         save_codebook(Path(folder) / f"world{world}", fitted.rqgmm, {})
     dist.destroy_process_group()
 
 
-def test_two_processes_give_the_codes_of_one(tmp_path: Path) -> None:
-    from tokenizer import load_codebook
-
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_any_number_of_processes_gives_the_codebook_of_one(tmp_path: Path, world: int) -> None:
+    """Four blocks: two ranks have equal shares, three unequal ones, of five one has none."""
     context = mp.get_context("spawn")
-    ranks = [context.Process(target=_worker, args=(rank, 2, str(tmp_path))) for rank in range(2)]
+    ranks = [context.Process(target=_worker, args=(rank, world, str(tmp_path))) for rank in range(world)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
         rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert [rank.exitcode for rank in ranks] == [0] * world
     x = torch.from_numpy(topics(4 * FIT_BLOCK, 8, groups=30, spread=0.4))
-    two = load_codebook(tmp_path / "world2").rqgmm
-    # The start is drawn from rows in rank order, so one process reads them in that order too.
-    order = torch.cat([torch.cat([b for n, b in enumerate(x.split(FIT_BLOCK)) if n % 2 == rank]) for rank in range(2)])
-    one = fit_rqgmm(order, levels=2, components=8, seed=1, iterations=6).rqgmm
-    assert torch.equal(one.encode(x), two.encode(x))
+    one = fit_rqgmm(x, levels=2, components=8, seed=1, iterations=6).rqgmm
+    many = load_codebook(tmp_path / f"world{world}").rqgmm
+    assert torch.equal(one.encode(x), many.encode(x))
+    for a, b in zip(one.levels, many.levels, strict=True):
+        assert torch.equal(a.means, b.means)
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.integers(1, 60), seed=st.integers(0, 9), scale=st.sampled_from([1e-3, 1.0, 300.0]))
+def test_rounded_statistics_add_to_the_same_bits_in_any_order(rows: int, seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = scale * torch.randn(rows, 4, generator=generator)
+    gmm = isotropic(scale * torch.randn(3, 4, generator=generator), scale**2)
+    parts = [e_step(gmm, row, second_moments=True).on_grid(rows, float(x.abs().amax())) for row in x.split(1)]
+    order = torch.randperm(rows, generator=generator).tolist()
+    forward, shuffled = reduce(add, parts), reduce(add, [parts[n] for n in order])
+    for name in ("count", "sum_x", "sum_xx", "squared_error", "certainty"):
+        assert torch.equal(getattr(forward, name), getattr(shuffled, name))
+    exact = e_step(gmm, x).sum_x
+    torch.testing.assert_close(forward.sum_x, exact, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_an_annealing_step_is_an_e_step_at_that_temperature(x: torch.Tensor) -> None:
+    gmm = isotropic(x[:16].clone(), 0.3)
+    for temperature in (30.0, 3.0, 0.5):
+        fast, slow = annealing_step(gmm, x, temperature), e_step(gmm, x, temperature=temperature)
+        torch.testing.assert_close(
+            fast.count, slow.count, rtol=2e-3, atol=2.0
+        )  # rows that are 99.9 % sure count as sure
+        torch.testing.assert_close(fast.sum_x, slow.sum_x, rtol=2e-3, atol=2.0)
+        assert float(fast.squared_error) == pytest.approx(float(slow.squared_error), rel=1e-4)
+        assert float(fast.certainty) == pytest.approx(float(slow.certainty), rel=1e-4)
+
+
+def test_clusters_far_tighter_than_apart_are_found() -> None:
+    """The critical temperature is a million variances here, so annealing must hurry through where nothing splits."""
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(20, 6, generator=generator)
+    x = centres.repeat_interleave(60, 0) + 1e-3 * torch.randn(1200, 6, generator=generator)
+    rqgmm = fit_rqgmm(x, levels=1, components=20, seed=0).rqgmm
+    assert float((x - rqgmm.decode(rqgmm.encode(x))).square().mean().sqrt()) < 0.1
+
+
+def test_the_paper_s_model_is_scikit_learn_s_mixture() -> None:
+    """Diagonal EM from the same start: the same likelihood, means and variances."""
+    x = torch.from_numpy(topics(1500, 5, groups=6, spread=1.0))
+    fit = fit_rqgmm(x, levels=1, components=6, seed=0, method="em", iterations=400)
+    gmm = fit.rqgmm.levels[0]
+    start = gmm.means.double().numpy()
+    theirs = GaussianMixture(6, covariance_type="diag", means_init=start, max_iter=2000, reg_covar=1e-9, tol=1e-6)
+    theirs.fit(x.double().numpy())
+    ours = fit.trace[-1].log_likelihood
+    assert ours is not None
+    assert ours == pytest.approx(theirs.score(x.double().numpy()), abs=2e-2)
+
+
+def test_the_rq_k_means_limit_is_as_good_as_faiss(x: torch.Tensor) -> None:
+    ours = fit_rqgmm(x, levels=1, components=40, seed=0, method="kmeans").rqgmm
+    kmeans = faiss.Kmeans(24, 40, niter=100, seed=1, min_points_per_centroid=1, max_points_per_centroid=10**9)
+    kmeans.train(x.numpy())
+    error = float((x - ours.decode(ours.encode(x))).square().sum())
+    assert error == pytest.approx(float(kmeans.index.search(x.numpy(), 1)[0].sum()), rel=0.25)
+    assert (ours.levels[0].variances == ours.levels[0].variances[0, 0]).all()
