@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check
+.PHONY: help setup demo test check bench
 BIN := .venv/bin
 
 help:  ## this list
@@ -21,3 +21,6 @@ check: .venv/ready  ## format, lint, types
 test: .venv/ready check  ## check, then every test but the slow and the GPU ones
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
+bench: .venv/ready  ## speed of fit and encode as ratios; `sid bench quantizers --embeddings FILE` compares quality
+	$(BIN)/sid bench encode
+	$(BIN)/sid bench fit

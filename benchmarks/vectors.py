@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from jobs.config import ConfigError
+
 HELD_OUT = 0.1
 
 
-class WrongVectors(ValueError):
-    """The file does not hold usable vectors."""
+class WrongVectors(ConfigError):
+    """The file or the flags do not give usable vectors."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -214,7 +214,10 @@ def _fit_worker(data: dict[str, Any], settings: dict[str, Any], folder: str, war
         dist.destroy_process_group()
     except Exception:
         # TorchDistributor's own exception does not carry the worker's text; the driver reads it from this file.
-        (Path(folder) / f"error-{rank}.txt").write_text(traceback.format_exc(limit=-3))
+        # Whole or not at all: the first worker to fail has the others terminated, also while they write.
+        part = Path(folder) / f"error-{rank}.part"
+        part.write_text(traceback.format_exc(limit=-3))
+        part.rename(part.with_suffix(".txt"))
         raise
     return folder
 

@@ -1,4 +1,4 @@
-"""`sid`: the stages, and what is made of them: demo, nightly, promote, status, explain.
+"""`sid`: the stages, and what is made of them: demo, nightly, promote, status, explain, bench.
 
 Exit codes: 0 done or nothing to do · 2 wrong settings · 3 the gate did not pass · 4 wrong data or tables ·
 5 the machine or the warehouse cannot be used.
@@ -153,6 +153,29 @@ def explain(
         raise typer.Exit(WRONG_DATA)
 
 
+bench = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    help="Measurements: quality and speed of the quantizer.",
+)
+
+
+def _add_bench() -> None:
+    """The benchmarks need the packages of the `dev` extra, which a production image lacks: loaded only when called."""
+    try:
+        from benchmarks.encode import encode
+        from benchmarks.fit import fit
+        from benchmarks.quantizers import quantizers
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"`sid bench` needs {error.name}, which is not installed; expected the repository with its dev extra. Run `make setup`"
+        ) from error
+    for command in (quantizers, fit, encode):
+        bench.command()(command)
+    app.add_typer(bench, name="bench")
+
+
 def main() -> None:
     """Run a command; a mistake of the user's or the machine's ends in a sentence and an exit code."""
     from jobs.identity import IntruderError, check_packages
@@ -162,6 +185,8 @@ def main() -> None:
     except IntruderError as error:
         _stop(error, UNUSABLE)
     try:
+        if sys.argv[1:2] == ["bench"]:
+            _add_bench()
         app()
     except ConfigError as error:
         _stop(error, WRONG_SETTINGS)

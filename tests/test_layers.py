@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "tokenizer": {"tokenizer"},
     "jobs": {"jobs", "tokenizer"},
-    "pipelines": {"pipelines", "jobs", "tokenizer"},
+    "pipelines": {"pipelines", "jobs", "tokenizer", "benchmarks"},  # for `sid bench`
+    "benchmarks": {"benchmarks", "jobs", "tokenizer"},
 }
 TOKENIZER_USES = {"torch", "numpy", "safetensors", "faiss", "tokenizer"}
 FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]

@@ -69,6 +69,12 @@ class DiagonalGMM:
         return (means * precision).float(), (0.5 * precision).float(), intercept.float()
 
     @cached_property
+    def variance(self) -> float | None:
+        """The one variance of a mixture that is isotropic with flat weights, else None."""
+        one = (self.variances == self.variances[0, 0]).all() and (self.weights == self.weights[0]).all()
+        return float(self.variances[0, 0]) if one else None
+
+    @cached_property
     def log_normaliser(self) -> float:
         """Of an isotropic mixture with flat weights: log weight and the constant of the density, the same for all."""
         return math.log(float(self.weights[0])) - 0.5 * self.dim * (math.log(float(self.variances[0, 0])) + LOG_2PI)
@@ -156,54 +162,64 @@ def e_step(gmm: DiagonalGMM, x: Tensor, *, temperature: float = 1.0, second_mome
     """
     affinity = gmm.affinity(x)  # (N, K)
     best, code = affinity.max(dim=1)  # (N,), (N,)
-    log_likelihood = (affinity.logsumexp(dim=1) + gmm.row_term(x)).double().sum()
-    squared_error = (x - gmm.means[code]).square().sum(dim=1).double().sum()
-    if temperature > 0:
+    squared_error = (x - gmm.means[code]).square_().sum(dim=1).double().sum()
+    resp = affinity.softmax(dim=1)
+    sure = resp.amax(dim=1)
+    # log sum exp(affinity) = best - log of the largest responsibility
+    log_likelihood = (best - sure.log() + gmm.row_term(x)).double().sum()
+    if temperature == 0:
+        sure = torch.ones_like(sure)
+    elif temperature != 1:
         resp = affinity.sub_(best[:, None]).div_(temperature).softmax(dim=1)
-        count, sum_x, certainty = resp.sum(0), resp.T @ x, resp.amax(dim=1).double().sum()
-        sum_xx = resp.T @ x.square() if second_moments else None
-    else:
-        count, sum_x = _hard_sums(code, x, gmm.components)
-        certainty = torch.tensor(float(len(x)), dtype=torch.float64)
-        sum_xx = _hard_sums(code, x.square(), gmm.components)[1] if second_moments else None
-    return GMMStatistics(
-        count.double(), sum_x.double(), None if sum_xx is None else sum_xx.double(), log_likelihood, squared_error, certainty
-    )  # fmt: skip
+        sure = resp.amax(dim=1)
+    rows = (x, x.square()) if second_moments else (x,)
+    count, sum_x, *moments = _weighted_sums(resp, sure, code, rows, certain=1 - 1e-6)
+    sum_xx = moments[0].double() if moments else None
+    return GMMStatistics(count.double(), sum_x.double(), sum_xx, log_likelihood, squared_error, sure.double().sum())
 
 
-CERTAIN = 1 - 1e-3  # a row this sure of its component counts as its component's alone
+CERTAIN = 1 - 1e-3  # a row this sure of its component counts as its component's alone while annealing
 
 
 def annealing_step(gmm: DiagonalGMM, x: Tensor, temperature: float) -> GMMStatistics:
     """`e_step` of an `isotropic` mixture without the likelihood, for the many passes of annealing.
 
-    Rows whose component is certain are summed without a product; as it gets cold these are nearly all. The error
-    comes from the best score, |x - mu|^2 = |x|^2 - 2 variance score, so no mean is gathered.
+    The error comes from the best score, |x - mu|^2 = |x|^2 - 2 variance score, so no mean is gathered.
     """
     variance = float(gmm.variances[0, 0])
     score = gmm.affinity(x, temperature)  # (N, K)
     moved = x if gmm.shift is None else x - gmm.shift
     squared = torch.linalg.vector_norm(moved).double().square()
-    normaliser = gmm.log_normaliser / temperature
-    best = score.amax(dim=1)
-    squared_error = (squared - 2 * variance * temperature * (best - normaliser).double().sum()).clamp_min(0)
+    best = score.amax(dim=1).double() * temperature - gmm.log_normaliser
+    squared_error = (squared - 2 * variance * best.sum()).clamp_min(0)
     resp = score.softmax(dim=1)
     sure, code = resp.max(dim=1)
-    unsure = (sure < CERTAIN).nonzero()[:, 0]
-    if 2 * len(unsure) > len(x):
-        count, sum_x = resp.sum(0), (x.T @ resp).T
-    else:
-        certain = (sure >= CERTAIN).nonzero()[:, 0]
-        count, sum_x = _hard_sums(code[certain], x[certain], gmm.components)
-        rest = resp[unsure]
-        count, sum_x = count + rest.sum(0), sum_x + (x[unsure].T @ rest).T
+    count, sum_x = _weighted_sums(resp, sure, code, (x,), certain=CERTAIN)
     unknown = torch.tensor(math.nan, dtype=torch.float64)
     return GMMStatistics(count.double(), sum_x.double(), None, unknown, squared_error, sure.double().sum())
 
 
-def _hard_sums(code: Tensor, x: Tensor, components: int) -> tuple[Tensor, Tensor]:
-    count = torch.bincount(code, minlength=components)
-    return count, x.new_zeros(components, x.shape[1]).index_add_(0, code, x)
+def _weighted_sums(resp: Tensor, sure: Tensor, code: Tensor, rows: tuple[Tensor, ...], certain: float) -> list[Tensor]:
+    """[sum_n gamma_nk (K,), then sum_n gamma_nk row_n (K, D) of each of `rows`].
+
+    Rows at least `certain` of their component are summed without a product: as it gets cold these are nearly all.
+    """
+    k = resp.shape[1]
+    unsure = (sure < certain).nonzero()[:, 0]
+    if 2 * len(unsure) > len(sure):
+        return [resp.sum(0), *((row.T @ resp).T for row in rows)]
+    if not len(unsure):
+        return [torch.bincount(code, minlength=k), *(_sums_by_code(code, row, k) for row in rows)]
+    settled = (sure >= certain).nonzero()[:, 0]
+    own, rest = code[settled], resp[unsure]
+    return [
+        torch.bincount(own, minlength=k) + rest.sum(0),
+        *(_sums_by_code(own, row[settled], k) + (row[unsure].T @ rest).T for row in rows),
+    ]
+
+
+def _sums_by_code(code: Tensor, x: Tensor, components: int) -> Tensor:
+    return x.new_zeros(components, x.shape[1]).index_add_(0, code, x)
 
 
 def map_means(stats: GMMStatistics, previous: Tensor, *, prior: float = 0.0) -> Tensor:

@@ -7,8 +7,9 @@ responsibilities would otherwise be one-hot from the first iteration in hundreds
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -88,7 +89,8 @@ class RQGMM:
 
     def encode(self, x: Tensor) -> Tensor:
         """codes (N, L) int32: per level the most probable component of the residual; the lowest index wins a tie."""
-        return self.assign(x).codes
+        self._check(x)
+        return torch.cat([self._codes(block) for block in torch.split(x, ENCODE_BLOCK)])
 
     def assign(self, x: Tensor, codes: Tensor | None = None) -> Assignment:
         """Codes with their posterior and likelihood in one pass; with `codes`, those of the given ones instead.
@@ -121,30 +123,97 @@ class RQGMM:
             residual = residual - gmm.means[component[:, 0]]
         return found
 
+    def _codes(self, x: Tensor) -> Tensor:
+        levels = [code.int() for _, _, _, code, _ in self._descent(x, None)]
+        return torch.stack(levels, dim=1)[: len(x)]
+
     def _assign_block(self, x: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        codes, confidence, log_likelihood = [], x.new_ones(ENCODE_BLOCK), x.new_zeros(ENCODE_BLOCK)
+        for _, affinity, best, code, row_term in self._descent(x, given):
+            resp = affinity.softmax(dim=1)
+            largest = resp.amax(dim=1)
+            log_likelihood += best - largest.log() + row_term()  # log sum exp = best - log of the largest
+            confidence *= largest if given is None else resp.gather(1, code[:, None])[:, 0]
+            codes.append(code.int())
         n = len(x)
-        residual = torch.cat([x, x.new_zeros(ENCODE_BLOCK - n, x.shape[1])]) if n < ENCODE_BLOCK else x
-        codes = torch.empty(len(residual), self.n_levels, dtype=torch.int32)
-        log_posterior, log_likelihood = residual.new_zeros(len(residual)), residual.new_zeros(len(residual))
+        return torch.stack(codes, dim=1)[:n], confidence[:n].clamp_(0, 1), log_likelihood[:n]
+
+    def _descent(
+        self, x: Tensor, given: Tensor | None
+    ) -> Iterator[tuple[DiagonalGMM, Tensor, Tensor, Tensor, Callable[[], Tensor]]]:
+        """Level by level for one block: mixture, affinity (n, K), its maximum, code (the given one, if any), row term."""
+        n = len(x)
+        block = torch.cat([x, x.new_zeros(ENCODE_BLOCK - n, x.shape[1])]) if n < ENCODE_BLOCK else x
+        steps = self._by_products(block) if self._products is not None else self._by_residuals(block)
+        place = next(steps)
         for level, gmm in enumerate(self.levels):
-            affinity = gmm.affinity(residual)  # (n, K)
-            code = affinity.max(dim=1).indices
+            affinity, row_term = place
+            best, code = affinity.max(dim=1)
+            if not torch.isfinite(best).all():
+                raise DataError(
+                    "embeddings hold NaN, Inf or numbers too large for float32; expected finite ones. Reject such rows when loading"
+                )
             if given is not None:
                 code[:n] = given[:, level].long()
-            evidence = affinity.logsumexp(dim=1)
-            log_posterior += affinity.gather(1, code[:, None])[:, 0] - evidence
-            log_likelihood += evidence + gmm.row_term(residual)
+            yield gmm, affinity, best, code, row_term
+            if level + 1 < self.n_levels:
+                place = steps.send(code)
+
+    def _by_residuals(self, x: Tensor) -> Generator[tuple[Tensor, Callable[[], Tensor]], Tensor, None]:
+        residual = x
+        for gmm in self.levels:
+            at, here = gmm, residual
+            code = yield gmm.affinity(residual), lambda at=at, here=here: at.row_term(here)  # type: ignore[misc]
             residual = residual - gmm.means[code]
-            codes[:, level] = code
-        return codes[:n], log_posterior[:n].exp().clamp_(0, 1), log_likelihood[:n]
+
+    @cached_property
+    def _products(self) -> tuple[Tensor, list[Tensor], list[list[Tensor]]] | None:
+        """Where every level is isotropic, what makes a residual unnecessary: all scores of x in one product, less what
+        the means of the levels before contribute to them: mu_k . mu_j / variance."""
+        for gmm in self.levels:
+            # Far smaller residuals than means would lose their digits in the difference.
+            if gmm.variance is None or gmm.variance < 1e-3 * float(self.levels[0].means.square().mean()):
+                return None
+            if gmm.shift is not None:
+                return None
+        slopes = [gmm._linear[0] for gmm in self.levels]
+        taken = [
+            [-(before.means.double() @ slope.double().T).float() for before in self.levels[:level]]
+            for level, slope in enumerate(slopes)
+        ]
+        return torch.cat(slopes).T.contiguous(), [gmm._linear[2] for gmm in self.levels], taken
+
+    def _by_products(self, x: Tensor) -> Generator[tuple[Tensor, Callable[[], Tensor]], Tensor, None]:
+        assert self._products is not None
+        slopes, intercepts, taken = self._products
+        scores = torch.split(x @ slopes, self.components, dim=1)
+        passed: list[tuple[Tensor, Tensor]] = []  # of the levels before: affinity and code
+        squared: list[Tensor] = []  # |r|^2 of the levels so far, where a likelihood is wanted
+        for level in range(self.n_levels):
+            affinity = scores[level] + intercepts[level]
+            for (_, code), product in zip(passed, taken[level], strict=True):
+                affinity += product[code]
+            code = yield affinity, lambda: self._row_term(x, passed, squared)
+            passed.append((affinity, code))
+
+    def _row_term(self, x: Tensor, passed: list[tuple[Tensor, Tensor]], squared: list[Tensor]) -> Tensor:
+        """-|r|^2 / (2 variance), with |r - mu|^2 = |r|^2 - 2 variance (affinity of mu - its constant)."""
+        if not squared:
+            squared.append(x.square().sum(dim=1))
+        while len(squared) <= len(passed):
+            gmm, (affinity, code) = self.levels[len(squared) - 1], passed[len(squared) - 1]
+            assert gmm.variance is not None
+            gained = affinity.gather(1, code[:, None])[:, 0] - gmm.log_normaliser
+            squared.append(torch.sub(squared[-1], gained, alpha=2 * gmm.variance))
+        variance = self.levels[len(passed)].variance
+        assert variance is not None
+        return squared[-1].clamp_min(0) / (-2 * variance)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise DataError(
                 f"embeddings have shape {tuple(x.shape)}; expected (N, {self.dim}), the dimension of this codebook"
             )
-        if not torch.isfinite(x).all():
-            raise DataError("embeddings hold NaN or Inf; expected finite numbers. Reject such rows when loading")
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,80 @@
+"""Speed of encode, as ratios to faiss's residual quantizer and to the matrix products that it cannot do without.
+
+sid bench encode --json encode.json
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import faiss
+import numpy as np
+import torch
+import typer
+
+from benchmarks.fit import clustered, fastest
+from tokenizer import RQGMM, DiagonalGMM, fit_rqgmm
+
+
+def encode(
+    rows: int = 65_536,
+    dim: int = 384,
+    levels: int = 2,
+    components: int = 128,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Rows per second of encode and assign against faiss ResidualQuantizer (beam 1) and the GEMM roofline."""
+    x = clustered(rows, dim)
+    rqgmm = fit_rqgmm(x[:20_000], levels=levels, components=components, seed=0).rqgmm
+    generator = torch.Generator().manual_seed(0)
+    diagonal = RQGMM(
+        tuple(
+            DiagonalGMM(
+                gmm.weights, gmm.means, gmm.variances * (0.5 + torch.rand(components, dim, generator=generator))
+            )
+            for gmm in rqgmm.levels
+        )
+    )  # a precision of its own for every component and dimension: two products a level
+    quantizer = faiss.ResidualQuantizer(dim, levels, components.bit_length() - 1)
+    quantizer.max_beam_size = 1
+    quantizer.train(x[:20_000].numpy())
+    matrix = np.ascontiguousarray(x.numpy())
+
+    means, out = rqgmm.levels[0].means.T.contiguous(), torch.empty(1024, components)
+
+    def products(count: int) -> None:
+        for block in x.split(1024):
+            for _ in range(levels * count):
+                torch.mm(block, means, out=out[: len(block)])
+
+    seconds = {
+        "encode": fastest(lambda: rqgmm.encode(x)),
+        "encode_diagonal": fastest(lambda: diagonal.encode(x)),
+        "assign": fastest(lambda: rqgmm.assign(x)),
+        "faiss_beam1": fastest(lambda: quantizer.compute_codes(matrix)),
+        "roofline": fastest(lambda: products(1)),
+        "roofline_diagonal": fastest(lambda: products(2)),
+    }
+    figures: dict[str, object] = {
+        "over_faiss_beam1": seconds["faiss_beam1"] / seconds["encode_diagonal"],
+        "shared_variance_over_faiss_beam1": seconds["faiss_beam1"] / seconds["encode"],
+        "roofline_fraction": seconds["roofline_diagonal"] / seconds["encode_diagonal"],
+        "shared_variance_roofline_fraction": seconds["roofline"] / seconds["encode"],
+        "uncertainty_cost": seconds["assign"] / seconds["encode"] - 1,
+        "rows_per_second": rows / seconds["encode"],
+        "rows": rows,
+        "dim": dim,
+        "levels": levels,
+        "components": components,
+        "threads": torch.get_num_threads(),
+    }
+    for name, value in figures.items():
+        typer.echo(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(encode)
