@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -61,6 +62,15 @@ class EmbeddingFiles:
     step: int = 1
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        """Batches, the next of which is read while the caller works on this one."""
+        batches = self._batches()
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(next, batches, None)
+            while (batch := ahead.result()) is not None:
+                ahead = reader.submit(next, batches, None)
+                yield batch
+
+    def _batches(self) -> Iterator[torch.Tensor]:
         groups = []  # (file, row group, number of its first row in the table)
         rows = 0
         for uri in self.files:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 
 from pyspark.sql import SparkSession
 
@@ -68,9 +69,36 @@ def spark_session(config: Config) -> Iterator[Session]:
     builder = SparkSession.builder.appName("semantic-id-pipeline").master(config.spark.master)
     for name, value in conf.items():
         builder = builder.config(name, value)
-    spark = builder.getOrCreate()
+    with _quiet_launch():
+        spark = builder.getOrCreate()
     spark.sparkContext.setLogLevel("OFF" if local else "ERROR")
     try:
         yield Session(spark, time.monotonic() - began)
     finally:
         spark.stop()
+
+
+LAUNCHER_SAYS = (b"Using incubator modules", b"Setting default log level to", b"To adjust logging level use")
+
+
+@contextmanager
+def _quiet_launch() -> Iterator[None]:
+    """Whatever Java prints for as long as it lives passes through, but for the three lines that say nothing to anyone."""
+    readable, writable = os.pipe()
+    terminal = os.dup(2)
+    sys.stderr.flush()
+    os.dup2(writable, 2)
+    try:
+        yield
+    finally:
+        os.dup2(terminal, 2)
+        os.close(writable)  # Java has its own copy: the pipe ends when Java does
+        Thread(target=_pass_on, args=(readable, terminal), daemon=True).start()
+
+
+def _pass_on(readable: int, terminal: int) -> None:
+    with open(readable, "rb") as lines:
+        for line in lines:
+            if not any(phrase in line for phrase in LAUNCHER_SAYS):
+                os.write(terminal, line)
+    os.close(terminal)
