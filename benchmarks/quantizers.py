@@ -92,7 +92,19 @@ def mean(rows: Sequence[Row], name: str, part: str) -> Row | None:
 
 def table(rows: Sequence[Row], names: Sequence[str]) -> Table:
     grid = Table(box=None, padding=(0, 1))
-    for heading in ("quantizer", "RMSE", "held out", *(f"/ {o}" for o in OPPONENTS), "held out", "held out", "util.", "perplexity/K", "distinct", "largest", "fit s"):  # fmt: skip
+    ratios_to = [f"{part}\n/ {opponent}" for part in ("train", "held out") for opponent in OPPONENTS]
+    headings = [
+        "quantizer",
+        "RMSE\ntrain",
+        "RMSE\nheld out",
+        *ratios_to,
+        "utilization",
+        "perplexity/K",
+        "distinct",
+        "largest\ngroup",
+        "fit s",
+    ]
+    for heading in headings:
         grid.add_column(heading, justify="left" if heading == "quantizer" else "right")
     for name in names:
         train, held = mean(rows, name, "train"), mean(rows, name, "held-out")
@@ -169,9 +181,7 @@ def quantizers(
     rows = compare(x, names, levels, components, range(seeds))
     console = Console(width=180, highlight=False)
     console.print(title + (f"; {left_out} rows without a usable vector left out" if left_out else ""))
-    console.print(
-        "Mean over seeds; a tenth of the items held out; ratios of RMSE to the two opponents; the last five columns on training items."
-    )
+    console.print("Mean over seeds; a tenth of the items held out; the last five columns on training items.")
     console.print(table(rows, names))
     if "prq-kmeans" in names:
         console.print("prq-kmeans keeps a scalar per level beside the codes; its RMSE is not of codes alone.")
