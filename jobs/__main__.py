@@ -1,7 +1,7 @@
 """The stages as commands: `python -m jobs <stage>`, or `sid <stage>`.
 
 On a laptop:   python -m jobs load --set load.source=vectors.parquet
-On a cluster:  spark-submit infra/spark/submit.py load --config infra/conf/cluster.toml
+On a cluster:  spark-submit --jars "$(python -m jobs.engine)" infra/spark/submit.py load --config infra/conf/cluster.toml
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """What Spark needs of this machine: a Java of 17 or newer, and the Delta jars. Nothing here is global or needs root.
 
-`python -m jobs.engine` prepares both inside the environment (a part of `make setup`); later sessions need no network.
+`python -m jobs.engine` prepares both inside the environment (a part of `make setup`) and prints the jars, for
+spark-submit; later sessions need no network.
 """
 
 from __future__ import annotations
@@ -137,3 +138,4 @@ def _bundled_java() -> Path:
 
 if __name__ == "__main__":
     resolve_delta_jars()
+    print(",".join(map(str, delta_jars())))

@@ -27,6 +27,7 @@ from jobs.load import Fusion
 from jobs.packed import unpack
 from jobs.pictures import draw_convergence
 from jobs.registry import CANDIDATE, CODEBOOK_MODEL, ModelVersion, Registry, pinned, register
+from jobs.session import one_machine
 from jobs.tables import ITEM_EMBEDDINGS, SchemaError, Warehouse
 from tokenizer import FIT_BLOCK, RQGMM, Iteration, RQGMMFit, fit_rqgmm, load_codebook, save_codebook
 
@@ -182,12 +183,12 @@ def _fit(config: Config, data: EmbeddingFiles, init: RQGMM | None, folder: Path,
     slots = spark.sparkContext.defaultParallelism
     if config.fit.workers > slots:
         raise ConfigError(
-            f"fit.workers is {config.fit.workers} and Spark has {slots} slots ({config.spark.master}); expected at most as many "
+            f"fit.workers is {config.fit.workers} and Spark has {slots} slots ({spark.sparkContext.master}); expected at most as many "
             "workers as slots. Lower fit.workers or give Spark more cores"
         )
     if init is not None:
         save_codebook(folder / "init", init, {})
-    local = config.spark.master.startswith("local")
+    local = one_machine(spark.sparkContext.master)
     try:
         TorchDistributor(num_processes=config.fit.workers, local_mode=local, use_gpu=False).run(
             _fit_worker, asdict(data), settings, str(folder), init is not None

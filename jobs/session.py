@@ -14,7 +14,7 @@ from threading import Thread
 from pyspark.sql import SparkSession
 
 from jobs.config import Config
-from jobs.engine import delta_jars, find_java
+from jobs.engine import EnvironmentProblem, delta_jars, find_java
 
 # Right for tables of some files on one machine, wrong for a cluster, where Spark's and Delta's own defaults are good:
 # fifty tasks per snapshot and ten thousand for a listing cost seconds each when there are two cores.
@@ -52,30 +52,52 @@ def spark_session(config: Config) -> Iterator[Session]:
         yield Session(existing, 0.0)
         return
     began = time.monotonic()
-    local = config.spark.master.startswith("local")
+    # Under spark-submit the JVM runs already: master, memory and jars are what it was started with.
+    submitted = "PYSPARK_GATEWAY_PORT" in os.environ
+    local = not submitted and one_machine(config.spark.master)
     os.environ["PYSPARK_PYTHON"] = os.environ.get("PYSPARK_PYTHON", sys.executable)
-    os.environ["JAVA_HOME"] = str(find_java())
+    if not submitted:
+        os.environ["JAVA_HOME"] = str(find_java())
     if local:
         os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
-    quiet = Path(__file__).with_name("log4j2.properties").resolve()
     conf = {
         **CONF,
         **(LOCAL_CONF if local else {}),
-        "spark.jars": ",".join(map(str, delta_jars())),
-        "spark.driver.memory": config.spark.driver_memory,
-        "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={quiet.as_uri()} -Dderby.system.home=/dev/null",
+        **({} if submitted else _start(config)),
         **config.spark.conf,
     }
-    builder = SparkSession.builder.appName("semantic-id-pipeline").master(config.spark.master)
+    builder = SparkSession.builder.appName("semantic-id-pipeline")
     for name, value in conf.items():
         builder = builder.config(name, value)
     with _quiet_launch():
         spark = builder.getOrCreate()
     spark.sparkContext.setLogLevel("OFF" if local else "ERROR")
+    if not callable(spark._jvm.io.delta.tables.DeltaTable):  # type: ignore[union-attr]
+        spark.stop()
+        raise EnvironmentProblem(
+            "Spark was started without the Delta jars; expected them on its class path. Give them to spark-submit: "
+            '--jars "$(python -m jobs.engine)"'
+        )
     try:
         yield Session(spark, time.monotonic() - began)
     finally:
         spark.stop()
+
+
+def one_machine(master: str) -> bool:
+    """Is everything in one JVM: `local` and `local[n]`, not `local-cluster`."""
+    return master == "local" or master.startswith("local[")
+
+
+def _start(config: Config) -> dict[str, str]:
+    """What only counts when the JVM starts."""
+    quiet = Path(__file__).with_name("log4j2.properties").resolve()
+    return {
+        "spark.master": config.spark.master,
+        "spark.jars": ",".join(map(str, delta_jars())),
+        "spark.driver.memory": config.spark.driver_memory,
+        "spark.driver.extraJavaOptions": f"-Dlog4j2.configurationFile={quiet.as_uri()} -Dderby.system.home=/dev/null",
+    }
 
 
 LAUNCHER_SAYS = (b"Using incubator modules", b"Setting default log level to", b"To adjust logging level use")

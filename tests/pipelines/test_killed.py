@@ -52,7 +52,9 @@ def completed(warehouse: Path, source: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
-    return Path(write_vectors(folder / "v.parquet", list(range(400)), text_embedding=topics(400, 8, groups=30)))
+    return Path(
+        write_vectors(folder / "v.parquet", list(range(400)), text_embedding=topics(400, 8, groups=30, spread=0.8))
+    )
 
 
 @pytest.fixture(scope="module")

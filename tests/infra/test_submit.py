@@ -1,0 +1,42 @@
+"""The spark-submit entry: a stage runs on the master that was submitted to; a JVM without Delta is told so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data import topics, write_vectors
+from deltalake import DeltaTable
+
+from jobs.engine import delta_jars, find_java
+
+pytestmark = [pytest.mark.spark, pytest.mark.slow]
+ROOT = Path(__file__).parents[2]
+
+
+def submitted(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    path = write_vectors(tmp_path / "v.parquet", list(range(50)), text_embedding=topics(50, 4))
+    environment = {
+        **os.environ, "JAVA_HOME": str(find_java()), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1",
+    }  # fmt: skip
+    command = ["spark-submit", "--master", "local[2]", *flags, str(ROOT / "infra/spark/submit.py"), "load"]
+    settings = ["--warehouse", str(tmp_path / "w"), "--set", f"load.source={path}", "--set", "spark.master=spark://nowhere:7077"]  # fmt: skip
+    return subprocess.run(
+        [*command, *settings], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_a_stage_runs_under_spark_submit(tmp_path: Path) -> None:
+    told = submitted(tmp_path, "--jars", ",".join(map(str, delta_jars())))
+    assert told.returncode == 0, told.stderr
+    assert DeltaTable(tmp_path / "w" / "item_embeddings").to_pyarrow_table().num_rows == 50
+
+
+def test_a_jvm_without_delta_is_a_sentence(tmp_path: Path) -> None:
+    told = submitted(tmp_path)
+    assert told.returncode != 0
+    assert "sid: Spark was started without the Delta jars" in told.stderr
