@@ -8,11 +8,14 @@ its share of the files' rows.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -22,16 +25,19 @@ import pyarrow.parquet as pq
 import torch
 from pyarrow import fs
 
-from jobs.config import Config, ConfigError
+from jobs.checkpoint import Checkpoint
+from jobs.config import Config, ConfigError, FitConfig
 from jobs.load import Fusion
 from jobs.packed import unpack
 from jobs.pictures import draw_convergence
 from jobs.registry import CANDIDATE, CODEBOOK_MODEL, ModelVersion, Registry, pinned, register
 from jobs.session import one_machine
 from jobs.tables import ITEM_EMBEDDINGS, SchemaError, Warehouse
-from tokenizer import FIT_BLOCK, RQGMM, Iteration, RQGMMFit, fit_rqgmm, load_codebook, save_codebook
+from tokenizer import FIT_BLOCK, Iteration, LostWorker, RQGMMFit, fit_rqgmm, load_codebook, save_codebook
 
 Progress = Callable[[Iteration], None]
+Tell = Callable[[str], None]
+RESTARTS = 2  # of a distributed fit that lost a worker
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class FitResult:
 
 
 class FitFailed(RuntimeError):
-    """A worker of a distributed fit failed; the message is the worker's own."""
+    """A worker of a distributed fit failed (the message is its own), or workers were lost again and again."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class EmbeddingFiles:
 
 def run(
     config: Config, warehouse: Warehouse, registry: Registry, run_date: date, pictures: Path,
-    champion: ModelVersion | None = None, progress: Progress | None = None,
+    champion: ModelVersion | None = None, progress: Progress | None = None, tell: Tell = print,
 ) -> FitResult:  # fmt: skip
     """Fit on the newest `item_embeddings`, from the champion if there is one (stable IDs), and register a candidate.
 
@@ -128,12 +134,14 @@ def run(
     files = tuple(warehouse.files(ITEM_EMBEDDINGS, version))
     step = max(1, items // config.fit.sample) if config.fit.sample else 1
     data = EmbeddingFiles(files, fusion.dim, config.fit.batch_rows, step=step)
+    checkpoint = Checkpoint(warehouse.root, fit_key)
+    checkpoint.open()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        init = None
         if start is not None:
-            init = load_codebook(registry.download(start, folder / "champion") / "artifacts" / "codebook").rqgmm
-        fitted = _fit(config, data, init, folder, progress)
+            champion_folder = registry.download(start, folder / "champion") / "artifacts" / "codebook"
+            checkpoint.save_start(load_codebook(champion_folder).rqgmm)
+        fitted = fit_table(config.fit, data, checkpoint, progress, tell)
         manifest: dict[str, Any] = {
             "levels": config.fit.levels,
             "components": config.fit.components,
@@ -165,72 +173,106 @@ def run(
                 registry, CODEBOOK_MODEL, Path(__file__).with_name("codebook_model.py"), folder / "codebook", tags
             )
         registry.set_alias(CODEBOOK_MODEL, CANDIDATE, model.version)
+    checkpoint.close()
     return FitResult(model, codebook_hash, picture, time.monotonic() - began)
 
 
-def _fit(config: Config, data: EmbeddingFiles, init: RQGMM | None, folder: Path, progress: Progress | None) -> RQGMMFit:
-    settings: dict[str, Any] = {
-        "levels": config.fit.levels,
-        "components": config.fit.components,
-        "seed": config.fit.seed,
-    }
-    if config.fit.workers == 1:
-        return fit_rqgmm(data, init=init, on_iteration=progress, **settings)
+def fit_table(
+    config: FitConfig, data: EmbeddingFiles, checkpoint: Checkpoint, progress: Progress | None = None, tell: Tell = print
+) -> RQGMMFit:  # fmt: skip
+    """Fit in this process, or on `config.workers` of TorchDistributor; either goes on from what `checkpoint` holds.
+
+    A worker that is lost (its machine, its memory) restarts the fit from the last level; one that fails by itself ends it.
+
+    Raises:
+        FitFailed: a worker's own words, or that workers were lost again and again.
+    """
+    settings: dict[str, Any] = {"levels": config.levels, "components": config.components, "seed": config.seed}
+    if config.workers == 1:
+        return fit_rqgmm(
+            data, init=checkpoint.start(), resume=checkpoint.latest(), on_iteration=progress, on_level=checkpoint.save, **settings
+        )  # fmt: skip
     from pyspark.ml.torch.distributor import TorchDistributor
     from pyspark.sql import SparkSession
 
-    spark = SparkSession.active()
-    slots = spark.sparkContext.defaultParallelism
-    if config.fit.workers > slots:
+    context = SparkSession.active().sparkContext
+    if config.workers > context.defaultParallelism:
         raise ConfigError(
-            f"fit.workers is {config.fit.workers} and Spark has {slots} slots ({spark.sparkContext.master}); expected at most as many "
-            "workers as slots. Lower fit.workers or give Spark more cores"
+            f"fit.workers is {config.workers} and Spark has {context.defaultParallelism} slots ({context.master}); expected at most as "
+            "many workers as slots. Lower fit.workers or give Spark more cores"
         )
-    if init is not None:
-        save_codebook(folder / "init", init, {})
-    local = one_machine(spark.sparkContext.master)
+    distributor = TorchDistributor(num_processes=config.workers, local_mode=one_machine(context.master), use_gpu=False)
+    for left in reversed(range(1 + RESTARTS)):
+        try:
+            with _followed(checkpoint, progress):
+                distributor.run(_fit_worker, asdict(data), settings, asdict(checkpoint))
+            break
+        except RuntimeError as error:
+            told = checkpoint.error()
+            if told is not None:
+                raise FitFailed(f"worker {told[0]} of the fit failed:\n{told[1]}") from error
+            if not left:
+                raise FitFailed(
+                    f"the fit lost a worker {1 + RESTARTS} times ({error}); expected {config.workers} that last. Their logs may say why "
+                    "(memory?). Levels that are done are kept: run again to go on, or with fewer --set fit.workers"
+                ) from error
+        done = checkpoint.latest()
+        tell(f"a worker was lost; going on from level {(done.rqgmm.n_levels if done else 0) + 1}")
+    fitted = checkpoint.latest()
+    assert fitted is not None
+    return fitted
+
+
+@contextmanager
+def _followed(checkpoint: Checkpoint, progress: Progress | None) -> Iterator[None]:
+    """While workers fit, pass on to `progress` where they say they are."""
+    done = threading.Event()
+
+    def follow() -> None:
+        last = None
+        while not done.wait(1.0):
+            step = checkpoint.progress()
+            if progress is not None and step is not None and step != last:
+                progress(step)
+                last = step
+
+    follower = threading.Thread(target=follow, daemon=True)
+    follower.start()
     try:
-        TorchDistributor(num_processes=config.fit.workers, local_mode=local, use_gpu=False).run(
-            _fit_worker, asdict(data), settings, str(folder), init is not None
-        )
-    except RuntimeError as error:
-        # The first to fail says why; the others only that it has gone.
-        told = sorted(folder.glob("error-*.txt"), key=lambda file: file.stat().st_mtime_ns)
-        if not told:
-            raise
-        raise FitFailed(
-            f"worker {told[0].stem.removeprefix('error-')} of the fit failed:\n{told[0].read_text()}"
-        ) from error
-    trace = tuple(Iteration(**row) for row in json.loads((folder / "trace.json").read_text()))
-    return RQGMMFit(load_codebook(folder / "fitted").rqgmm, trace)
+        yield
+    finally:
+        done.set()
+        follower.join()
 
 
-def _fit_worker(data: dict[str, Any], settings: dict[str, Any], folder: str, warm: bool) -> str:
-    """One process of a distributed fit. Rank 0 leaves the result in `folder`; a failure leaves its own text there."""
-    import os
-
+def _fit_worker(data: dict[str, Any], settings: dict[str, Any], place: dict[str, str]) -> None:
+    """One process of a distributed fit. Rank 0 leaves levels and progress in the checkpoint, any rank its last words."""
     import torch.distributed as dist
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    checkpoint = Checkpoint(**place)
+    told = time.monotonic()
+
+    def tell(step: Iteration) -> None:
+        nonlocal told
+        if time.monotonic() - told > 1:
+            checkpoint.save_progress(step)
+            told = time.monotonic()
+
     try:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
         dist.init_process_group("gloo")
         share = EmbeddingFiles(**{**data, "files": tuple(data["files"]), "rank": rank, "world": world})
-        init = load_codebook(Path(folder) / "init").rqgmm if warm else None
-        fitted = fit_rqgmm(share, init=init, **settings)
-        if rank == 0:
-            save_codebook(Path(folder) / "fitted", fitted.rqgmm, {})
-            (Path(folder) / "trace.json").write_text(json.dumps([asdict(step) for step in fitted.trace]))
+        heard: dict[str, Any] = {"on_iteration": tell, "on_level": checkpoint.save} if rank == 0 else {}
+        fit_rqgmm(share, init=checkpoint.start(), resume=checkpoint.latest(), **heard, **settings)
         dist.barrier()
         dist.destroy_process_group()
+    except LostWorker:
+        raise  # the driver starts all anew
     except Exception:
-        # TorchDistributor's own exception does not carry the worker's text; the driver reads it from this file.
-        # Whole or not at all: the first worker to fail has the others terminated, also while they write.
-        part = Path(folder) / f"error-{rank}.part"
-        part.write_text(traceback.format_exc(limit=-3))
-        part.rename(part.with_suffix(".txt"))
+        # TorchDistributor's own exception does not carry the worker's text.
+        checkpoint.save_error(rank, traceback.format_exc(limit=-3))
         raise
-    return folder
 
 
 def _log_trace(registry: Registry, run_id: str, fitted: RQGMMFit) -> None:

@@ -35,7 +35,7 @@ class Reporter(Protocol):
     def step(self, name: str, why: str) -> AbstractContextManager[None]: ...
     def done(self, name: str, facts: str) -> None: ...
     def iteration(self, step: Iteration) -> None: ...
-    def epoch(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
 
 
 @dataclass
@@ -77,7 +77,9 @@ def run(
     model = champion
     if night.refit_because is not None:
         with _timed(night, reporter, "fit", night.refit_because):
-            night.fitted = fit.run(config, warehouse, registry, night.run_date, pictures, champion, reporter.iteration)
+            night.fitted = fit.run(
+                config, warehouse, registry, night.run_date, pictures, champion, reporter.iteration, reporter.note
+            )
         reporter.done(
             "fit",
             f"codebook version {night.fitted.model.version}, hash {night.fitted.codebook_hash[:12]}"
@@ -112,7 +114,7 @@ def run(
                 night.release.table_versions,
                 night.run_date,
                 pictures,
-                reporter.epoch,
+                reporter.note,
             )
         reporter.done(
             "train",

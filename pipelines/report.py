@@ -48,7 +48,7 @@ class Terminal:
         elif step.iteration % 20 == 0:
             self._line(text)
 
-    def epoch(self, text: str) -> None:
+    def note(self, text: str) -> None:
         if self._status is not None:
             self._status.update(f"{self._name}: {text}")
         else:

@@ -11,3 +11,7 @@ class DataError(TokenizerError):
 
 class CodebookError(TokenizerError):
     """A codebook on disk is not what its manifest, or the caller, says."""
+
+
+class LostWorker(TokenizerError):
+    """A worker of a distributed fit is gone; the fit can be resumed from its last level."""

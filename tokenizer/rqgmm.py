@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tokenizer.errors import DataError
+from tokenizer.errors import DataError, LostWorker
 from tokenizer.gmm import DiagonalGMM, GMMStatistics, annealing_step, e_step, isotropic, m_step, map_means
 
 FIT_BLOCK = 8192  # rows of one block of the fit: statistics of blocks add, so chunks of any size give the same blocks
@@ -218,13 +219,16 @@ class RQGMM:
 
 @dataclass(frozen=True, eq=False)
 class RQGMMFit:
+    """A codebook and how it came about; of a fit that is not done yet, the levels that are."""
+
     rqgmm: RQGMM
     trace: tuple[Iteration, ...]
 
 
 def fit_rqgmm(
     data: Data, *, levels: int, components: int, seed: int, init: RQGMM | None = None, iterations: int = 100,
-    method: Method = "annealed", shrinkage: float = 1.0, on_iteration: Callable[[Iteration], None] | None = None,
+    method: Method = "annealed", shrinkage: float = 1.0, resume: RQGMMFit | None = None,
+    on_iteration: Callable[[Iteration], None] | None = None, on_level: Callable[[RQGMMFit], None] | None = None,
 ) -> RQGMMFit:  # fmt: skip
     """Fit RQ-GMM level by level (arXiv 2602.12593, section 3).
 
@@ -238,9 +242,12 @@ def fit_rqgmm(
         method: "annealed" is ours; "em" the paper's own (diagonal EM from k-means, fitted weights, no annealing);
             "kmeans" the limit of one hard variance, that is RQ-KMeans.
         shrinkage: how far variances are pulled to the level's mean variance, 0 to 1.
+        resume: what `on_level` was last given by a fit of the same arguments that did not end; its levels are kept, and
+            the result is that of a fit that was never interrupted.
 
     Raises:
         DataError: no rows, fewer than components, NaN or Inf, or batches of different width.
+        LostWorker: another rank is gone.
     """
     if init is not None and (init.n_levels, init.components) != (levels, components):
         raise DataError(
@@ -252,16 +259,26 @@ def fit_rqgmm(
     source = _Blocks(data, components)
     if init is not None and init.dim != source.dim:
         raise DataError(f"init has dimension {init.dim}, the data {source.dim}; expected the same. Fit without init")
-    trace: list[Iteration] = []
-    done: list[DiagonalGMM] = []
+    trace = list(resume.trace) if resume is not None else []
+    done = list(resume.rqgmm.levels) if resume is not None else []
+    if resume is not None and (resume.rqgmm.components, resume.rqgmm.dim) != (components, source.dim):
+        raise DataError(
+            f"the fit to resume has {resume.rqgmm.components} components of dimension {resume.rqgmm.dim}, this one {components} of "
+            f"{source.dim}; expected the same fit. Start anew without resume"
+        )
     # Cold responsibilities underflow, and arithmetic on denormals is many times slower.
     torch.set_flush_denormal(True)
     try:
-        for level in range(1, levels + 1):
+        for gmm in done:
+            source.descend(gmm)
+        for level in range(len(done) + 1, levels + 1):
             fit = _Level(source, level, components, seed, shrinkage, method, trace, on_iteration)
             gmm = fit.warm(init.levels[level - 1].means) if init is not None else fit.cold(iterations)
             done.append(gmm)
-            source.descend(gmm)
+            if on_level is not None:
+                on_level(RQGMMFit(RQGMM(tuple(done)), tuple(trace)))
+            if level < levels:
+                source.descend(gmm)
     finally:
         torch.set_flush_denormal(False)  # it is a state of the whole process
     return RQGMMFit(RQGMM(tuple(done)), tuple(trace))
@@ -525,20 +542,35 @@ def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+@contextmanager
+def _others_needed() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # all that torch.distributed says when a peer has closed its connection
+        raise LostWorker(
+            f"another worker of the fit is gone ({error}); expected all of them. Resume the fit"
+        ) from error
+
+
 def _gathered(value: Tensor) -> list[Tensor]:
     """`value` of every rank, in rank order; first dimensions may differ."""
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, torch.tensor([len(value)]))
+    with _others_needed():
+        dist.all_gather(lengths, torch.tensor([len(value)]))
     longest = max(int(n) for n in lengths)
     padded = torch.cat([value, value.new_zeros(longest - len(value), *value.shape[1:])])
     parts = [torch.empty_like(padded) for _ in lengths]
-    dist.all_gather(parts, padded)
+    with _others_needed():
+        dist.all_gather(parts, padded)
     return [part[: int(n)] for part, n in zip(parts, lengths, strict=True)]
 
 
 def _all_ranks(own: GMMStatistics) -> GMMStatistics:
     values = [own.count, own.sum_x, own.sum_xx, own.log_likelihood, own.squared_error, own.certainty]
+    # Ranks may come to theirs by different products: memory order must be the same, as memory is what is added.
+    values = [None if value is None else value.contiguous() for value in values]
     for value in values:
         if value is not None:
-            dist.all_reduce(value)
+            with _others_needed():
+                dist.all_reduce(value)
     return GMMStatistics(*values)  # type: ignore[arg-type]

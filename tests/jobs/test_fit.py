@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import threading
+import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
@@ -11,15 +16,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from data import topics, write_vectors
+from pyspark import SparkContext
 
 from jobs import fit, load
-from jobs.config import Config, ConfigError
+from jobs.checkpoint import Checkpoint
+from jobs.config import Config, ConfigError, FitConfig
 from jobs.fit import EmbeddingFiles, FitFailed
 from jobs.load import Fusion
 from jobs.registry import open_registry
 from jobs.tables import ITEM_EMBEDDINGS, Warehouse
-from tokenizer import FIT_BLOCK
+from tokenizer import FIT_BLOCK, RQGMM, Iteration
 
+# TorchDistributor leaves the pipe to its workers open.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 DAY = date(2026, 1, 1)
 
 
@@ -46,31 +55,89 @@ def test_ranks_share_the_rows_in_order_and_start_at_blocks(
         assert all(sum(map(len, share)) % 16 == 0 for share in shares[:-1])
 
 
-def test_two_spark_workers_fit_what_one_process_fits(
-    tmp_path: Path, warehouse: Warehouse, settings: Callable[..., Config]
-) -> None:
+def checkpoint(folder: Path) -> Checkpoint:
+    opened = Checkpoint(str(folder), "key")
+    opened.open()
+    return opened
+
+
+@pytest.fixture
+def many(tmp_path: Path, warehouse: Warehouse, settings: Callable[..., Config]) -> EmbeddingFiles:
     rows = 2 * FIT_BLOCK + 500
     path = write_vectors(tmp_path / "v.parquet", list(range(rows)), text_embedding=topics(rows, 6, groups=12))
-    one = settings(f"load.source={path}", "fit.components=8")
-    data = loaded(tmp_path, warehouse, one)
-    alone = fit._fit(one, data, None, tmp_path / "one", None).rqgmm
-    x = torch.cat(list(data))
-    assert len(x) == rows
-    (tmp_path / "two").mkdir()
-    two = settings(f"load.source={path}", "fit.components=8", "fit.workers=2")
-    together = fit._fit(two, data, None, tmp_path / "two", None).rqgmm
-    assert torch.equal(together.encode(x), alone.encode(x))
+    data = loaded(tmp_path, warehouse, settings(f"load.source={path}"))
+    assert sum(map(len, data)) == rows
+    return data
 
 
-# TorchDistributor leaves the pipe to its workers open when they fail.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_worker_s_own_words_reach_the_user(
-    tmp_path: Path, warehouse: Warehouse, settings: Callable[..., Config]
+def same(a: RQGMM, b: RQGMM) -> bool:
+    return all(torch.equal(p.means, q.means) for p, q in zip(a.levels, b.levels, strict=True))
+
+
+# Three workers for three blocks, on the two slots that the tests give Spark: TorchDistributor's local mode does not mind.
+@pytest.mark.parametrize("workers", [2, 3])
+def test_workers_of_spark_fit_what_one_process_fits(
+    tmp_path: Path, many: EmbeddingFiles, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = settings("fit.components=8", "fit.workers=2")
+    monkeypatch.setattr(SparkContext, "defaultParallelism", 3)
+    alone = fit.fit_table(FitConfig(components=8), many, checkpoint(tmp_path / "one"))
+    together = fit.fit_table(FitConfig(components=8, workers=workers), many, checkpoint(tmp_path / "many"))
+    assert same(alone.rqgmm, together.rqgmm)
+    assert alone.trace == together.trace
+
+
+def test_a_fit_goes_on_from_its_last_level(tmp_path: Path, many: EmbeddingFiles) -> None:
+    config = FitConfig(components=8, levels=3)
+    whole = fit.fit_table(config, many, checkpoint(tmp_path / "whole"))
+
+    class Killed(BaseException):
+        pass
+
+    def killed(step: Iteration) -> None:
+        if step.level == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit.fit_table(config, many, checkpoint(tmp_path / "killed"), killed)
+    steps: list[Iteration] = []
+    resumed = fit.fit_table(config, many, checkpoint(tmp_path / "killed"), steps.append)
+    assert {step.level for step in steps} == {3}
+    assert same(whole.rqgmm, resumed.rqgmm)
+    assert whole.trace == resumed.trace
+
+
+def test_a_lost_worker_restarts_the_fit_from_its_last_level(
+    tmp_path: Path, many: EmbeddingFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = f"SID_TEST={tmp_path}"
+    monkeypatch.setenv(*mark.split("=", 1))
+    place = checkpoint(tmp_path / "lost")
+
+    def lose_one() -> None:
+        while (done := place.latest()) is None or done.rqgmm.n_levels < 2:
+            time.sleep(0.01)
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+            except OSError:  # it has gone, or is not ours
+                continue
+            if mark in environment and "RANK=1" in environment:
+                os.kill(int(process.name), signal.SIGKILL)
+
+    loser = threading.Thread(target=lose_one, daemon=True)
+    loser.start()
+    notes: list[str] = []
+    config = FitConfig(components=8, levels=12)
+    fitted = fit.fit_table(config.model_copy(update={"workers": 2}), many, place, tell=notes.append)
+    assert len(notes) == 1
+    assert re.fullmatch(r"a worker was lost; going on from level ([3-9]|1\d)", notes[0])
+    assert same(fitted.rqgmm, fit.fit_table(config, many, checkpoint(tmp_path / "one")).rqgmm)
+
+
+def test_a_worker_s_own_words_reach_the_user(tmp_path: Path, warehouse: Warehouse) -> None:
     missing = EmbeddingFiles((f"file://{tmp_path}/gone.parquet",), 6, 50)
     with pytest.raises(FitFailed, match=r"worker \d of the fit failed(.|\n)*gone\.parquet"):
-        fit._fit(config, missing, None, tmp_path, None)
+        fit.fit_table(FitConfig(components=8, workers=2), missing, checkpoint(tmp_path))
 
 
 def test_more_workers_than_slots_is_a_sentence(

@@ -189,7 +189,7 @@ def _worker(rank: int, world: int, folder: str) -> None:
     x = torch.from_numpy(topics(4 * FIT_BLOCK, 8, groups=30, spread=0.4))
     blocks = x.split(FIT_BLOCK)
     own = list(blocks[rank * len(blocks) // world : (rank + 1) * len(blocks) // world])
-    fitted = fit_rqgmm(own, levels=2, components=8, seed=1, iterations=6)
+    fitted = fit_rqgmm(own, levels=2, components=8, seed=1)
     if rank == 0:
         save_codebook(Path(folder) / f"world{world}", fitted.rqgmm, {})
     dist.destroy_process_group()
@@ -206,7 +206,7 @@ def test_any_number_of_processes_gives_the_codebook_of_one(tmp_path: Path, world
         rank.join(120)
     assert [rank.exitcode for rank in ranks] == [0] * world
     x = torch.from_numpy(topics(4 * FIT_BLOCK, 8, groups=30, spread=0.4))
-    one = fit_rqgmm(x, levels=2, components=8, seed=1, iterations=6).rqgmm
+    one = fit_rqgmm(x, levels=2, components=8, seed=1).rqgmm
     many = load_codebook(tmp_path / f"world{world}").rqgmm
     assert torch.equal(one.encode(x), many.encode(x))
     for a, b in zip(one.levels, many.levels, strict=True):
