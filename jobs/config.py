@@ -66,6 +66,12 @@ class FitConfig(Section):
     seed: int = Field(0, ge=0)
     workers: int = Field(1, ge=1, description="processes of the fit; more than one runs on TorchDistributor")
     sample: int = Field(0, ge=0, description="fit on about this many items, evenly spread; 0 for all")
+    beam: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="tuples of codes that encode keeps from level to level; 1 is greedy; part of the codebook",
+    )
     batch_rows: int = Field(8192, ge=1, description="rows of one batch in memory")
 
 

@@ -187,7 +187,9 @@ def fit_table(
     Raises:
         FitFailed: a worker's own words, or that workers were lost again and again.
     """
-    settings: dict[str, Any] = {"levels": config.levels, "components": config.components, "seed": config.seed}
+    settings: dict[str, Any] = {
+        "levels": config.levels, "components": config.components, "seed": config.seed, "beam": config.beam,
+    }  # fmt: skip
     if config.workers == 1:
         return fit_rqgmm(
             data, init=checkpoint.start(), resume=checkpoint.latest(), on_iteration=progress, on_level=checkpoint.save, **settings

@@ -31,8 +31,10 @@ class Codebook:
 
 
 def content_hash(rqgmm: RQGMM, fusion: Any = None) -> str:
-    """sha256 over every tensor and the fusion recipe: what decides which code an item gets."""
+    """sha256 over every tensor, the fusion recipe and the beam: what decides which code an item gets."""
     digest = hashlib.sha256(json.dumps(fusion, sort_keys=True).encode())
+    if rqgmm.beam > 1:
+        digest.update(f"beam{rqgmm.beam}".encode())
     for name, tensor in sorted(_tensors(rqgmm).items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy().astype("<f4").tobytes())
@@ -42,7 +44,7 @@ def content_hash(rqgmm: RQGMM, fusion: Any = None) -> str:
 def save_codebook(folder: Path, rqgmm: RQGMM, manifest: Mapping[str, Any]) -> str:
     """Write the folder and return the content hash."""
     name = content_hash(rqgmm, manifest.get("fusion"))
-    shape = {"levels": rqgmm.n_levels, "components": rqgmm.components, "dim": rqgmm.dim}
+    shape = {"levels": rqgmm.n_levels, "components": rqgmm.components, "dim": rqgmm.dim, "beam": rqgmm.beam}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(_tensors(rqgmm), str(Path(folder) / TENSORS))
     full = {**manifest, **shape, "format": FORMAT, "hash": name}
@@ -73,7 +75,7 @@ def load_codebook(folder: Path, *, expect_hash: str | None = None) -> Codebook:
             DiagonalGMM(tensors[f"level{n}.weights"], tensors[f"level{n}.means"], tensors[f"level{n}.variances"])
             for n in range(1, manifest["levels"] + 1)
         )
-        rqgmm = RQGMM(levels)
+        rqgmm = RQGMM(levels, beam=manifest.get("beam", 1))
     except CodebookError:
         raise
     except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TokenizerError) as error:

@@ -7,7 +7,7 @@ responsibilities would otherwise be one-hot from the first iteration in hundreds
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,6 +34,10 @@ HARD_STEPS = 10  # classification EM at the end, at most
 WARM_STEPS = 3  # hard steps of a refit that starts from the champion (stable IDs)
 SPECTRUM_ROWS = 20_000  # rows of the power iteration for the critical temperature
 VARIANCE_FLOOR = 1e-12  # share of the data's mean square
+
+NOT_FINITE = (
+    "embeddings hold NaN, Inf or numbers too large for float32; expected finite ones. Reject such rows when loading"
+)
 
 Method = Literal["annealed", "em", "kmeans"]
 Data = Tensor | Iterable[Tensor]
@@ -65,13 +69,34 @@ class Iteration:
     used: int
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class _Step:
+    """One level of a block of n rows: affinity (n, K), code (the given one, if any), the code's affinity, and what
+    affinity leaves out of the log-joint, computed when called."""
+
+    affinity: Tensor
+    code: Tensor
+    score: Tensor
+    row_term: Callable[[], Tensor]
+
+
+# Yields affinity and row term of a level, is sent the code and its affinity.
+_Scores = Generator[tuple[Tensor, Callable[[], Tensor]], tuple[Tensor, Tensor], None]
+
+
 @dataclass(frozen=True, eq=False)
 class RQGMM:
-    """Levels of mixtures over one dimension with the same number of components."""
+    """Levels of mixtures over one dimension with the same number of components.
+
+    Encode keeps the `beam` most probable tuples of codes from level to level; 1 is one greedy pass.
+    """
 
     levels: tuple[DiagonalGMM, ...]
+    beam: int = 1
 
     def __post_init__(self) -> None:
+        if self.beam < 1:
+            raise DataError(f"beam is {self.beam}; expected at least 1, the greedy pass")
         shapes = {tuple(gmm.means.shape) for gmm in self.levels}
         if len(shapes) != 1:
             raise DataError(f"levels have shapes {sorted(shapes)}; expected one (K, D), and at least one level")
@@ -89,8 +114,14 @@ class RQGMM:
         return self.levels[0].dim
 
     def encode(self, x: Tensor) -> Tensor:
-        """codes (N, L) int32: per level the most probable component of the residual; the lowest index wins a tie."""
+        """codes (N, L) int32: per level the most probable component of the residual; the lowest index wins a tie.
+
+        With a beam, the most probable of the tuples that were kept to the end: by log p(residual of the last level |
+        its component) and the log weights of all.
+        """
         self._check(x)
+        if self.beam > 1:
+            return torch.cat([self._searched(block) for block in torch.split(x, ENCODE_BLOCK)])
         return torch.cat([self._codes(block) for block in torch.split(x, ENCODE_BLOCK)])
 
     def assign(self, x: Tensor, codes: Tensor | None = None) -> Assignment:
@@ -99,6 +130,8 @@ class RQGMM:
         The posterior of a tuple of codes is the product over levels of p(code | residual).
         """
         self._check(x)
+        if codes is None and self.beam > 1:
+            codes = self.encode(x)
         parts = [
             self._assign_block(block, None if codes is None else codes[start : start + ENCODE_BLOCK])
             for start, block in zip(range(0, max(len(x), 1), ENCODE_BLOCK), torch.split(x, ENCODE_BLOCK), strict=True)
@@ -125,46 +158,49 @@ class RQGMM:
         return found
 
     def _codes(self, x: Tensor) -> Tensor:
-        levels = [code.int() for _, _, _, code, _ in self._descent(x, None)]
-        return torch.stack(levels, dim=1)[: len(x)]
+        return torch.stack([step.code.int() for step in self._descent(x, None)], dim=1)[: len(x)]
+
+    def _searched(self, x: Tensor) -> Tensor:
+        residual = _padded(x)[:, None, :]  # (n, paths, D)
+        codes = residual.new_zeros(len(residual), 1, 0, dtype=torch.int32)  # (n, paths, levels so far)
+        for level, gmm in enumerate(self.levels, start=1):
+            last = level == self.n_levels
+            residual, codes = extended(self.levels[: level - 1], gmm, residual, codes, 1 if last else self.beam)
+        return codes[: len(x), 0]
 
     def _assign_block(self, x: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        codes, confidence, log_likelihood = [], x.new_ones(ENCODE_BLOCK), x.new_zeros(ENCODE_BLOCK)
-        for _, affinity, best, code, row_term in self._descent(x, given):
-            resp = affinity.softmax(dim=1)
-            largest = resp.amax(dim=1)
-            log_likelihood += best - largest.log() + row_term()  # log sum exp = best - log of the largest
-            confidence *= largest if given is None else resp.gather(1, code[:, None])[:, 0]
-            codes.append(code.int())
+        codes, log_posterior, log_likelihood = [], x.new_zeros(ENCODE_BLOCK), x.new_zeros(ENCODE_BLOCK)
+        for step in self._descent(x, given):
+            chosen = step.affinity.log_softmax(dim=1).gather(1, step.code[:, None])[:, 0]  # log p(code | residual)
+            log_likelihood += step.score - chosen + step.row_term()  # log p(residual) = log-joint - log posterior
+            log_posterior += chosen
+            codes.append(step.code.int())
         n = len(x)
-        return torch.stack(codes, dim=1)[:n], confidence[:n].clamp_(0, 1), log_likelihood[:n]
+        return torch.stack(codes, dim=1)[:n], log_posterior[:n].exp().clamp_(0, 1), log_likelihood[:n]
 
-    def _descent(
-        self, x: Tensor, given: Tensor | None
-    ) -> Iterator[tuple[DiagonalGMM, Tensor, Tensor, Tensor, Callable[[], Tensor]]]:
-        """Level by level for one block: mixture, affinity (n, K), its maximum, code (the given one, if any), row term."""
+    def _descent(self, x: Tensor, given: Tensor | None) -> Iterator[_Step]:
+        """Level by level for one block."""
         n = len(x)
-        block = torch.cat([x, x.new_zeros(ENCODE_BLOCK - n, x.shape[1])]) if n < ENCODE_BLOCK else x
+        block = _padded(x)
         steps = self._by_products(block) if self._products is not None else self._by_residuals(block)
-        place = next(steps)
-        for level, gmm in enumerate(self.levels):
-            affinity, row_term = place
+        affinity, row_term = next(steps)
+        for level in range(self.n_levels):
             best, code = affinity.max(dim=1)
             if not torch.isfinite(best).all():
-                raise DataError(
-                    "embeddings hold NaN, Inf or numbers too large for float32; expected finite ones. Reject such rows when loading"
-                )
+                raise DataError(NOT_FINITE)
+            score = best
             if given is not None:
                 code[:n] = given[:, level].long()
-            yield gmm, affinity, best, code, row_term
+                score = affinity.gather(1, code[:, None])[:, 0]
+            yield _Step(affinity, code, score, row_term)
             if level + 1 < self.n_levels:
-                place = steps.send(code)
+                affinity, row_term = steps.send((code, score))
 
-    def _by_residuals(self, x: Tensor) -> Generator[tuple[Tensor, Callable[[], Tensor]], Tensor, None]:
+    def _by_residuals(self, x: Tensor) -> _Scores:
         residual = x
         for gmm in self.levels:
             at, here = gmm, residual
-            code = yield gmm.affinity(residual), lambda at=at, here=here: at.row_term(here)  # type: ignore[misc]
+            code, _ = yield gmm.affinity(residual), lambda at=at, here=here: at.row_term(here)  # type: ignore[misc]
             residual = residual - gmm.means[code]
 
     @cached_property
@@ -184,28 +220,26 @@ class RQGMM:
         ]
         return torch.cat(slopes).T.contiguous(), [gmm._linear[2] for gmm in self.levels], taken
 
-    def _by_products(self, x: Tensor) -> Generator[tuple[Tensor, Callable[[], Tensor]], Tensor, None]:
+    def _by_products(self, x: Tensor) -> _Scores:
         assert self._products is not None
         slopes, intercepts, taken = self._products
         scores = torch.split(x @ slopes, self.components, dim=1)
-        passed: list[tuple[Tensor, Tensor]] = []  # of the levels before: affinity and code
+        passed: list[tuple[Tensor, Tensor]] = []  # of the levels before: code and its affinity
         squared: list[Tensor] = []  # |r|^2 of the levels so far, where a likelihood is wanted
         for level in range(self.n_levels):
             affinity = scores[level] + intercepts[level]
-            for (_, code), product in zip(passed, taken[level], strict=True):
+            for (code, _), product in zip(passed, taken[level], strict=True):
                 affinity += product[code]
-            code = yield affinity, lambda: self._row_term(x, passed, squared)
-            passed.append((affinity, code))
+            passed.append((yield affinity, lambda: self._row_term(x, passed, squared)))
 
     def _row_term(self, x: Tensor, passed: list[tuple[Tensor, Tensor]], squared: list[Tensor]) -> Tensor:
         """-|r|^2 / (2 variance), with |r - mu|^2 = |r|^2 - 2 variance (affinity of mu - its constant)."""
         if not squared:
-            squared.append(x.square().sum(dim=1))
+            squared.append(torch.linalg.vector_norm(x, dim=1).square())
         while len(squared) <= len(passed):
-            gmm, (affinity, code) = self.levels[len(squared) - 1], passed[len(squared) - 1]
+            gmm, (_, score) = self.levels[len(squared) - 1], passed[len(squared) - 1]
             assert gmm.variance is not None
-            gained = affinity.gather(1, code[:, None])[:, 0] - gmm.log_normaliser
-            squared.append(torch.sub(squared[-1], gained, alpha=2 * gmm.variance))
+            squared.append(torch.sub(squared[-1], score - gmm.log_normaliser, alpha=2 * gmm.variance))
         variance = self.levels[len(passed)].variance
         assert variance is not None
         return squared[-1].clamp_min(0) / (-2 * variance)
@@ -215,6 +249,36 @@ class RQGMM:
             raise DataError(
                 f"embeddings have shape {tuple(x.shape)}; expected (N, {self.dim}), the dimension of this codebook"
             )
+
+
+def extended(
+    before: Sequence[DiagonalGMM], gmm: DiagonalGMM, residual: Tensor, codes: Tensor, beam: int
+) -> tuple[Tensor, Tensor]:
+    """The `beam` most probable ways to go on from the paths of each row by a component of `gmm`.
+
+    residual (n, paths, D) and codes (n, paths, levels before) in and out, the best path first. The probability of a path
+    is that of its last residual under its last component, times the weights of all its components.
+    """
+    n, paths, d = residual.shape
+    if paths == 1:
+        joint = gmm.affinity(residual[:, 0])  # (n, K); what is left out is the same for all
+    else:
+        flat = residual.reshape(-1, d)
+        weight = torch.stack([g.weights.log()[codes[:, :, level].long()] for level, g in enumerate(before)]).sum(
+            0
+        )  # (n, paths)
+        joint = (gmm.affinity(flat) + (gmm.row_term(flat) + weight.flatten())[:, None]).view(n, -1)
+    best, place = joint.max(dim=1, keepdim=True) if beam == 1 else joint.topk(min(beam, joint.shape[1]), dim=1)
+    if not torch.isfinite(best[:, 0]).all():
+        raise DataError(NOT_FINITE)
+    path, code = place // gmm.components, place % gmm.components  # (n, kept)
+    taken = codes.gather(1, path[:, :, None].expand(-1, -1, codes.shape[2]))
+    left = residual.gather(1, path[:, :, None].expand(-1, -1, d)) if paths > 1 else residual
+    return left - gmm.means[code], torch.cat([taken, code[:, :, None].int()], dim=2)
+
+
+def _padded(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_zeros(ENCODE_BLOCK - len(x), x.shape[1])]) if len(x) < ENCODE_BLOCK else x
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,7 +291,7 @@ class RQGMMFit:
 
 def fit_rqgmm(
     data: Data, *, levels: int, components: int, seed: int, init: RQGMM | None = None, iterations: int = 100,
-    method: Method = "annealed", shrinkage: float = 1.0, resume: RQGMMFit | None = None,
+    method: Method = "annealed", shrinkage: float = 1.0, beam: int = 1, resume: RQGMMFit | None = None,
     on_iteration: Callable[[Iteration], None] | None = None, on_level: Callable[[RQGMMFit], None] | None = None,
 ) -> RQGMMFit:  # fmt: skip
     """Fit RQ-GMM level by level (arXiv 2602.12593, section 3).
@@ -242,6 +306,8 @@ def fit_rqgmm(
         method: "annealed" is ours; "em" the paper's own (diagonal EM from k-means, fitted weights, no annealing);
             "kmeans" the limit of one hard variance, that is RQ-KMeans.
         shrinkage: how far variances are pulled to the level's mean variance, 0 to 1.
+        beam: tuples of codes that encode will keep from level to level; each level is then fitted on the residuals of all
+            of them, and the trace's errors are theirs. 1 is greedy, and costs that many times less.
         resume: what `on_level` was last given by a fit of the same arguments that did not end; its levels are kept, and
             the result is that of a fit that was never interrupted.
 
@@ -256,7 +322,7 @@ def fit_rqgmm(
         )
     if method == "em":
         shrinkage = 0.0
-    source = _Blocks(data, components)
+    source = _Blocks(data, components, beam)
     if init is not None and init.dim != source.dim:
         raise DataError(f"init has dimension {init.dim}, the data {source.dim}; expected the same. Fit without init")
     trace = list(resume.trace) if resume is not None else []
@@ -276,25 +342,29 @@ def fit_rqgmm(
             gmm = fit.warm(init.levels[level - 1].means) if init is not None else fit.cold(iterations)
             done.append(gmm)
             if on_level is not None:
-                on_level(RQGMMFit(RQGMM(tuple(done)), tuple(trace)))
+                on_level(RQGMMFit(RQGMM(tuple(done), beam), tuple(trace)))
             if level < levels:
                 source.descend(gmm)
     finally:
         torch.set_flush_denormal(False)  # it is a state of the whole process
-    return RQGMMFit(RQGMM(tuple(done)), tuple(trace))
+    return RQGMMFit(RQGMM(tuple(done), beam), tuple(trace))
 
 
 class _Blocks:
     """The data as blocks of FIT_BLOCK rows, whatever chunks it comes in, less what the fitted levels explain.
 
-    For a tensor the residuals are kept; for batches only the codes, and each pass reads the batches again.
+    With a beam each item has as many rows as it has paths. For a tensor the residuals are kept; for batches only the
+    codes, and each pass reads the batches again.
     """
 
-    def __init__(self, data: Data, components: int) -> None:
-        self._tensor = data.float().clone() if isinstance(data, Tensor) else None
+    def __init__(self, data: Data, components: int, beam: int = 1) -> None:
+        if isinstance(data, Tensor) and data.ndim != 2:
+            raise DataError(f"embeddings have shape {tuple(data.shape)}; expected (N, D)")
+        self._tensor = data.float().clone()[:, None] if isinstance(data, Tensor) else None  # (N, paths, D)
         self._batches = None if isinstance(data, Tensor) else data
+        self._beam = beam
         self._levels: list[DiagonalGMM] = []
-        self._codes: list[list[Tensor]] = []  # per block, per level
+        self._codes: list[Tensor] = []  # per block of items (n, paths, levels)
         rows, square, largest, self.dim = 0, 0.0, 0.0, 0
         for block in self:
             if block.ndim != 2 or (self.dim and block.shape[1] != self.dim):
@@ -307,13 +377,13 @@ class _Blocks:
             rows += len(block)
             square += float(torch.linalg.vector_norm(block).double().square())
             largest = max(largest, float(block.abs().amax()))
-            self._codes.append([])
+            self._codes.append(torch.zeros(len(block), 1, 0, dtype=torch.int32))
         counted = torch.tensor([float(rows), square], dtype=torch.float64)
         if _distributed():  # in rank order, so that every rank has the same bits
             counted = torch.stack(_gathered(counted[None])).sum(0)[0]
             largest = float(torch.cat(_gathered(torch.tensor([largest]))).max())
         self.largest = largest
-        self.rows = int(counted[0])
+        self.items = self.rows = int(counted[0])
         if _distributed():  # a rank may have no rows, and takes part all the same
             self.dim = int(torch.cat(_gathered(torch.tensor([self.dim]))).max())
         if self.rows == 0:
@@ -327,6 +397,11 @@ class _Blocks:
         self.mean_square = float(counted[1]) / self.elements
 
     def __iter__(self) -> Iterator[Tensor]:
+        for block in self._items():
+            yield from torch.split(block.flatten(0, 1), FIT_BLOCK)
+
+    def _items(self) -> Iterator[Tensor]:
+        """Residuals (n, paths, D) of FIT_BLOCK items after FIT_BLOCK items."""
         if self._tensor is not None:
             yield from torch.split(self._tensor, FIT_BLOCK)
             return
@@ -348,22 +423,29 @@ class _Blocks:
             yield self._residual(torch.cat(waiting), number)
 
     def _residual(self, block: Tensor, number: int) -> Tensor:
-        for gmm, code in zip(self._levels, self._codes[number] if self._levels else (), strict=True):
-            block = block - gmm.means[code.long()]
-        return block
+        residual = block[:, None]
+        for level, gmm in enumerate(self._levels):
+            residual = residual - gmm.means[self._codes[number][:, :, level].long()]
+        return residual
 
     def descend(self, gmm: DiagonalGMM) -> None:
         """Take from every row the mean of its most probable component, as encode will."""
-        codes = [gmm.affinity(block).argmax(dim=1).int() for block in self]
+        items = sum(len(codes) for codes in self._codes)
+        left, start = self._tensor, 0
+        for number, block in enumerate(self._items()):
+            residual, self._codes[number] = extended(self._levels, gmm, block, self._codes[number], self._beam)
+            if left is not None:
+                if left.shape[1] != residual.shape[1]:
+                    left = left.new_empty(items, *residual.shape[1:])
+                left[start : start + len(residual)] = residual
+            start += len(block)
+        self._tensor = left
+        self._levels.append(gmm)
         # A residual is at most the element and the mean it lost: the bound that exact sums need.
         self.largest += float(gmm.means.abs().amax())
-        if self._tensor is not None:
-            for block, code in zip(torch.split(self._tensor, FIT_BLOCK), codes, strict=True):
-                block -= gmm.means[code.long()]
-            return
-        self._levels.append(gmm)
-        for kept, code in zip(self._codes, codes, strict=True):
-            kept.append(code)
+        paths = min(self._beam, self.rows // self.items * gmm.components)
+        self.rows = self.items * paths
+        self.elements = self.rows * self.dim
 
 
 class _Level:

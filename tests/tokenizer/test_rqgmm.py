@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
-import multiprocessing as mp
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from functools import reduce
+from itertools import product
 from operator import add
 from pathlib import Path
 
@@ -12,13 +16,12 @@ import faiss
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from data import topics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
-from tokenizer import RQGMM, DataError, e_step, fit_rqgmm, load_codebook, measure_quality, save_codebook
+from tokenizer import RQGMM, DataError, e_step, fit_rqgmm, load_codebook, measure_quality
 from tokenizer.gmm import annealing_step, isotropic
 from tokenizer.rqgmm import FIT_BLOCK, largest_eigenvalue
 
@@ -73,6 +76,53 @@ def test_chunks_of_the_data_do_not_change_the_fit() -> None:
         chunked = fit_rqgmm(list(x.split(size)), levels=2, components=8, seed=1, iterations=8).rqgmm
         for a, b in zip(whole.levels, chunked.levels, strict=True):
             assert torch.equal(a.means, b.means)
+
+
+def test_a_beam_as_wide_as_all_tuples_finds_the_most_probable_one(x: torch.Tensor) -> None:
+    """Against every tuple of codes, scored in a slow loop by the density of the last residual and the weights of all."""
+    fit = fit_rqgmm(x, levels=3, components=4, seed=0, method="em", iterations=5)
+    searched = replace(fit.rqgmm, beam=16).encode(x[:40])
+    for row, found in zip(x[:40], searched.tolist(), strict=True):
+        scores = {}
+        for codes in product(range(4), repeat=3):
+            residual, score = row[None], 0.0
+            for level, (gmm, code) in enumerate(zip(fit.rqgmm.levels, codes, strict=True), start=1):
+                last = level == 3
+                score += float(gmm.log_joint(residual)[0, code]) if last else float(gmm.weights[code].log())
+                residual = residual - gmm.means[code]
+            scores[codes] = score
+        assert scores[tuple(found)] == pytest.approx(max(scores.values()), abs=1e-3)
+
+
+def test_a_beam_lowers_the_error_and_one_is_greedy(x: torch.Tensor) -> None:
+    rqgmm = fit_rqgmm(x, levels=3, components=16, seed=0).rqgmm
+    errors = []
+    for beam in (1, 2, 8):
+        codes = replace(rqgmm, beam=beam).encode(x)
+        errors.append(float((x - rqgmm.decode(codes)).square().mean()))
+        assert torch.equal(replace(rqgmm, beam=beam).assign(x).codes, codes)
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_a_beam_in_batches_is_the_beam_of_the_whole() -> None:
+    x = torch.from_numpy(topics(FIT_BLOCK + 300, 6, groups=30, spread=0.4))
+    whole = fit_rqgmm(x, levels=3, components=8, seed=0, beam=3, iterations=8).rqgmm
+    batches = fit_rqgmm(list(x.split(900)), levels=3, components=8, seed=0, beam=3, iterations=8).rqgmm
+    assert whole.beam == batches.beam == 3
+    for a, b in zip(whole.levels, batches.levels, strict=True):
+        assert torch.equal(a.means, b.means)
+
+
+def test_a_fit_with_a_beam_serves_new_items_better_than_faiss_s() -> None:
+    x = torch.from_numpy(topics(4400, 12, groups=300, spread=0.7, seed=5))
+    train, new = x[:4000], x[4000:]
+    ours = fit_rqgmm(train, levels=3, components=32, seed=0, beam=5).rqgmm
+    theirs = faiss.ResidualQuantizer(12, 3, 5)
+    theirs.max_beam_size = 5
+    theirs.train(train.numpy())
+    rebuilt = theirs.decode(theirs.compute_codes(new.numpy()))
+    error = float((new - ours.decode(ours.encode(new))).square().mean())
+    assert error < 1.01 * float(((new.numpy() - rebuilt) ** 2).mean())
 
 
 def test_decoding_is_a_fixed_point_of_the_first_level(x: torch.Tensor, rqgmm: RQGMM) -> None:
@@ -183,31 +233,17 @@ def test_encode_refuses_another_dimension(rqgmm: RQGMM) -> None:
         rqgmm.encode(torch.zeros(2, 5))
 
 
-def _worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    x = torch.from_numpy(topics(4 * FIT_BLOCK, 8, groups=30, spread=0.4))
-    blocks = x.split(FIT_BLOCK)
-    own = list(blocks[rank * len(blocks) // world : (rank + 1) * len(blocks) // world])
-    fitted = fit_rqgmm(own, levels=2, components=8, seed=1)
-    if rank == 0:
-        save_codebook(Path(folder) / f"world{world}", fitted.rqgmm, {})
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("world", [2, 3, 5])
-def test_any_number_of_processes_gives_the_codebook_of_one(tmp_path: Path, world: int) -> None:
+def test_any_number_of_processes_of_torchrun_gives_the_codebook_of_one(tmp_path: Path, world: int) -> None:
     """Four blocks: two ranks have equal shares, three unequal ones, of five one has none."""
-    context = mp.get_context("spawn")
-    ranks = [context.Process(target=_worker, args=(rank, world, str(tmp_path))) for rank in range(world)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0] * world
+    script = Path(__file__).with_name("fit_under_torchrun.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
+    tests = Path(__file__).parents[1]
+    path = {"PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}"}  # the packages, then tests/data.py
+    subprocess.run([*torchrun, str(script), str(tmp_path)], env=os.environ | path, check=True, timeout=240)
     x = torch.from_numpy(topics(4 * FIT_BLOCK, 8, groups=30, spread=0.4))
     one = fit_rqgmm(x, levels=2, components=8, seed=1).rqgmm
-    many = load_codebook(tmp_path / f"world{world}").rqgmm
+    many = load_codebook(tmp_path).rqgmm
     assert torch.equal(one.encode(x), many.encode(x))
     for a, b in zip(one.levels, many.levels, strict=True):
         assert torch.equal(a.means, b.means)
