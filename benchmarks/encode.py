@@ -14,8 +14,10 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.fit import clustered, fastest
+from benchmarks.fit import clustered, side_by_side
 from tokenizer import RQGMM, DiagonalGMM, fit_rqgmm
+
+REPEATS = 12
 
 
 def encode(
@@ -49,14 +51,15 @@ def encode(
             for _ in range(levels * count):
                 torch.mm(block, means, out=out[: len(block)])
 
-    seconds = {
-        "encode": fastest(lambda: rqgmm.encode(x)),
-        "encode_diagonal": fastest(lambda: diagonal.encode(x)),
-        "assign": fastest(lambda: rqgmm.assign(x)),
-        "faiss_beam1": fastest(lambda: quantizer.compute_codes(matrix)),
-        "roofline": fastest(lambda: products(1)),
-        "roofline_diagonal": fastest(lambda: products(2)),
+    works = {
+        "encode": lambda: rqgmm.encode(x),
+        "encode_diagonal": lambda: diagonal.encode(x),
+        "assign": lambda: rqgmm.assign(x),
+        "faiss_beam1": lambda: quantizer.compute_codes(matrix),
+        "roofline": lambda: products(1),
+        "roofline_diagonal": lambda: products(2),
     }
+    seconds = side_by_side(works, REPEATS)
     figures: dict[str, object] = {
         "over_faiss_beam1": seconds["faiss_beam1"] / seconds["encode_diagonal"],
         "shared_variance_over_faiss_beam1": seconds["faiss_beam1"] / seconds["encode"],

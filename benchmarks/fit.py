@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -40,12 +40,18 @@ def clustered(rows: int, dim: int, groups: int = 1000, seed: int = 0) -> torch.T
 
 def fastest(work: Callable[[], object]) -> float:
     """Seconds of the fastest of a few runs: what is left when the machine's noise is taken off."""
-    times = []
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return min(times)
+    return side_by_side({"work": work}, REPEATS)["work"]
+
+
+def side_by_side(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """`fastest` of several, run in turn: a machine that slows down for a while slows all of them."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(repeats):
+        for name, work in works.items():
+            began = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - began)
+    return {name: min(values) for name, values in times.items()}
 
 
 def kmeans_iteration(x: torch.Tensor, components: int) -> float:

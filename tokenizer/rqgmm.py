@@ -18,7 +18,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tokenizer.errors import DataError, LostWorker
-from tokenizer.gmm import DiagonalGMM, GMMStatistics, annealing_step, e_step, isotropic, m_step, map_means
+from tokenizer.gmm import (
+    DiagonalGMM,
+    GMMStatistics,
+    annealing_step,
+    e_step,
+    isotropic,
+    m_step,
+    map_means,
+    most_probable,
+)
 
 FIT_BLOCK = 8192  # rows of one block of the fit: statistics of blocks add, so chunks of any size give the same blocks
 ENCODE_BLOCK = 1024  # rows of one block of encode, padded: a row's codes do not depend on its neighbours
@@ -185,7 +194,7 @@ class RQGMM:
         steps = self._by_products(block) if self._products is not None else self._by_residuals(block)
         affinity, row_term = next(steps)
         for level in range(self.n_levels):
-            best, code = affinity.max(dim=1)
+            best, code = most_probable(affinity)
             if not torch.isfinite(best).all():
                 raise DataError(NOT_FINITE)
             score = best
@@ -268,7 +277,10 @@ def extended(
             0
         )  # (n, paths)
         joint = (gmm.affinity(flat) + (gmm.row_term(flat) + weight.flatten())[:, None]).view(n, -1)
-    best, place = joint.max(dim=1, keepdim=True) if beam == 1 else joint.topk(min(beam, joint.shape[1]), dim=1)
+    if beam == 1:
+        best, place = (found[:, None] for found in most_probable(joint))
+    else:
+        best, place = joint.topk(min(beam, joint.shape[1]), dim=1)
     if not torch.isfinite(best[:, 0]).all():
         raise DataError(NOT_FINITE)
     path, code = place // gmm.components, place % gmm.components  # (n, kept)
@@ -538,7 +550,7 @@ class _Level:
     def _worst_rows(self, gmm: DiagonalGMM, wanted: int) -> tuple[Tensor, Tensor]:
         rows, errors = torch.empty(0, gmm.dim), torch.empty(0)
         for block in self.source:
-            code = gmm.affinity(block).max(dim=1).indices
+            code = most_probable(gmm.affinity(block))[1]
             error = (block - gmm.means[code]).square().sum(1)
             rows, errors = _distinct_top(torch.cat([rows, block]), torch.cat([errors, error]), wanted)
         if _distributed():

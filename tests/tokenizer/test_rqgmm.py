@@ -267,7 +267,8 @@ def test_rounded_statistics_add_to_the_same_bits_in_any_order(rows: int, seed: i
 def test_an_annealing_step_is_an_e_step_at_that_temperature(x: torch.Tensor) -> None:
     gmm = isotropic(x[:16].clone(), 0.3)
     for temperature in (30.0, 3.0, 0.5):
-        fast, slow = annealing_step(gmm, x, temperature), e_step(gmm, x, temperature=temperature)
+        fast = annealing_step(gmm, x, temperature)
+        slow = e_step(gmm, x, temperature=temperature, second_moments=False)
         torch.testing.assert_close(
             fast.count, slow.count, rtol=2e-3, atol=2.0
         )  # rows that are 99.9 % sure count as sure
