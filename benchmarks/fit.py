@@ -10,8 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -129,28 +128,20 @@ def sklearn_iteration(x: torch.Tensor, components: int) -> float:
 
 
 MEMORY = """
-import resource, sys, torch
-import pyarrow.parquet as pq
+import sys
 from tokenizer import fit_rqgmm
-from benchmarks.fit import Stream
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-fit_rqgmm(Stream(sys.argv[1], 128), levels=1, components=128, seed=0, iterations=2)
-print(before / 1024, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+from benchmarks.fit import peak_mib
+from jobs.fit import EmbeddingFiles
+before = peak_mib()
+fit_rqgmm(EmbeddingFiles((sys.argv[1],), 128, 8192), levels=2, components=128, seed=0, iterations=2)
+print(before, peak_mib())
 """
 
 
-@dataclass(frozen=True)
-class Stream:
-    """A Parquet file of packed vectors as a re-iterable of batches."""
-
-    path: str
-    dim: int
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        from jobs.packed import unpack
-
-        for batch in pq.ParquetFile(self.path).iter_batches(8192, columns=["embedding"]):
-            yield torch.tensor(unpack(batch.column(0), self.dim))
+def peak_mib() -> float:
+    """Peak resident memory of this process; what getrusage says starts from that of the parent."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def memory(rows: int, folder: Path) -> tuple[float, float]:
@@ -161,7 +152,9 @@ def memory(rows: int, folder: Path) -> tuple[float, float]:
         for start in range(0, rows, 50_000):
             part = clustered(min(50_000, rows - start), 128, seed=start).numpy()
             writer.write_table(pa.table({"embedding": [row.tobytes() for row in part]}, schema), row_group_size=16_384)
-    told = subprocess.run([sys.executable, "-c", MEMORY, str(path)], capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [sys.executable, "-c", MEMORY, path.resolve().as_uri()], capture_output=True, text=True, check=True
+    )
     before, after = map(float, told.stdout.split())
     path.unlink()
     return before, after

@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from jobs.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS, SchemaEr
 from tokenizer import RQGMM, Thresholds, check_gate, level_usage, neighbour_recall
 
 LIKELIHOOD_SAMPLE = 50_000
+LEAST_CERTAIN = 20  # items that a report names
 ERRORS = "dim INT, items BIGINT, squared_error DOUBLE, common BIGINT, common_squared_error DOUBLE, champion_squared_error DOUBLE"
 ERRORS_ARROW = pa.schema(
     [
@@ -44,12 +45,23 @@ ERRORS_ARROW = pa.schema(
 
 
 @dataclass(frozen=True)
+class UncertainItem:
+    """An item whose codes are nearly not the most probable ones; `confidence` is their posterior."""
+
+    item_id: str
+    semantic_id: str
+    confidence: float
+    log_likelihood: float
+
+
+@dataclass(frozen=True)
 class EvaluateResult:
     codebook_version: int
     run_id: str
     passed: bool
     reasons: tuple[str, ...]
     metrics: Mapping[str, float]
+    least_certain: tuple[UncertainItem, ...]
     table_versions: Mapping[str, int]
     judged_against: int | None
     pictures: tuple[Path, ...] = ()
@@ -99,6 +111,11 @@ def run(
         **_error_metrics(warehouse, embeddings, ids, rivals, (files, model.tags["codebook_hash"]), rival_codebook),
         "neighbour_recall": _sampled_recall(embeddings, ids, codebook, config.evaluate.neighbour_sample),
     }
+    least_certain = tuple(
+        UncertainItem(**row.asDict())
+        for row in ids.orderBy("confidence", "item_id").limit(LEAST_CERTAIN)
+        .select("item_id", "semantic_id", "confidence", "log_likelihood").collect()
+    )  # fmt: skip
     baseline = {"rmse": metrics["champion_rmse"]} if "champion_rmse" in metrics else None
     verdict = check_gate(
         {**metrics, "rmse": metrics.get("common_rmse", metrics["rmse"])}, _thresholds(config), baseline
@@ -126,6 +143,7 @@ def run(
         "metrics": metrics,
         "passed": verdict.passed,
         "reasons": list(verdict.reasons),
+        "least_certain": [asdict(item) for item in least_certain],
         "judged_against": judged_against,
         "table_versions": versions,
         "run_date": run_date,
@@ -137,6 +155,7 @@ def run(
         verdict.passed,
         tuple(verdict.reasons),
         metrics,
+        least_certain,
         versions,
         judged_against,
         (usage, likelihood),
@@ -157,8 +176,8 @@ def report(warehouse: Warehouse, codebook_version: int, run_id: str | None = Non
     if found is None:
         return None
     return EvaluateResult(
-        codebook_version, found["run_id"], found["passed"], tuple(found["reasons"]), found["metrics"], found["table_versions"],
-        found["judged_against"],
+        codebook_version, found["run_id"], found["passed"], tuple(found["reasons"]), found["metrics"],
+        tuple(UncertainItem(**item.asDict()) for item in found["least_certain"]), found["table_versions"], found["judged_against"],
     )  # fmt: skip
 
 

@@ -85,13 +85,22 @@ SEMANTIC_IDS = Table(
     checks={"suffix_counts_from_zero": "suffix >= 0", "confidence_is_a_probability": "confidence BETWEEN 0 AND 1"},
     change_feed=True,
 )  # fmt: skip
+# Nullable, as Delta cannot hold a column inside an array to NOT NULL.
+UNCERTAIN_ITEM = (
+    T.StructType()
+    .add("item_id", STRING)
+    .add("semantic_id", STRING)
+    .add("confidence", FLOAT)
+    .add("log_likelihood", FLOAT)
+)
 QUALITY_REPORTS = Table(
     "quality_reports",
     ("codebook_version", "run_id"),
     _columns(
         ("judged_against",),
         codebook_version=INT, run_id=STRING, codebook_hash=STRING, metrics=T.MapType(STRING, T.DoubleType()), passed=BOOLEAN,
-        reasons=T.ArrayType(STRING), judged_against=INT, table_versions=VERSIONS, run_date=DATE,
+        reasons=T.ArrayType(STRING), least_certain=T.ArrayType(UNCERTAIN_ITEM), judged_against=INT, table_versions=VERSIONS,
+        run_date=DATE,
     ),
 )  # fmt: skip
 RELEASES = Table(

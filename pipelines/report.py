@@ -102,10 +102,10 @@ def print_summary(
     spark_seconds: float,
     *,
     expected: str = "",
-    tracking: str = "",
 ) -> None:
     """The last thing a night prints, on standard output."""
-    console = Console(highlight=False, file=sys.stdout)
+    # A log has no width; a line of it should not be broken early.
+    console = Console(highlight=False, file=sys.stdout, width=None if sys.stdout.isatty() else 140)
     grid = Grid(show_header=False, box=None, padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -131,6 +131,12 @@ def print_summary(
             f"largest group {m['largest_collision']:.0f}; suffixes make every ID unique",
         )
         grid.add_row("neighbours kept", f"{m['neighbour_recall']:.1%} of 10 nearest (sample)")
+        grid.add_row(
+            "least certain",
+            ", ".join(
+                f"{i.item_id} is {i.semantic_id} with {i.confidence:.0%}" for i in night.evaluated.least_certain[:3]
+            ),
+        )
         if "churn" in m:
             grid.add_row("churn", f"{m['churn']:.2%} of the champion's items changed codes")
         grid.add_row("verdict", "passed" if night.evaluated.passed else "FAILED: " + "; ".join(night.evaluated.reasons))
@@ -155,8 +161,6 @@ def print_summary(
             grid.add_row("expected", expected)
     grid.add_row("tables", warehouse)
     grid.add_row("pictures", str(pictures))
-    if tracking:
-        grid.add_row("MLflow", tracking)
     parts = ", ".join(f"{name} {value:.0f} s" for name, value in night.seconds.items())
     grid.add_row("time", f"{seconds:.0f} s: Spark start-up {spark_seconds:.0f} s, {parts}")
     console.print()

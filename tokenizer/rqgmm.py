@@ -376,7 +376,6 @@ class _Blocks:
         self._batches = None if isinstance(data, Tensor) else data
         self._beam = beam
         self._levels: list[DiagonalGMM] = []
-        self._codes: list[Tensor] = []  # per block of items (n, paths, levels)
         rows, square, largest, self.dim = 0, 0.0, 0.0, 0
         for block in self:
             if block.ndim != 2 or (self.dim and block.shape[1] != self.dim):
@@ -389,7 +388,8 @@ class _Blocks:
             rows += len(block)
             square += float(torch.linalg.vector_norm(block).double().square())
             largest = max(largest, float(block.abs().amax()))
-            self._codes.append(torch.zeros(len(block), 1, 0, dtype=torch.int32))
+        # (N, paths, levels). In one piece: small pieces kept from each block would cut up the memory that blocks come from.
+        self._codes = torch.zeros(rows, 1, 0, dtype=torch.int32)
         counted = torch.tensor([float(rows), square], dtype=torch.float64)
         if _distributed():  # in rank order, so that every rank has the same bits
             counted = torch.stack(_gathered(counted[None])).sum(0)[0]
@@ -412,6 +412,11 @@ class _Blocks:
         for block in self._items():
             yield from torch.split(block.flatten(0, 1), FIT_BLOCK)
 
+    @property
+    def own_rows(self) -> int:
+        """Of this rank; `rows` is of all."""
+        return self._codes.shape[0] * self._codes.shape[1]
+
     def _items(self) -> Iterator[Tensor]:
         """Residuals (n, paths, D) of FIT_BLOCK items after FIT_BLOCK items."""
         if self._tensor is not None:
@@ -419,8 +424,7 @@ class _Blocks:
             return
         assert self._batches is not None
         waiting: list[Tensor] = []
-        held = number = 0
-        width = 0
+        held = start = width = 0
         for batch in self._batches:
             width = width or batch.shape[-1]
             if batch.ndim != 2 or batch.shape[1] != width:
@@ -429,34 +433,37 @@ class _Blocks:
             held += len(batch)
             while held >= FIT_BLOCK:
                 joined = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
-                yield self._residual(joined[:FIT_BLOCK], number)
-                waiting, held, number = [joined[FIT_BLOCK:]], held - FIT_BLOCK, number + 1
+                yield self._residual(joined[:FIT_BLOCK], start)
+                waiting, held, start = [joined[FIT_BLOCK:]], held - FIT_BLOCK, start + FIT_BLOCK
         if held:
-            yield self._residual(torch.cat(waiting), number)
+            yield self._residual(torch.cat(waiting), start)
 
-    def _residual(self, block: Tensor, number: int) -> Tensor:
+    def _residual(self, block: Tensor, start: int) -> Tensor:
         residual = block[:, None]
         for level, gmm in enumerate(self._levels):
-            residual = residual - gmm.means[self._codes[number][:, :, level].long()]
+            residual = residual - gmm.means[self._codes[start : start + len(block), :, level].long()]
         return residual
 
     def descend(self, gmm: DiagonalGMM) -> None:
         """Take from every row the mean of its most probable component, as encode will."""
-        items = sum(len(codes) for codes in self._codes)
-        left, start = self._tensor, 0
-        for number, block in enumerate(self._items()):
-            residual, self._codes[number] = extended(self._levels, gmm, block, self._codes[number], self._beam)
+        n, paths, levels = self._codes.shape
+        kept = min(self._beam, paths * gmm.components)
+        codes = self._codes.new_empty(n, kept, levels + 1)
+        left = self._tensor
+        if left is not None and kept != paths:
+            left = left.new_empty(n, kept, self.dim)
+        start = 0
+        for block in self._items():
+            place = slice(start, start + len(block))
+            residual, codes[place] = extended(self._levels, gmm, block, self._codes[place], self._beam)
             if left is not None:
-                if left.shape[1] != residual.shape[1]:
-                    left = left.new_empty(items, *residual.shape[1:])
-                left[start : start + len(residual)] = residual
-            start += len(block)
-        self._tensor = left
+                left[place] = residual
+            start = place.stop
+        self._codes, self._tensor = codes, left
         self._levels.append(gmm)
         # A residual is at most the element and the mean it lost: the bound that exact sums need.
         self.largest += float(gmm.means.abs().amax())
-        paths = min(self._beam, self.rows // self.items * gmm.components)
-        self.rows = self.items * paths
+        self.rows = self.items * kept
         self.elements = self.rows * self.dim
 
 
@@ -571,7 +578,14 @@ class _Level:
     def _sample(self, wanted: int) -> Tensor:
         """About `wanted` rows, evenly spread over the data; the same on every rank."""
         step = max(1, self.source.rows // wanted)
-        rows = torch.cat([block[::step] for block in self.source] or [torch.empty(0, self.source.dim)])
+        own = self.source.own_rows
+        rows = torch.empty(own // step + own // FIT_BLOCK + 2, self.source.dim)  # each block begins anew to count
+        filled = 0
+        for block in self.source:
+            part = block[::step]
+            rows[filled : filled + len(part)] = part
+            filled += len(part)
+        rows = rows[:filled]
         return torch.cat(_gathered(rows)) if _distributed() else rows
 
     def _seeded(self, rows: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from jobs.config import Config, ConfigError, load_config
+from jobs.evaluate import report
 from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, Registry, open_registry
 from jobs.releases import current_release
 from jobs.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, Warehouse
@@ -125,6 +126,17 @@ def test_every_item_has_one_unique_id_with_its_hashes(house: House, first: Night
         assert row["semantic_id"] == text_of(row["codes"], row["suffix"])
         assert row["codebook_hash"] == release.codebook_hash
         assert not row["held"]
+
+
+def test_the_report_names_the_least_certain_items(house: House, first: Night) -> None:
+    assert first.evaluated is not None
+    least = first.evaluated.least_certain
+    confidence = {row["item_id"]: row["confidence"] for row in house.ids(1).values()}
+    assert [item.confidence for item in least] == sorted(confidence.values())[:20]
+    assert all(confidence[item.item_id] == item.confidence for item in least)
+    stored = report(house.warehouse, 1)
+    assert stored is not None
+    assert stored.least_certain == least
 
 
 def test_the_same_night_again_does_nothing(house: House, first: Night) -> None:
