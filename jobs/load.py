@@ -236,6 +236,8 @@ def _dimensions(config: Config, source: Source, columns: list[str], warehouse: W
                 f"column {column!r}: the first {len(values)} rows hold no vector, so its dimension is unknown; "
                 f"expected vectors. Set load.dims={{{column} = D}} if they come later"
             )
+        if _is_packed(values.type):  # of bytes; float32 unless they come in odd pairs or load.dims says so
+            lengths = Counter(n // (4 if n % 4 == 0 else 2) for n in lengths.elements())
         dim, count = lengths.most_common(1)[0]
         if 2 * count <= lengths.total():
             raise SchemaError(
@@ -383,7 +385,7 @@ def check_rows(batch: pa.RecordBatch, fusion: Fusion) -> pa.RecordBatch:
 def _is_vector(kind: pa.DataType) -> bool:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return bool(pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return _is_packed(kind)
 
 
 def _lengths(column: pa.Array) -> Any:
@@ -395,14 +397,14 @@ def _lengths(column: pa.Array) -> Any:
 
 
 def _is_packed(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
 
 def _packed_width(kind: pa.DataType, lengths: Any, dim: int) -> int:
-    """1 for lists; bytes a component for packed ones: 2 if the batch has rows of 2 dim bytes and none of 4 dim."""
+    """1 for lists; bytes a component for packed ones: 4 unless the batch has rows of 2 or 8 dim bytes and none of 4 dim."""
     if not _is_packed(kind):
         return 1
-    return 2 if (lengths == 2 * dim).any() and not (lengths == 4 * dim).any() else 4
+    return next((width for width in (4, 2, 8) if (lengths == width * dim).any()), 4)
 
 
 def _matrix(column: pa.Array, fits: Any, dim: int, width: int) -> Float32:
@@ -413,7 +415,7 @@ def _matrix(column: pa.Array, fits: Any, dim: int, width: int) -> Float32:
         return x
     chosen = column.take(pa.array(rows))
     if _is_packed(column.type):
-        flat = np.frombuffer(b"".join(chosen.to_pylist()), {4: "<f4", 2: "<f2"}[width])
+        flat = np.frombuffer(b"".join(chosen.to_pylist()), {4: "<f4", 2: "<f2", 8: "<f8"}[width])
     else:
         flat = chosen.flatten().to_numpy(zero_copy_only=False)
     with np.errstate(over="ignore"):  # a double beyond float32 becomes Inf, and is rejected as such
