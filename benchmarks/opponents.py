@@ -28,6 +28,10 @@ def rq_gmm(x: Tensor, levels: int, components: int, seed: int) -> Fitted:
     return _of(fit_rqgmm(x, levels=levels, components=components, seed=seed).rqgmm)
 
 
+def rq_gmm_beam5(x: Tensor, levels: int, components: int, seed: int) -> Fitted:
+    return _of(fit_rqgmm(x, levels=levels, components=components, seed=seed, beam=5).rqgmm)
+
+
 def rq_gmm_paper(x: Tensor, levels: int, components: int, seed: int) -> Fitted:
     """The paper's model as it is written: EM of diagonal mixtures, no annealing."""
     return _of(fit_rqgmm(x, levels=levels, components=components, seed=seed, method="em").rqgmm)
@@ -222,6 +226,7 @@ def vq_vae(x: Tensor, levels: int, components: int, seed: int) -> Fitted:
 
 QUANTIZERS: dict[str, Callable[[Tensor, int, int, int], Fitted]] = {
     "rq-gmm": rq_gmm,
+    "rq-gmm-beam5": rq_gmm_beam5,
     "rq-gmm-paper": rq_gmm_paper,
     "rq-kmeans": rq_kmeans,
     "rq-kmeans++": rq_kmeans_pp,

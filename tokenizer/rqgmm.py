@@ -524,34 +524,51 @@ class _Level:
         )
 
     def _hard(self, gmm: DiagonalGMM, steps: int) -> DiagonalGMM:
-        """Classification EM until the error stands still and every component has rows."""
+        """Classification EM until the error stands still, then every component without rows to a row of its own."""
         last = math.inf
         for _ in range(steps):
             gmm = self._em_step(gmm, 0.0)
             error, dead = self.trace[-1].rmse, self.counted == 0
             if bool(dead.any()):
-                gmm = self._revived(gmm)
+                gmm = self._revived(gmm, dead)
             elif last - error <= (STILL if self.method == "annealed" else 0.0) * error:
                 break
             last = error
-        return gmm
+        # The last step may have emptied some, and a row taken may have been the only one of another. Each round lowers
+        # the error, until rows differ by less than a float32 can tell.
+        last = math.inf
+        while True:
+            at = gmm
+            sums = self._sums(lambda block, at=at: e_step(at, block, temperature=0.0, second_moments=False))  # type: ignore[misc]
+            if float(sums.squared_error) >= last:
+                return gmm
+            last = float(sums.squared_error)
+            gmm = self._revived(gmm, sums.count == 0)
+            if gmm is at:
+                return gmm
 
     def _em_step(self, gmm: DiagonalGMM, temperature: float) -> DiagonalGMM:
         moments = self.shrinkage < 1
-        sums = self._sums(lambda block: e_step(gmm, block, temperature=temperature, second_moments=moments))
+        sums = self._sums(
+            lambda block: e_step(gmm, block, temperature=temperature, second_moments=moments), moments=moments
+        )
         self._tell(sums, temperature)
         self.counted = sums.count
         return m_step(
             sums, gmm, shrinkage=self.shrinkage, fitted_weights=self.method == "em", floor=self.floor, prior=self.prior
         )
 
-    def _revived(self, gmm: DiagonalGMM) -> DiagonalGMM:
+    def _revived(self, gmm: DiagonalGMM, dead: Tensor) -> DiagonalGMM:
         """Each component without rows moves to the row, among distinct ones, that its own component serves worst."""
-        dead = (self.counted == 0).nonzero()[:, 0]
-        worst, error = self._worst_rows(gmm, len(dead))
+        places = dead.nonzero()[:, 0]
+        if not len(places):
+            return gmm
+        worst, error = self._worst_rows(gmm, len(places))
         wrong = error > self.floor
+        if not bool(wrong.any()):  # fewer distinct rows than components
+            return gmm
         means = gmm.means.clone()
-        means[dead[: int(wrong.sum())]] = worst[wrong]
+        means[places[: int(wrong.sum())]] = worst[wrong]
         return DiagonalGMM(gmm.weights, means, gmm.variances)
 
     def _worst_rows(self, gmm: DiagonalGMM, wanted: int) -> tuple[Tensor, Tensor]:
@@ -564,12 +581,12 @@ class _Level:
             rows, errors = _distinct_top(torch.cat(_gathered(rows)), torch.cat(_gathered(errors)), wanted)
         return rows, errors
 
-    def _sums(self, statistics: Callable[[Tensor], GMMStatistics]) -> GMMStatistics:
+    def _sums(self, statistics: Callable[[Tensor], GMMStatistics], *, moments: bool = False) -> GMMStatistics:
         """Of all blocks of all ranks; the same bits whoever adds them in whatever order."""
         k, d = self.components, self.source.dim
         shapes: tuple[tuple[int, ...], ...] = ((k,), (k, d), (k, d), (), (), ())
         count, sum_x, sum_xx, *scalars = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
-        total = GMMStatistics(count, sum_x, sum_xx if self.shrinkage < 1 else None, *scalars)
+        total = GMMStatistics(count, sum_x, sum_xx if moments else None, *scalars)
         for number, block in enumerate(self.source):
             part = statistics(block).on_grid(self.source.rows, self.source.largest)
             total = part if number == 0 else total + part

@@ -214,6 +214,13 @@ def test_degenerate_data_gives_finite_codes(nasty: torch.Tensor) -> None:
         torch.testing.assert_close(rqgmm.decode(codes), nasty, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize(("rows", "dim", "components"), [(2400, 6, 1000), (600, 300, 256), (64, 3, 64)])
+def test_no_component_is_left_without_rows_however_few_there_are(rows: int, dim: int, components: int) -> None:
+    x = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
+    rqgmm = fit_rqgmm(x, levels=1, components=components, seed=0, iterations=15).rqgmm
+    assert len(torch.unique(rqgmm.encode(x))) == components
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
