@@ -66,6 +66,12 @@ def test_the_hash_names_the_content(rqgmm: RQGMM, tmp_path: Path) -> None:
     assert save_codebook(tmp_path / "d", RQGMM(rqgmm.levels[::-1]), {"items": 1}) != one
 
 
+def test_the_beam_is_part_of_the_codebook(rqgmm: RQGMM, tmp_path: Path) -> None:
+    greedy = save_codebook(tmp_path / "greedy", rqgmm, {})
+    assert save_codebook(tmp_path / "beam", RQGMM(rqgmm.levels, beam=3), {}) != greedy
+    assert load_codebook(tmp_path / "beam").rqgmm.beam == 3
+
+
 @pytest.mark.parametrize("file", ["codebook.safetensors", "manifest.json"])
 def test_a_damaged_codebook_is_refused(file: str, rqgmm: RQGMM, tmp_path: Path) -> None:
     save_codebook(tmp_path, rqgmm, {})
