@@ -65,6 +65,9 @@ class FitConfig(Section):
     components: int = Field(128, ge=2, le=65536, description="K, components of a level (the paper's 128)")
     seed: int = Field(0, ge=0)
     workers: int = Field(1, ge=1, description="processes of the fit; more than one runs on TorchDistributor")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where the fit computes; auto takes a GPU if there is one"
+    )
     sample: int = Field(0, ge=0, description="fit on about this many items, evenly spread; 0 for all")
     beam: int = Field(
         1,

@@ -192,7 +192,8 @@ def fit_table(
     }  # fmt: skip
     if config.workers == 1:
         return fit_rqgmm(
-            data, init=checkpoint.start(), resume=checkpoint.latest(), on_iteration=progress, on_level=checkpoint.save, **settings
+            data, init=checkpoint.start(), resume=checkpoint.latest(), device=_device(config.device), on_iteration=progress,
+            on_level=checkpoint.save, **settings,
         )  # fmt: skip
     from pyspark.ml.torch.distributor import TorchDistributor
     from pyspark.sql import SparkSession
@@ -207,7 +208,7 @@ def fit_table(
     for left in reversed(range(1 + RESTARTS)):
         try:
             with _followed(checkpoint, progress):
-                distributor.run(_fit_worker, asdict(data), settings, asdict(checkpoint))
+                distributor.run(_fit_worker, asdict(data), settings, config.device, asdict(checkpoint))
             break
         except RuntimeError as error:
             told = checkpoint.error()
@@ -223,6 +224,17 @@ def fit_table(
     fitted = checkpoint.latest()
     assert fitted is not None
     return fitted
+
+
+def _device(wanted: str) -> torch.device:
+    """The device of this process; the workers of a machine share its GPUs out by local rank."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "fit.device is cuda and this machine has no usable GPU; expected one. Leave it at auto, or say cpu"
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 @contextmanager
@@ -247,7 +259,7 @@ def _followed(checkpoint: Checkpoint, progress: Progress | None) -> Iterator[Non
         follower.join()
 
 
-def _fit_worker(data: dict[str, Any], settings: dict[str, Any], place: dict[str, str]) -> None:
+def _fit_worker(data: dict[str, Any], settings: dict[str, Any], device: str, place: dict[str, str]) -> None:
     """One process of a distributed fit. Rank 0 leaves levels and progress in the checkpoint, any rank its last words."""
     import torch.distributed as dist
 
@@ -266,7 +278,9 @@ def _fit_worker(data: dict[str, Any], settings: dict[str, Any], place: dict[str,
         dist.init_process_group("gloo")
         share = EmbeddingFiles(**{**data, "files": tuple(data["files"]), "rank": rank, "world": world})
         heard: dict[str, Any] = {"on_iteration": tell, "on_level": checkpoint.save} if rank == 0 else {}
-        fit_rqgmm(share, init=checkpoint.start(), resume=checkpoint.latest(), **heard, **settings)
+        fit_rqgmm(
+            share, init=checkpoint.start(), resume=checkpoint.latest(), device=_device(device), **heard, **settings
+        )
         dist.barrier()
         dist.destroy_process_group()
     except LostWorker:

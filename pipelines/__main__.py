@@ -166,12 +166,13 @@ def _add_bench() -> None:
     try:
         from benchmarks.encode import encode
         from benchmarks.fit import fit
+        from benchmarks.gpu import gpu
         from benchmarks.quantizers import quantizers
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"`sid bench` needs {error.name}, which is not installed; expected the repository with its dev extra. Run `make setup`"
         ) from error
-    for command in (quantizers, fit, encode):
+    for command in (quantizers, fit, encode, gpu):
         bench.command()(command)
     app.add_typer(bench, name="bench")
 

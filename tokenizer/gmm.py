@@ -48,6 +48,11 @@ class DiagonalGMM:
     def dim(self) -> int:
         return self.means.shape[1]
 
+    def to(self, device: torch.device) -> DiagonalGMM:
+        """On another device; itself where it is there already."""
+        means = self.means.to(device)
+        return self if means is self.means else DiagonalGMM(self.weights.to(device), means, self.variances.to(device))
+
     @cached_property
     def tied(self) -> bool:
         """All components share one variance per dimension; then the log-joint costs one matrix product, not two."""
@@ -146,6 +151,12 @@ class GMMStatistics:
             self.certainty + other.certainty,
         )
 
+    def cpu(self) -> GMMStatistics:
+        both = None if self.sum_xx is None else self.sum_xx.cpu()
+        return GMMStatistics(
+            self.count.cpu(), self.sum_x.cpu(), both, self.log_likelihood.cpu(), self.squared_error.cpu(), self.certainty.cpu()
+        )  # fmt: skip
+
     def on_grid(self, rows: int, largest: float) -> GMMStatistics:
         """Rounded so that adding the statistics of all `rows`, of elements up to `largest`, is exact in any order.
 
@@ -216,7 +227,7 @@ def annealing_step(gmm: DiagonalGMM, x: Tensor, temperature: float) -> GMMStatis
     resp = score.softmax(dim=1)
     sure = resp.amax(dim=1)
     count, sum_x = _weighted_sums(resp, sure, code, (x,), certain=CERTAIN)
-    unknown = torch.tensor(math.nan, dtype=torch.float64)
+    unknown = torch.tensor(math.nan, dtype=torch.float64, device=x.device)
     return GMMStatistics(count.double(), sum_x.double(), None, unknown, squared_error, sure.double().sum())
 
 
@@ -226,6 +237,9 @@ def _weighted_sums(resp: Tensor, sure: Tensor, code: Tensor, rows: tuple[Tensor,
     Rows at least `certain` of their component are summed without a product: as it gets cold these are nearly all.
     """
     k = resp.shape[1]
+    if resp.is_cuda:  # products are cheap there, and sums by index would depend on the order of its threads
+        resp = torch.where((sure >= certain)[:, None], torch.nn.functional.one_hot(code, k).to(resp.dtype), resp)
+        return [resp.sum(0), *((row.T @ resp).T for row in rows)]
     unsure = (sure < certain).nonzero()[:, 0]
     if 2 * len(unsure) > len(sure):
         return [resp.sum(0), *((row.T @ resp).T for row in rows)]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -31,6 +31,7 @@ from tokenizer.gmm import (
 
 FIT_BLOCK = 8192  # rows of one block of the fit: statistics of blocks add, so chunks of any size give the same blocks
 ENCODE_BLOCK = 1024  # rows of one block of encode, padded: a row's codes do not depend on its neighbours
+CUDA_BLOCK = 16_384  # the same on a GPU, which small blocks leave idle
 CONTRACTION = 1 / 4  # means start this far from the level's mean towards the k-means centres
 CRITICAL_SHARE = 1 / 2  # first temperature, as a share of the critical one at which the first split happens
 COOLING = 0.95  # factor of the temperature from one annealing step to the next
@@ -122,6 +123,10 @@ class RQGMM:
     def dim(self) -> int:
         return self.levels[0].dim
 
+    def to(self, device: str | torch.device) -> RQGMM:
+        """On another device; rows are encoded where they and the codebook are."""
+        return RQGMM(tuple(gmm.to(torch.device(device)) for gmm in self.levels), self.beam)
+
     def encode(self, x: Tensor) -> Tensor:
         """codes (N, L) int32: per level the most probable component of the residual; the lowest index wins a tie.
 
@@ -130,8 +135,8 @@ class RQGMM:
         """
         self._check(x)
         if self.beam > 1:
-            return torch.cat([self._searched(block) for block in torch.split(x, ENCODE_BLOCK)])
-        return torch.cat([self._codes(block) for block in torch.split(x, ENCODE_BLOCK)])
+            return torch.cat([self._searched(block) for block in torch.split(x, _block_rows(x))])
+        return torch.cat([self._codes(block) for block in torch.split(x, _block_rows(x))])
 
     def assign(self, x: Tensor, codes: Tensor | None = None) -> Assignment:
         """Codes with their posterior and likelihood in one pass; with `codes`, those of the given ones instead.
@@ -141,9 +146,10 @@ class RQGMM:
         self._check(x)
         if codes is None and self.beam > 1:
             codes = self.encode(x)
+        size = _block_rows(x)
         parts = [
-            self._assign_block(block, None if codes is None else codes[start : start + ENCODE_BLOCK])
-            for start, block in zip(range(0, max(len(x), 1), ENCODE_BLOCK), torch.split(x, ENCODE_BLOCK), strict=True)
+            self._assign_block(block, None if codes is None else codes[start : start + size])
+            for start, block in zip(range(0, max(len(x), 1), size), torch.split(x, size), strict=True)
         ]
         return Assignment(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -178,7 +184,7 @@ class RQGMM:
         return codes[: len(x), 0]
 
     def _assign_block(self, x: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        codes, log_posterior, log_likelihood = [], x.new_zeros(ENCODE_BLOCK), x.new_zeros(ENCODE_BLOCK)
+        codes, log_posterior, log_likelihood = [], x.new_zeros(_block_rows(x)), x.new_zeros(_block_rows(x))
         for step in self._descent(x, given):
             chosen = step.affinity.log_softmax(dim=1).gather(1, step.code[:, None])[:, 0]  # log p(code | residual)
             log_likelihood += step.score - chosen + step.row_term()  # log p(residual) = log-joint - log posterior
@@ -289,8 +295,13 @@ def extended(
     return left - gmm.means[code], torch.cat([taken, code[:, :, None].int()], dim=2)
 
 
+def _block_rows(x: Tensor) -> int:
+    return CUDA_BLOCK if x.is_cuda else ENCODE_BLOCK
+
+
 def _padded(x: Tensor) -> Tensor:
-    return torch.cat([x, x.new_zeros(ENCODE_BLOCK - len(x), x.shape[1])]) if len(x) < ENCODE_BLOCK else x
+    missing = _block_rows(x) - len(x)
+    return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,7 +314,8 @@ class RQGMMFit:
 
 def fit_rqgmm(
     data: Data, *, levels: int, components: int, seed: int, init: RQGMM | None = None, iterations: int = 100,
-    method: Method = "annealed", shrinkage: float = 1.0, beam: int = 1, resume: RQGMMFit | None = None,
+    method: Method = "annealed", shrinkage: float = 1.0, beam: int = 1, device: str | torch.device = "cpu",
+    resume: RQGMMFit | None = None,
     on_iteration: Callable[[Iteration], None] | None = None, on_level: Callable[[RQGMMFit], None] | None = None,
 ) -> RQGMMFit:  # fmt: skip
     """Fit RQ-GMM level by level (arXiv 2602.12593, section 3).
@@ -320,6 +332,7 @@ def fit_rqgmm(
         shrinkage: how far variances are pulled to the level's mean variance, 0 to 1.
         beam: tuples of codes that encode will keep from level to level; each level is then fitted on the residuals of all
             of them, and the trace's errors are theirs. 1 is greedy, and costs that many times less.
+        device: where rows and their statistics are computed; the codebook comes back on the CPU.
         resume: what `on_level` was last given by a fit of the same arguments that did not end; its levels are kept, and
             the result is that of a fit that was never interrupted.
 
@@ -334,7 +347,7 @@ def fit_rqgmm(
         )
     if method == "em":
         shrinkage = 0.0
-    source = _Blocks(data, components, beam)
+    source = _Blocks(data, components, beam, torch.device(device))
     if init is not None and init.dim != source.dim:
         raise DataError(f"init has dimension {init.dim}, the data {source.dim}; expected the same. Fit without init")
     trace = list(resume.trace) if resume is not None else []
@@ -369,10 +382,12 @@ class _Blocks:
     codes, and each pass reads the batches again.
     """
 
-    def __init__(self, data: Data, components: int, beam: int = 1) -> None:
+    def __init__(self, data: Data, components: int, beam: int, device: torch.device) -> None:
+        self.device = device
         if isinstance(data, Tensor) and data.ndim != 2:
             raise DataError(f"embeddings have shape {tuple(data.shape)}; expected (N, D)")
-        self._tensor = data.float().clone()[:, None] if isinstance(data, Tensor) else None  # (N, paths, D)
+        # (N, paths, D)
+        self._tensor = data.to(device, torch.float32, copy=True)[:, None] if isinstance(data, Tensor) else None
         self._batches = None if isinstance(data, Tensor) else data
         self._beam = beam
         self._levels: list[DiagonalGMM] = []
@@ -389,7 +404,7 @@ class _Blocks:
             square += float(torch.linalg.vector_norm(block).double().square())
             largest = max(largest, float(block.abs().amax()))
         # (N, paths, levels). In one piece: small pieces kept from each block would cut up the memory that blocks come from.
-        self._codes = torch.zeros(rows, 1, 0, dtype=torch.int32)
+        self._codes = torch.zeros(rows, 1, 0, dtype=torch.int32, device=device)
         counted = torch.tensor([float(rows), square], dtype=torch.float64)
         if _distributed():  # in rank order, so that every rank has the same bits
             counted = torch.stack(_gathered(counted[None])).sum(0)[0]
@@ -439,6 +454,8 @@ class _Blocks:
             yield self._residual(torch.cat(waiting), start)
 
     def _residual(self, block: Tensor, start: int) -> Tensor:
+        if self.device.type == "cuda":
+            block = block.pin_memory().to(self.device, non_blocking=True)
         residual = block[:, None]
         for level, gmm in enumerate(self._levels):
             residual = residual - gmm.means[self._codes[start : start + len(block), :, level].long()]
@@ -446,6 +463,7 @@ class _Blocks:
 
     def descend(self, gmm: DiagonalGMM) -> None:
         """Take from every row the mean of its most probable component, as encode will."""
+        gmm = gmm.to(self.device)
         n, paths, levels = self._codes.shape
         kept = min(self._beam, paths * gmm.components)
         codes = self._codes.new_empty(n, kept, levels + 1)
@@ -484,7 +502,7 @@ class _Level:
     def cold(self, iterations: int) -> DiagonalGMM:
         rows = self._sample(max(SPECTRUM_ROWS, 4 * self.components))
         start = isotropic(self._seeded(rows), 1.0)
-        first = self._sums(lambda block: e_step(start, block, temperature=0.0, second_moments=False))
+        first = self._sums(start, partial(e_step, temperature=0.0, second_moments=False))
         gmm = m_step(first, start, shrinkage=1.0, fitted_weights=False, floor=self.floor)  # one k-means iteration
         if self.method == "em":
             for _ in range(iterations):
@@ -503,8 +521,7 @@ class _Level:
         gmm = isotropic((mean + CONTRACTION * (gmm.means.double() - mean)).float(), variance)
         temperature, last = CRITICAL_SHARE * spread / variance, math.inf
         for _ in range(steps):
-            at, of = gmm, temperature
-            sums = self._sums(lambda block, at=at, of=of: annealing_step(at, block, of))  # type: ignore[misc]
+            sums = self._sums(gmm, partial(annealing_step, temperature=temperature))
             self._tell(sums, temperature)
             target = map_means(sums, gmm.means, prior=self.prior)
             gmm = isotropic((gmm.means.double() + OVERRELAXATION * (target - gmm.means.double())).float(), variance)
@@ -518,7 +535,7 @@ class _Level:
     def warm(self, means: Tensor) -> DiagonalGMM:
         """A few hard steps from the champion's means; its unused components stay where they were."""
         start = isotropic(means, 1.0)
-        first = self._sums(lambda block: e_step(start, block, temperature=0.0, second_moments=False))
+        first = self._sums(start, partial(e_step, temperature=0.0, second_moments=False))
         return self._hard(
             isotropic(means, max(float(first.squared_error) / self.source.elements, self.floor)), WARM_STEPS
         )
@@ -538,20 +555,15 @@ class _Level:
         # the error, until rows differ by less than a float32 can tell.
         last = math.inf
         while True:
-            at = gmm
-            sums = self._sums(lambda block, at=at: e_step(at, block, temperature=0.0, second_moments=False))  # type: ignore[misc]
-            if float(sums.squared_error) >= last:
+            sums = self._sums(gmm, partial(e_step, temperature=0.0, second_moments=False))
+            revived = self._revived(gmm, sums.count == 0)
+            if revived is gmm or float(sums.squared_error) >= last:
                 return gmm
-            last = float(sums.squared_error)
-            gmm = self._revived(gmm, sums.count == 0)
-            if gmm is at:
-                return gmm
+            gmm, last = revived, float(sums.squared_error)
 
     def _em_step(self, gmm: DiagonalGMM, temperature: float) -> DiagonalGMM:
         moments = self.shrinkage < 1
-        sums = self._sums(
-            lambda block: e_step(gmm, block, temperature=temperature, second_moments=moments), moments=moments
-        )
+        sums = self._sums(gmm, partial(e_step, temperature=temperature, second_moments=moments), moments=moments)
         self._tell(sums, temperature)
         self.counted = sums.count
         return m_step(
@@ -572,24 +584,28 @@ class _Level:
         return DiagonalGMM(gmm.weights, means, gmm.variances)
 
     def _worst_rows(self, gmm: DiagonalGMM, wanted: int) -> tuple[Tensor, Tensor]:
-        rows, errors = torch.empty(0, gmm.dim), torch.empty(0)
+        gmm = gmm.to(self.source.device)
+        rows, errors = gmm.means.new_empty(0, gmm.dim), gmm.means.new_empty(0)
         for block in self.source:
             code = most_probable(gmm.affinity(block))[1]
             error = (block - gmm.means[code]).square().sum(1)
             rows, errors = _distinct_top(torch.cat([rows, block]), torch.cat([errors, error]), wanted)
+        rows, errors = rows.cpu(), errors.cpu()
         if _distributed():
             rows, errors = _distinct_top(torch.cat(_gathered(rows)), torch.cat(_gathered(errors)), wanted)
         return rows, errors
 
-    def _sums(self, statistics: Callable[[Tensor], GMMStatistics], *, moments: bool = False) -> GMMStatistics:
-        """Of all blocks of all ranks; the same bits whoever adds them in whatever order."""
+    def _sums(self, gmm: DiagonalGMM, step: Callable[..., GMMStatistics], *, moments: bool = False) -> GMMStatistics:
+        """`step(gmm, block)` of all blocks of all ranks; the same bits whoever adds them in whatever order."""
+        gmm = gmm.to(self.source.device)
         k, d = self.components, self.source.dim
         shapes: tuple[tuple[int, ...], ...] = ((k,), (k, d), (k, d), (), (), ())
         count, sum_x, sum_xx, *scalars = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
         total = GMMStatistics(count, sum_x, sum_xx if moments else None, *scalars)
         for number, block in enumerate(self.source):
-            part = statistics(block).on_grid(self.source.rows, self.source.largest)
+            part = step(gmm, block).on_grid(self.source.rows, self.source.largest)
             total = part if number == 0 else total + part
+        total = total.cpu()
         return _all_ranks(total) if _distributed() else total
 
     def _sample(self, wanted: int) -> Tensor:
@@ -654,8 +670,9 @@ def _distinct_top(rows: Tensor, errors: Tensor, wanted: int) -> tuple[Tensor, Te
     order = errors.sort(descending=True, stable=True).indices[: 4 * wanted]
     rows, errors = rows[order], errors[order]
     _, inverse = torch.unique(rows, dim=0, return_inverse=True)
-    first = torch.full((int(inverse.max()) + 1 if len(inverse) else 0,), len(rows), dtype=torch.int64)
-    first.scatter_reduce_(0, inverse, torch.arange(len(rows)), reduce="amin")
+    groups = int(inverse.max()) + 1 if len(inverse) else 0
+    first = inverse.new_full((groups,), len(rows))
+    first.scatter_reduce_(0, inverse, torch.arange(len(rows), device=rows.device), reduce="amin")
     kept = first.sort().values[:wanted]
     return rows[kept], errors[kept]
 

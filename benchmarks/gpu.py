@@ -1,0 +1,92 @@
+"""How much of a GPU's matrix products an annealing iteration and encode reach.
+
+sid bench gpu --json gpu.json          sid bench gpu --device cpu --rows 65536 --components 128
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor
+
+from jobs.config import ConfigError
+from tokenizer import FIT_BLOCK, RQGMM
+from tokenizer.gmm import annealing_step, isotropic
+from tokenizer.rqgmm import CUDA_BLOCK, ENCODE_BLOCK
+
+REPEATS = 5
+
+
+def gpu(
+    rows: int = 1_000_000,
+    dim: int = 768,
+    levels: int = 2,
+    components: Annotated[list[int] | None, typer.Option(help="Again for more; 128, 1024 and 8192 by default.")] = None,
+    device: Annotated[str, typer.Option(help="cuda, or cpu to try the command.")] = "cuda",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Roofline fractions of the annealing iteration and of encode: products of the same shapes in the same run are 1."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            "--device is cuda and this machine has no usable GPU; expected one. Try --device cpu --rows 65536"
+        )
+    where = torch.device(device)
+    x = torch.cat([_unit(min(65_536, rows - start), dim, where, start) for start in range(0, rows, 65_536)])
+    found = []
+    for k in components or [128, 1024, 8192]:
+        found.append(measured(x, levels, k))
+        typer.echo("  ".join(f"{name} {value:.4g}" for name, value in found[-1].items()))
+    name = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
+    figures = {"device": name, "rows": rows, "dim": dim, "levels": levels, "figures": found}
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def measured(x: Tensor, levels: int, k: int) -> dict[str, float]:
+    variance = float(x.square().mean())
+    gmm = isotropic(x[:k].clone(), variance)
+    rqgmm = RQGMM(tuple(isotropic(x[n * k : (n + 1) * k] / 2**n, variance) for n in range(levels)))
+    slopes = torch.cat([level.means for level in rqgmm.levels]).T.contiguous()  # (D, levels K)
+    resp = torch.rand(FIT_BLOCK, k, device=x.device)
+    size = CUDA_BLOCK if x.is_cuda else ENCODE_BLOCK
+    works: dict[str, Callable[[], object]] = {
+        "annealing": lambda: [annealing_step(gmm, block, 1.0) for block in x.split(FIT_BLOCK)],
+        "annealing_products": lambda: [(b @ gmm.means.T, b.T @ resp[: len(b)]) for b in x.split(FIT_BLOCK)],
+        "encode": lambda: rqgmm.encode(x),
+        "encode_products": lambda: [block @ slopes for block in x.split(size)],
+    }
+    seconds = {name: _seconds(x.device, work) for name, work in works.items()}
+    return {
+        "components": k,
+        "annealing_roofline_fraction": seconds["annealing_products"] / seconds["annealing"],
+        "encode_roofline_fraction": seconds["encode_products"] / seconds["encode"],
+        "annealing_seconds": seconds["annealing"],
+        "encode_rows_per_second": len(x) / seconds["encode"],
+    }
+
+
+def _unit(rows: int, dim: int, device: torch.device, seed: int) -> Tensor:
+    x = torch.randn(rows, dim, device=device, generator=torch.Generator(device).manual_seed(seed))
+    return x / x.norm(dim=1, keepdim=True)
+
+
+def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Of the fastest of a few runs after one that does not count."""
+    times = []
+    for _ in range(1 + REPEATS):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+if __name__ == "__main__":
+    typer.run(gpu)
