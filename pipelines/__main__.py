@@ -165,6 +165,7 @@ def _add_bench() -> None:
     """The benchmarks need the packages of the `dev` extra, which a production image lacks: loaded only when called."""
     try:
         from benchmarks.encode import encode
+        from benchmarks.encode_job import encode_job
         from benchmarks.fit import fit
         from benchmarks.gpu import gpu
         from benchmarks.quantizers import quantizers
@@ -172,7 +173,7 @@ def _add_bench() -> None:
         raise ConfigError(
             f"`sid bench` needs {error.name}, which is not installed; expected the repository with its dev extra. Run `make setup`"
         ) from error
-    for command in (quantizers, fit, encode, gpu):
+    for command in (quantizers, fit, encode, encode_job, gpu):
         bench.command()(command)
     app.add_typer(bench, name="bench")
 
