@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from pyspark.sql import functions as F
-from rich.console import Console
 from rich.table import Table as Grid
 
 from jobs.evaluate import report
 from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, Registry
 from jobs.releases import current_release
 from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, TABLES, Warehouse
+from pipelines.report import page
 
 
 def status_facts(warehouse: Warehouse, registry: Registry) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def status_facts(warehouse: Warehouse, registry: Registry) -> dict[str, Any]:
 
 
 def print_status(facts: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    console = page()
     if facts["release"] is None:
         console.print("No release yet: run `sid nightly`, or the stages and `sid promote`.")
     else:
@@ -65,7 +65,7 @@ def print_status(facts: dict[str, Any]) -> None:
 
 def print_item(warehouse: Warehouse, registry: Registry, item_id: str) -> bool:
     """Print the lineage of one item; False if no table knows it."""
-    console = Console(highlight=False)
+    console = page()
     grid = Grid(show_header=False, box=None, padding=(0, 2))
     known = False
     if warehouse.exists(ITEM_EMBEDDINGS):

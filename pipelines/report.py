@@ -58,6 +58,11 @@ class Terminal:
         self.console.print(f"{time.monotonic() - self._began:6.1f} s  {text}", markup=False)
 
 
+def page() -> Console:
+    """Standard output as wide as the terminal; a log has no width, and its lines should not be broken early."""
+    return Console(highlight=False, file=sys.stdout, width=None if sys.stdout.isatty() else 140)
+
+
 def facts(night: Night, warehouse: str, pictures: Path, seconds: float) -> dict[str, Any]:
     """The night as flat keys; None where it did not get that far."""
     metrics = night.evaluated.metrics if night.evaluated else {}
@@ -71,7 +76,7 @@ def facts(night: Night, warehouse: str, pictures: Path, seconds: float) -> dict[
         "utilization": metrics.get("utilization"),
         "perplexity": metrics.get("perplexity"),
         "distinct": metrics.get("distinct"),
-        "largest_collision": metrics.get("largest_collision"),
+        "largest_collision": int(metrics["largest_collision"]) if metrics else None,
         "neighbour_recall": metrics.get("neighbour_recall"),
         "churn": metrics.get("churn"),
         "verdict": None if night.evaluated is None else ("passed" if night.evaluated.passed else "failed"),
@@ -104,8 +109,7 @@ def print_summary(
     expected: str = "",
 ) -> None:
     """The last thing a night prints, on standard output."""
-    # A log has no width; a line of it should not be broken early.
-    console = Console(highlight=False, file=sys.stdout, width=None if sys.stdout.isatty() else 140)
+    console = page()
     grid = Grid(show_header=False, box=None, padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
