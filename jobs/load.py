@@ -294,66 +294,27 @@ def check_rows(batch: pa.RecordBatch, fusion: Fusion) -> pa.RecordBatch:
     """One output row per input row: packed embedding and its hash, or a reason; never both, never neither."""
     n = batch.num_rows
     ids = batch.column(batch.schema.get_field_index(fusion.item_id)).cast(pa.string()).to_pylist()
-    reason: list[str | None] = [None] * n
-    detail = [""] * n
-    excerpt = [""] * n
-
-    def reject(rows: Any, why: str, what: Callable[[int], str], value: Callable[[int], str]) -> None:
-        for row in np.flatnonzero(rows):
-            if reason[row] is None:
-                reason[row], detail[row], excerpt[row] = why, what(row), value(row)[:EXCERPT_CHARACTERS]
-
-    reject(
-        [not i for i in ids],
+    verdicts = _Verdicts(n)
+    verdicts.reject(
+        np.array([not i for i in ids], bool),
         "null_item_id",
         lambda _: "item id is null or empty; expected an integer or a string",
         lambda _: "",
     )
     present = np.zeros((n, len(fusion.dims)), bool)
     blocks: list[Float32] = []
-    for number, (name, dim) in enumerate(fusion.dims.items()):
-        column = batch.column(batch.schema.get_field_index(name))
-        lengths = _lengths(column)
-        here = lengths >= 0
-        width = _packed_width(column.type, lengths, dim)
-        fits = here & (lengths == dim * width)
-
-        def shown(row: int, column: pa.Array = column) -> str:
-            return _excerpt(column[int(row)].as_py())
-
-        reject(
-            here & ~fits, "wrong_dimension",
-            lambda r, name=name, dim=dim, lengths=lengths, width=width: f"{name} has {lengths[r] / width:g} components; expected {dim}",
-            shown,
-        )  # fmt: skip
-        x = _matrix(column, fits, dim, width)
-        bad_nan, bad_inf = np.isnan(x).sum(1), np.isinf(x).sum(1)
-        reject(bad_nan > 0, "nan", lambda r, name=name, n=bad_nan: f"{name} has {n[r]} NaN; expected numbers", shown)
-        reject(
-            bad_inf > 0,
-            "inf",
-            lambda r, name=name, n=bad_inf: f"{name} has {n[r]} infinities; expected finite numbers",
-            shown,
+    for number, name in enumerate(fusion.dims):
+        block, present[:, number] = _checked_modality(
+            batch.column(batch.schema.get_field_index(name)), name, fusion, verdicts
         )
-        x[~np.isfinite(x).all(1)] = 0.0
-        norm = np.linalg.norm(x.astype(np.float64), axis=1)
-        reject(
-            fits & (norm == 0),  # a row with NaN or Inf has its reason already
-            "zero_norm",
-            lambda _, name=name: f"{name} is all zeros and has no direction; expected a vector",
-            shown,
-        )
-        present[:, number] = fits
-        block = x / np.where(norm > 0, norm, 1.0)[:, None] if fusion.normalize else x
-        blocks.append(np.sqrt(fusion.weights[name]) * block)
-    reject(
+        blocks.append(block)
+    verdicts.reject(
         ~present.any(1),
         "null_embedding",
         lambda _: "every modality is null; expected at least one vector",
         lambda _: "null",
     )
 
-    good = np.array([why is None for why in reason], bool)
     fused = np.concatenate(blocks, axis=1)
     if fusion.normalize:
         with np.errstate(invalid="ignore", divide="ignore"):  # rejected rows only; good ones have a norm
@@ -362,7 +323,7 @@ def check_rows(batch: pa.RecordBatch, fusion: Fusion) -> pa.RecordBatch:
     hashes: list[str | None] = [None] * n
     names = list(fusion.dims)
     modalities: list[list[str] | None] = [None] * n
-    rows = np.flatnonzero(good)
+    rows = np.flatnonzero([why is None for why in verdicts.reason])
     for row, data in zip(rows, pack(fused[rows].astype(np.float32), fusion.dtype), strict=True):
         packed[row] = data
         modalities[row] = [name for name, here in zip(names, present[row], strict=True) if here]
@@ -374,12 +335,57 @@ def check_rows(batch: pa.RecordBatch, fusion: Fusion) -> pa.RecordBatch:
             pa.array([fusion.dim] * n, pa.int32()),
             pa.array(modalities, pa.list_(pa.string())),
             pa.array(hashes, pa.string()),
-            pa.array(reason, pa.string()),
-            pa.array(detail, pa.string()),
-            pa.array(excerpt, pa.string()),
+            pa.array(verdicts.reason, pa.string()),
+            pa.array(verdicts.detail, pa.string()),
+            pa.array(verdicts.excerpt, pa.string()),
         ],
         schema=CHECKED_ARROW,
     )
+
+
+class _Verdicts:
+    """Why each row of a batch is rejected, if it is; the first reason found for a row stands."""
+
+    def __init__(self, rows: int) -> None:
+        self.reason: list[str | None] = [None] * rows
+        self.detail = [""] * rows
+        self.excerpt = [""] * rows
+
+    def reject(self, rows: Any, why: str, what: Callable[[int], str], value: Callable[[int], str]) -> None:
+        for row in np.flatnonzero(rows):
+            if self.reason[row] is None:
+                self.reason[row], self.detail[row] = why, what(row)
+                self.excerpt[row] = value(row)[:EXCERPT_CHARACTERS]
+
+
+def _checked_modality(column: pa.Array, name: str, fusion: Fusion, verdicts: _Verdicts) -> tuple[Float32, Any]:
+    """The weighted block (n, dim) of one modality, zeros where it is missing or wrong, and which rows have it."""
+    dim = fusion.dims[name]
+    lengths = _lengths(column)
+    here = lengths >= 0
+    width = _packed_width(column.type, lengths, dim)
+    fits = here & (lengths == dim * width)
+
+    def shown(row: int) -> str:
+        return _excerpt(column[int(row)].as_py())
+
+    verdicts.reject(
+        here & ~fits, "wrong_dimension", lambda r: f"{name} has {lengths[r] / width:g} components; expected {dim}", shown
+    )  # fmt: skip
+    x = _matrix(column, fits, dim, width)
+    nans, infs = np.isnan(x).sum(1), np.isinf(x).sum(1)
+    verdicts.reject(nans > 0, "nan", lambda r: f"{name} has {nans[r]} NaN; expected numbers", shown)
+    verdicts.reject(infs > 0, "inf", lambda r: f"{name} has {infs[r]} infinities; expected finite numbers", shown)
+    x[~np.isfinite(x).all(1)] = 0.0
+    norm = np.linalg.norm(x.astype(np.float64), axis=1)
+    verdicts.reject(
+        fits & (norm == 0),  # a row with NaN or Inf has its reason already
+        "zero_norm",
+        lambda _: f"{name} is all zeros and has no direction; expected a vector",
+        shown,
+    )
+    block = x / np.where(norm > 0, norm, 1.0)[:, None] if fusion.normalize else x
+    return np.sqrt(fusion.weights[name]) * block, fits
 
 
 def _is_vector(kind: pa.DataType) -> bool:
