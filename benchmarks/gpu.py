@@ -6,7 +6,6 @@ sid bench gpu --json gpu.json          sid bench gpu --device cpu --rows 65536 -
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,7 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.fit import side_by_side
 from jobs.config import ConfigError
 from tokenizer import FIT_BLOCK, RQGMM
 from tokenizer.gmm import annealing_step, isotropic
@@ -61,7 +61,7 @@ def measured(x: Tensor, levels: int, k: int) -> dict[str, float]:
         "encode": lambda: rqgmm.encode(x),
         "encode_products": lambda: [block @ slopes for block in x.split(size)],
     }
-    seconds = {name: _seconds(x.device, work) for name, work in works.items()}
+    seconds = side_by_side({name: _finished(x.device, work) for name, work in works.items()}, REPEATS)
     return {
         "components": k,
         "annealing_roofline_fraction": seconds["annealing_products"] / seconds["annealing"],
@@ -76,16 +76,15 @@ def _unit(rows: int, dim: int, device: torch.device, seed: int) -> Tensor:
     return x / x.norm(dim=1, keepdim=True)
 
 
-def _seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Of the fastest of a few runs after one that does not count."""
-    times = []
-    for _ in range(1 + REPEATS):
-        began = time.perf_counter()
+def _finished(device: torch.device, work: Callable[[], object]) -> Callable[[], None]:
+    """`work`, waited for: a GPU goes on after the call returns."""
+
+    def wait() -> None:
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return min(times[1:])
+
+    return wait
 
 
 if __name__ == "__main__":

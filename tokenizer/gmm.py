@@ -199,8 +199,8 @@ def e_step(gmm: DiagonalGMM, x: Tensor, *, temperature: float = 1.0, second_mome
         sure = resp.amax(dim=1)
     rows = (x,) if squares is None else (x, squares)
     count, sum_x, *moments = (total.double() for total in _weighted_sums(resp, sure, code, rows, certain=1 - 1e-6))
-    means = gmm.means.double()
     if moments:  # sum_nk gamma_nk |x_n - mu_k|^2
+        means = gmm.means.double()
         squared_error = (moments[0] + means * (count[:, None] * means - 2 * sum_x)).sum().clamp_min(0)
     else:
         squared_error = (x - gmm.means[code]).square_().sum(dim=1).double().sum()

@@ -533,7 +533,7 @@ class _Level:
         return gmm
 
     def warm(self, means: Tensor) -> DiagonalGMM:
-        """A few hard steps from the champion's means; its unused components stay where they were."""
+        """A few hard steps from the champion's means; a component that has no rows moves, as no ID is lost by it."""
         start = isotropic(means, 1.0)
         first = self._sums(start, partial(e_step, temperature=0.0, second_moments=False))
         return self._hard(
