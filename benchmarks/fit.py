@@ -10,22 +10,26 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import faiss
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import typer
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from benchmarks.opponents import rq_gmm, rq_kmeans
-from tokenizer import DiagonalGMM, e_step, m_step
-from tokenizer.gmm import annealing_step, isotropic, map_means
+from tokenizer import FIT_BLOCK, DiagonalGMM, GMMStatistics, e_step, fit_rqgmm, m_step
+from tokenizer.gmm import Scratch, annealing_step, isotropic, map_means
 
-ITERATIONS = 12
+ITERATIONS = 10
 REPEATS = 3
 
 
@@ -37,13 +41,8 @@ def clustered(rows: int, dim: int, groups: int = 1000, seed: int = 0) -> torch.T
     return x / x.norm(dim=1, keepdim=True)
 
 
-def fastest(work: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few runs: what is left when the machine's noise is taken off."""
-    return side_by_side({"work": work}, REPEATS)["work"]
-
-
 def side_by_side(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """`fastest` of several, run in turn: a machine that slows down for a while slows all of them."""
+    """Seconds of the fastest of a few runs of each, in turn: a machine that slows down for a while slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
@@ -53,78 +52,86 @@ def side_by_side(works: Mapping[str, Callable[[], object]], repeats: int) -> dic
     return {name: min(values) for name, values in times.items()}
 
 
-def kmeans_iteration(x: torch.Tensor, components: int) -> float:
-    """Seconds of one of faiss: of a longer run less a shorter one, so that its set-up does not count."""
-    rows = x.numpy()
+def iterations(x: torch.Tensor, components: int) -> dict[str, float]:
+    """Seconds of one iteration of each method, all timed in turn.
 
-    def run(iterations: int) -> float:
-        def train() -> None:
-            faiss.Kmeans(
-                x.shape[1], components, niter=iterations, seed=1, min_points_per_centroid=1, max_points_per_centroid=len(x)
-            ).train(rows)  # fmt: skip
-
-        return fastest(train)
-
-    return (run(1 + ITERATIONS) - run(1)) / ITERATIONS
-
-
-def annealing_iteration(x: torch.Tensor, components: int) -> float:
-    """Seconds of one, the mean over a whole annealing: hot steps are dense, cold ones are not."""
-    from tokenizer import fit_rqgmm
-
-    trace = fit_rqgmm(x, levels=1, components=components, seed=0).trace
-    temperatures = [step.temperature for step in trace if step.temperature > 0]
-    torch.set_flush_denormal(True)
-    start = x[:components].clone()
-    first = e_step(isotropic(start, 1.0), x, temperature=0.0, second_moments=False)
-    variance = float(first.squared_error) / x.numel()
-    centre = x.mean(0)
-    times = []
-    for _ in range(REPEATS):
-        gmm = isotropic(centre + 0.25 * (start - centre), variance)
-        began = time.perf_counter()
-        for temperature in temperatures:
-            parts = [annealing_step(gmm, block, temperature) for block in x.split(8192)]
-            total = parts[0]
-            for part in parts[1:]:
-                total = total + part
-            gmm = isotropic(map_means(total, gmm.means, prior=1.0).float(), variance)
-        times.append((time.perf_counter() - began) / len(temperatures))
-    torch.set_flush_denormal(False)
-    return min(times)
+    Of faiss and scikit-learn a longer run less one iteration, so that their set-up does not count; of ours the mean over
+    a whole annealing, whose hot steps cost more than the cold ones, and over the EM iterations that scikit-learn does.
+    """
+    works: dict[str, Callable[[], object]] = {
+        "annealing": (annealing := Annealing(x, components)).run,
+        "em": EM(x, components).run,
+    }
+    for n in (1, 1 + ITERATIONS):
+        works[f"k-means {n}"] = partial(faiss_kmeans, x, components, n)
+        works[f"float32 {n}"] = partial(sklearn_em, x.numpy(), components, n)
+        works[f"float64 {n}"] = partial(sklearn_em, x.double().numpy(), components, n)
+    seconds = side_by_side(works, REPEATS)
+    return {
+        "annealing": seconds["annealing"] / len(annealing.temperatures),
+        "em": seconds["em"] / ITERATIONS,
+        **{name: (seconds[f"{name} {1 + ITERATIONS}"] - seconds[f"{name} 1"]) / ITERATIONS for name in ("k-means", "float32", "float64")},
+    }  # fmt: skip
 
 
-def diagonal_iteration(x: torch.Tensor, components: int) -> float:
-    gmm = DiagonalGMM(
-        torch.full((components,), 1 / components), x[:components].clone(), x.var(0).expand(components, -1) * torch.rand(components, 1).add(0.5)
+def faiss_kmeans(x: torch.Tensor, components: int, iterations: int) -> None:
+    faiss.Kmeans(
+        x.shape[1], components, niter=iterations, seed=1, min_points_per_centroid=1, max_points_per_centroid=len(x)
+    ).train(x.numpy())  # fmt: skip
+
+
+def sklearn_em(rows: np.ndarray, components: int, iterations: int) -> GaussianMixture:
+    mixture = GaussianMixture(
+        components, covariance_type="diag", means_init=rows[:components], init_params="random_from_data", max_iter=iterations, tol=0.0,
+        random_state=0,
     )  # fmt: skip
-
-    def step() -> None:
-        parts = [e_step(gmm, block) for block in x.split(8192)]
-        total = parts[0]
-        for part in parts[1:]:
-            total = total + part
-        m_step(total, gmm, shrinkage=0.0, fitted_weights=True, floor=1e-9)
-
-    return fastest(step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # that it has not converged is the point
+        return mixture.fit(rows)
 
 
-def sklearn_iteration(x: torch.Tensor, components: int) -> float:
-    import warnings
+class Annealing:
+    """The annealing of the first level, at the temperatures of a fit."""
 
-    rows = x.numpy()
+    def __init__(self, x: torch.Tensor, components: int) -> None:
+        trace = fit_rqgmm(x, levels=1, components=components, seed=0).trace
+        self.x, self.scratch = x, Scratch()
+        self.temperatures = [step.temperature for step in trace if step.temperature > 0]
+        first = e_step(isotropic(x[:components].clone(), 1.0), x, temperature=0.0, second_moments=False)
+        centre = x.mean(0)
+        self.start = isotropic(centre + 0.25 * (x[:components] - centre), float(first.squared_error) / x.numel())
 
-    def run(iterations: int) -> float:
-        mixture = GaussianMixture(
-            components, covariance_type="diag", means_init=rows[:components], init_params="random_from_data", max_iter=iterations, tol=0.0,
-        )  # fmt: skip
-        began = time.perf_counter()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it has not converged is the point
-            mixture.fit(rows)
-        return time.perf_counter() - began
+    def run(self) -> None:
+        gmm = self.start
+        torch.set_flush_denormal(True)
+        for temperature in self.temperatures:
+            step = partial(annealing_step, gmm, temperature=temperature, scratch=self.scratch)
+            gmm = isotropic(map_means(sum_of_blocks(self.x, step), gmm.means, prior=1.0).float(), gmm.variance or 0.0)
+        torch.set_flush_denormal(False)
 
-    return (run(3) - run(1)) / 2
+
+class EM:
+    """The EM of diagonal mixtures that scikit-learn does, from its first iteration on."""
+
+    def __init__(self, x: torch.Tensor, components: int) -> None:
+        first = sklearn_em(x.numpy(), components, 1)
+        self.x, self.scratch = x, Scratch()
+        self.start = DiagonalGMM(
+            *(torch.from_numpy(found).float() for found in (first.weights_, first.means_, first.covariances_))
+        )
+
+    def run(self) -> None:
+        gmm = self.start
+        for _ in range(ITERATIONS):
+            sums = sum_of_blocks(self.x, partial(e_step, gmm, scratch=self.scratch))
+            gmm = m_step(sums, gmm, shrinkage=0.0, fitted_weights=True, floor=1e-9)
+
+
+def sum_of_blocks(x: torch.Tensor, step: Callable[[torch.Tensor], GMMStatistics]) -> GMMStatistics:
+    first, *others = (step(block) for block in x.split(FIT_BLOCK))
+    for other in others:
+        first = first + other
+    return first
 
 
 MEMORY = """
@@ -188,14 +195,15 @@ def fit(
 ) -> None:
     """An iteration against faiss k-means and scikit-learn, the whole fit against RQ-KMeans, memory against rows."""
     x = clustered(rows, dim)
-    kmeans = kmeans_iteration(x, components)
-    diagonal = diagonal_iteration(x, components)
+    one = iterations(x, components)
+    fits = {"rq-gmm": partial(rq_gmm, x, 2, components, 0), "rq-kmeans": partial(rq_kmeans, x, 2, components, 0)}
+    whole = side_by_side(fits, REPEATS)
     figures: dict[str, object] = {
-        "annealing_over_faiss_kmeans": annealing_iteration(x, components) / kmeans,
-        "diagonal_over_faiss_kmeans": diagonal / kmeans,
-        "sklearn_over_diagonal": sklearn_iteration(x, components) / diagonal,
-        "fit_over_rq_kmeans": fastest(lambda: rq_gmm(x, 2, components, 0))
-        / fastest(lambda: rq_kmeans(x, 2, components, 0)),
+        "annealing_over_faiss_kmeans": one["annealing"] / one["k-means"],
+        "diagonal_over_faiss_kmeans": one["em"] / one["k-means"],
+        "sklearn_over_diagonal": one["float32"] / one["em"],
+        "sklearn_float64_over_diagonal": one["float64"] / one["em"],
+        "fit_over_rq_kmeans": whole["rq-gmm"] / whole["rq-kmeans"],
         "rows": rows,
         "dim": dim,
         "components": components,

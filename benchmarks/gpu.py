@@ -18,7 +18,7 @@ from benchmarks.fit import side_by_side
 from jobs.config import ConfigError
 from tokenizer import FIT_BLOCK, RQGMM
 from tokenizer.gmm import annealing_step, isotropic
-from tokenizer.rqgmm import CUDA_BLOCK, ENCODE_BLOCK
+from tokenizer.rqgmm import encode_block
 
 REPEATS = 5
 
@@ -54,12 +54,11 @@ def measured(x: Tensor, levels: int, k: int) -> dict[str, float]:
     rqgmm = RQGMM(tuple(isotropic(x[n * k : (n + 1) * k] / 2**n, variance) for n in range(levels)))
     slopes = torch.cat([level.means for level in rqgmm.levels]).T.contiguous()  # (D, levels K)
     resp = torch.rand(FIT_BLOCK, k, device=x.device)
-    size = CUDA_BLOCK if x.is_cuda else ENCODE_BLOCK
     works: dict[str, Callable[[], object]] = {
         "annealing": lambda: [annealing_step(gmm, block, 1.0) for block in x.split(FIT_BLOCK)],
         "annealing_products": lambda: [(b @ gmm.means.T, b.T @ resp[: len(b)]) for b in x.split(FIT_BLOCK)],
         "encode": lambda: rqgmm.encode(x),
-        "encode_products": lambda: [block @ slopes for block in x.split(size)],
+        "encode_products": lambda: [block @ slopes for block in x.split(encode_block(x, k))],
     }
     seconds = side_by_side({name: _finished(x.device, work) for name, work in works.items()}, REPEATS)
     return {

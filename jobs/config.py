@@ -63,6 +63,9 @@ class LoadConfig(Section):
 class FitConfig(Section):
     levels: int = Field(2, ge=1, le=16, description="L, residual levels (the paper's 2)")
     components: int = Field(128, ge=2, le=65536, description="K, components of a level (the paper's 128)")
+    method: Literal["annealed", "em", "kmeans"] = Field(
+        "annealed", description="annealed is ours; em the paper's own (diagonal EM, no annealing); kmeans is RQ-KMeans"
+    )
     seed: int = Field(0, ge=0)
     workers: int = Field(1, ge=1, description="processes of the fit; more than one runs on TorchDistributor")
     device: Literal["auto", "cpu", "cuda"] = Field(

@@ -188,7 +188,7 @@ def fit_table(
         FitFailed: a worker's own words, or that workers were lost again and again.
     """
     settings: dict[str, Any] = {
-        "levels": config.levels, "components": config.components, "seed": config.seed, "beam": config.beam,
+        "levels": config.levels, "components": config.components, "method": config.method, "seed": config.seed, "beam": config.beam,
     }  # fmt: skip
     if config.workers == 1:
         return fit_rqgmm(

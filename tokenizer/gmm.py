@@ -7,15 +7,41 @@ Notation is in tokenizer/README.md: N rows, D dimensions, K components.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag, one_hot
 
 from tokenizer.errors import DataError
 
+Indices = npt.NDArray[np.int64]
 LOG_2PI = math.log(2 * math.pi)
+NEGLIGIBLE = 1e-6  # responsibilities below this share of their row's largest are left out of sums
+NEGLIGIBLE_ANNEALING = 1e-3  # the same while annealing, whose steps need not be exact
+SPARSE = 16  # responsibilities a row, on average, up to which sums by gathering cost less than a product
+
+
+class Scratch:
+    """Tensors that one block after the other writes over.
+
+    A fresh tensor of megabytes costs a page fault every 4 KiB, and the faults of one step as much as its products.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def matrix(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Of this shape (rows, columns), on the device of `like`; it holds what was last written under `name`."""
+        rows, columns = shape
+        held = self._held.get(name)
+        if held is None or len(held) < rows or held.shape[1] != columns or held.device != like.device:
+            held = self._held[name] = torch.empty(rows, columns, dtype=dtype, device=like.device)
+        return held[:rows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,24 +110,20 @@ class DiagonalGMM:
         """Of an isotropic mixture with flat weights: log weight and the constant of the density, the same for all."""
         return math.log(float(self.weights[0])) - 0.5 * self.dim * (math.log(float(self.variances[0, 0])) + LOG_2PI)
 
-    def affinity(self, x: Tensor, temperature: float = 1.0, squares: Tensor | None = None) -> Tensor:
+    def affinity(
+        self, x: Tensor, temperature: float = 1.0, squares: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """(N, K): the log-joint / temperature, up to a term of each row, which changes neither argmax nor posterior.
 
-        `squares` (N, D) saves computing x^2 again.
+        `squares` (N, D) saves computing x^2 again; `out` is where the result goes.
         """
-        slope, half_precision, intercept = self._linear
-        if temperature != 1.0:
-            slope, half_precision, intercept = (
-                slope / temperature,
-                half_precision / temperature,
-                intercept / temperature,
-            )
+        slope, half_precision, intercept = (term / temperature for term in self._linear)
         if self.shift is not None:
             x, squares = x - self.shift, None
-        score = torch.addmm(intercept, x, slope.T)
-        if self.tied:
-            return score
-        return score.addmm_(x.square() if squares is None else squares, half_precision.T, alpha=-1)
+        score = torch.mm(x, slope.T, out=out)
+        if not self.tied:
+            score.addmm_(x.square() if squares is None else squares, half_precision.T, alpha=-1)
+        return score.add_(intercept)
 
     def row_term(self, x: Tensor) -> Tensor:
         """(N,): what `affinity` leaves out of the log-joint."""
@@ -179,82 +201,107 @@ class GMMStatistics:
         )
 
 
-def e_step(gmm: DiagonalGMM, x: Tensor, *, temperature: float = 1.0, second_moments: bool = True) -> GMMStatistics:
+def e_step(
+    gmm: DiagonalGMM,
+    x: Tensor,
+    *,
+    temperature: float = 1.0,
+    second_moments: bool = True,
+    scratch: Scratch | None = None,
+) -> GMMStatistics:
     """Expected counts and moments of `x` (N, D) under `gmm` (PRML eq. 9.23, 9.28), annealed by `temperature`.
 
     Responsibilities are softmax(log-joint / temperature) (deterministic annealing, Rose 1998); temperature 0 means
-    one-hot (classification EM). Products of a block are float32, their sums over blocks float64.
+    one-hot (classification EM). Sums of a block are float32, their sums over blocks float64.
     """
-    squares = x.square() if second_moments else None
-    affinity = gmm.affinity(x, squares=squares)  # (N, K)
+    scratch = scratch or Scratch()
+    shape = (len(x), gmm.components)
+    squares = torch.square(x, out=scratch.matrix("rows", x.shape, x)) if second_moments else None
+    affinity = gmm.affinity(x, squares=squares, out=scratch.matrix("affinity", shape, x))  # (N, K)
     best, code = most_probable(affinity)  # (N,), (N,)
-    resp = affinity.softmax(dim=1)
+    resp = torch.softmax(affinity, dim=1, out=scratch.matrix("resp", shape, x))
     sure = resp.amax(dim=1)
     # log sum exp(affinity) = best - log of the largest responsibility
     log_likelihood = (best - sure.log() + gmm.row_term(x)).double().sum()
+    rows = (x,) if squares is None else (x, squares)
     if temperature == 0:
         sure = torch.ones_like(sure)
-    elif temperature != 1:
-        resp = affinity.sub_(best[:, None]).div_(temperature).softmax(dim=1)
-        sure = resp.amax(dim=1)
-    rows = (x,) if squares is None else (x, squares)
-    count, sum_x, *moments = (total.double() for total in _weighted_sums(resp, sure, code, rows, certain=1 - 1e-6))
+        totals = _sums_by_code(code, rows, gmm.components)
+    else:
+        if temperature != 1:
+            torch.softmax(affinity.sub_(best[:, None]).div_(temperature), dim=1, out=resp)
+            sure = resp.amax(dim=1)
+        totals = _weighted_sums(resp, NEGLIGIBLE * sure, rows, scratch)
+    count, sum_x, *moments = (total.double() for total in totals)
     if moments:  # sum_nk gamma_nk |x_n - mu_k|^2
         means = gmm.means.double()
         squared_error = (moments[0] + means * (count[:, None] * means - 2 * sum_x)).sum().clamp_min(0)
     else:
-        squared_error = (x - gmm.means[code]).square_().sum(dim=1).double().sum()
+        mean = torch.index_select(gmm.means, 0, code, out=scratch.matrix("rows", x.shape, x))
+        squared_error = torch.linalg.vector_norm(torch.sub(x, mean, out=mean), dim=1).double().square().sum()
     return GMMStatistics(
         count, sum_x, moments[0] if moments else None, log_likelihood, squared_error, sure.double().sum()
     )
 
 
-CERTAIN = 1 - 1e-3  # a row this sure of its component counts as its component's alone while annealing
-
-
-def annealing_step(gmm: DiagonalGMM, x: Tensor, temperature: float) -> GMMStatistics:
+def annealing_step(gmm: DiagonalGMM, x: Tensor, temperature: float, scratch: Scratch | None = None) -> GMMStatistics:
     """`e_step` of an `isotropic` mixture without the likelihood, for the many passes of annealing.
 
     The error comes from the best score, |x - mu|^2 = |x|^2 - 2 variance score, so no mean is gathered.
     """
+    scratch = scratch or Scratch()
+    shape = (len(x), gmm.components)
     variance = float(gmm.variances[0, 0])
-    score = gmm.affinity(x, temperature)  # (N, K)
+    score = gmm.affinity(x, temperature, out=scratch.matrix("affinity", shape, x))  # (N, K)
     moved = x if gmm.shift is None else x - gmm.shift
     squared = torch.linalg.vector_norm(moved).double().square()
-    best, code = most_probable(score)
-    likeliest = best.double() * temperature - gmm.log_normaliser
+    likeliest = score.amax(dim=1).double() * temperature - gmm.log_normaliser
     squared_error = (squared - 2 * variance * likeliest.sum()).clamp_min(0)
-    resp = score.softmax(dim=1)
+    resp = torch.softmax(score, dim=1, out=scratch.matrix("resp", shape, x))
     sure = resp.amax(dim=1)
-    count, sum_x = _weighted_sums(resp, sure, code, (x,), certain=CERTAIN)
+    count, sum_x = _weighted_sums(resp, NEGLIGIBLE_ANNEALING * sure, (x,), scratch)
     unknown = torch.tensor(math.nan, dtype=torch.float64, device=x.device)
     return GMMStatistics(count.double(), sum_x.double(), None, unknown, squared_error, sure.double().sum())
 
 
-def _weighted_sums(resp: Tensor, sure: Tensor, code: Tensor, rows: tuple[Tensor, ...], certain: float) -> list[Tensor]:
-    """[sum_n gamma_nk (K,), then sum_n gamma_nk row_n (K, D) of each of `rows`].
+def _weighted_sums(resp: Tensor, least: Tensor, rows: tuple[Tensor, ...], scratch: Scratch) -> list[Tensor]:
+    """[sum_n gamma_nk (K,), then sum_n gamma_nk row_n (K, D) of each of `rows`], of gamma_nk of at least `least` (N,).
 
-    Rows at least `certain` of their component are summed without a product: as it gets cold these are nearly all.
+    Once rows are certain of a few components each, only those are gathered, and no product is computed.
     """
-    k = resp.shape[1]
-    if resp.is_cuda:  # products are cheap there, and sums by index would depend on the order of its threads
-        resp = torch.where((sure >= certain)[:, None], torch.nn.functional.one_hot(code, k).to(resp.dtype), resp)
+    n, k = resp.shape
+    kept = torch.ge(resp, least[:, None], out=scratch.matrix("kept", (n, k), resp, torch.bool))
+    if resp.is_cuda:  # where products are cheap, and sums by index would depend on the order of threads
+        resp = resp * kept
+        return [resp.sum(0), *(resp.T @ row for row in rows)]
+    if int(kept.count_nonzero()) > SPARSE * n:
         return [resp.sum(0), *((row.T @ resp).T for row in rows)]
-    unsure = (sure < certain).nonzero()[:, 0]
-    if 2 * len(unsure) > len(sure):
-        return [resp.sum(0), *((row.T @ resp).T for row in rows)]
-    if not len(unsure):
-        return [torch.bincount(code, minlength=k), *(_sums_by_code(code, row, k) for row in rows)]
-    settled = (sure >= certain).nonzero()[:, 0]
-    own, rest = code[settled], resp[unsure]
-    return [
-        torch.bincount(own, minlength=k) + rest.sum(0),
-        *(_sums_by_code(own, row[settled], k) + (row[unsure].T @ rest).T for row in rows),
-    ]
+    place = np.flatnonzero(kept.numpy())
+    row, component = np.divmod(place, k)
+    return _gathered_sums(component, row, resp.view(-1)[torch.from_numpy(place)], rows, k)
 
 
-def _sums_by_code(code: Tensor, x: Tensor, components: int) -> Tensor:
-    return x.new_zeros(components, x.shape[1]).index_add_(0, code, x)
+def _sums_by_code(code: Tensor, rows: tuple[Tensor, ...], components: int) -> list[Tensor]:
+    """`_weighted_sums` of one-hot responsibilities."""
+    if code.is_cuda:
+        resp = one_hot(code, components).float()
+        return [resp.sum(0), *(resp.T @ row for row in rows)]
+    return _gathered_sums(code.numpy(), np.arange(len(code)), None, rows, components)
+
+
+def _gathered_sums(
+    component: Indices, row: Indices, weight: Tensor | None, rows: tuple[Tensor, ...], components: int
+) -> list[Tensor]:
+    """[sum_m weight_m (K,), then sum_m weight_m rows[row_m] (K, D)] over the m of each component, in the order given."""
+    order = np.argsort(component.astype(np.min_scalar_type(components - 1)), kind="stable")
+    members = np.bincount(component, minlength=components)
+    begin = torch.from_numpy(np.cumsum(members) - members)
+    member = torch.from_numpy(row[order])
+    if weight is None:
+        return [torch.from_numpy(members), *(embedding_bag(member, x, begin, mode="sum") for x in rows)]
+    count = torch.from_numpy(np.bincount(component, weight.numpy(), minlength=components))
+    weight = weight[torch.from_numpy(order)]
+    return [count, *(embedding_bag(member, x, begin, mode="sum", per_sample_weights=weight) for x in rows)]
 
 
 def map_means(stats: GMMStatistics, previous: Tensor, *, prior: float = 0.0) -> Tensor:

@@ -7,7 +7,7 @@ responsibilities would otherwise be one-hot from the first iteration in hundreds
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -21,6 +21,7 @@ from tokenizer.errors import DataError, LostWorker
 from tokenizer.gmm import (
     DiagonalGMM,
     GMMStatistics,
+    Scratch,
     annealing_step,
     e_step,
     isotropic,
@@ -30,7 +31,9 @@ from tokenizer.gmm import (
 )
 
 FIT_BLOCK = 8192  # rows of one block of the fit: statistics of blocks add, so chunks of any size give the same blocks
-ENCODE_BLOCK = 1024  # rows of one block of encode, padded: a row's codes do not depend on its neighbours
+ENCODE_CELLS = (
+    2**19
+)  # affinities of one block of encode: what a cache holds; blocks are padded, so that a row's codes do not depend on its neighbours
 CUDA_BLOCK = 16_384  # the same on a GPU, which small blocks leave idle
 CONTRACTION = 1 / 4  # means start this far from the level's mean towards the k-means centres
 CRITICAL_SHARE = 1 / 2  # first temperature, as a share of the critical one at which the first split happens
@@ -79,21 +82,6 @@ class Iteration:
     used: int
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Step:
-    """One level of a block of n rows: affinity (n, K), code (the given one, if any), the code's affinity, and what
-    affinity leaves out of the log-joint, computed when called."""
-
-    affinity: Tensor
-    code: Tensor
-    score: Tensor
-    row_term: Callable[[], Tensor]
-
-
-# Yields affinity and row term of a level, is sent the code and its affinity.
-_Scores = Generator[tuple[Tensor, Callable[[], Tensor]], tuple[Tensor, Tensor], None]
-
-
 @dataclass(frozen=True, eq=False)
 class RQGMM:
     """Levels of mixtures over one dimension with the same number of components.
@@ -134,9 +122,9 @@ class RQGMM:
         its component) and the log weights of all.
         """
         self._check(x)
-        if self.beam > 1:
-            return torch.cat([self._searched(block) for block in torch.split(x, _block_rows(x))])
-        return torch.cat([self._codes(block) for block in torch.split(x, _block_rows(x))])
+        scratch = Scratch()
+        encoded = self._codes if self.beam == 1 else self._searched
+        return torch.cat([encoded(block, scratch) for block in torch.split(x, encode_block(x, self.components))])
 
     def assign(self, x: Tensor, codes: Tensor | None = None) -> Assignment:
         """Codes with their posterior and likelihood in one pass; with `codes`, those of the given ones instead.
@@ -146,9 +134,9 @@ class RQGMM:
         self._check(x)
         if codes is None and self.beam > 1:
             codes = self.encode(x)
-        size = _block_rows(x)
+        size, scratch = encode_block(x, self.components), Scratch()
         parts = [
-            self._assign_block(block, None if codes is None else codes[start : start + size])
+            self._assigned(block, None if codes is None else codes[start : start + size], scratch)
             for start, block in zip(range(0, max(len(x), 1), size), torch.split(x, size), strict=True)
         ]
         return Assignment(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -172,98 +160,141 @@ class RQGMM:
             residual = residual - gmm.means[component[:, 0]]
         return found
 
-    def _codes(self, x: Tensor) -> Tensor:
-        return torch.stack([step.code.int() for step in self._descent(x, None)], dim=1)[: len(x)]
+    def _codes(self, x: Tensor, scratch: Scratch) -> Tensor:
+        descent, codes = self._descent(_padded(x, encode_block(x, self.components)), scratch), []
+        for _ in self.levels:
+            score, code = most_probable(descent.affinity())
+            _check_finite(score)
+            codes.append(code.int())
+            descent.take(code, score)
+        return torch.stack(codes, dim=1)[: len(x)]
 
-    def _searched(self, x: Tensor) -> Tensor:
-        residual = _padded(x)[:, None, :]  # (n, paths, D)
+    def _searched(self, x: Tensor, _: Scratch) -> Tensor:
+        residual = _padded(x, encode_block(x, self.components))[:, None, :]  # (n, paths, D)
         codes = residual.new_zeros(len(residual), 1, 0, dtype=torch.int32)  # (n, paths, levels so far)
         for level, gmm in enumerate(self.levels, start=1):
             last = level == self.n_levels
             residual, codes = extended(self.levels[: level - 1], gmm, residual, codes, 1 if last else self.beam)
         return codes[: len(x), 0]
 
-    def _assign_block(self, x: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        codes, log_posterior, log_likelihood = [], x.new_zeros(_block_rows(x)), x.new_zeros(_block_rows(x))
-        for step in self._descent(x, given):
-            chosen = step.affinity.log_softmax(dim=1).gather(1, step.code[:, None])[:, 0]  # log p(code | residual)
-            log_likelihood += step.score - chosen + step.row_term()  # log p(residual) = log-joint - log posterior
-            log_posterior += chosen
-            codes.append(step.code.int())
-        n = len(x)
-        return torch.stack(codes, dim=1)[:n], log_posterior[:n].exp().clamp_(0, 1), log_likelihood[:n]
-
-    def _descent(self, x: Tensor, given: Tensor | None) -> Iterator[_Step]:
-        """Level by level for one block."""
-        n = len(x)
-        block = _padded(x)
-        steps = self._by_products(block) if self._products is not None else self._by_residuals(block)
-        affinity, row_term = next(steps)
+    def _assigned(self, x: Tensor, given: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+        n, block = len(x), _padded(x, encode_block(x, self.components))
+        descent, codes = self._descent(block, scratch), []
+        log_posterior, log_likelihood = block.new_zeros(len(block)), block.new_zeros(len(block))
         for level in range(self.n_levels):
+            affinity = descent.affinity()
             best, code = most_probable(affinity)
-            if not torch.isfinite(best).all():
-                raise DataError(NOT_FINITE)
+            _check_finite(best)
+            resp = torch.softmax(affinity, dim=1, out=scratch.matrix("resp", affinity.shape, block))
+            log_sure = resp.gather(1, code[:, None])[:, 0].log_()  # log p(most probable component | residual)
+            log_likelihood += (
+                descent.row_term().add_(best).sub_(log_sure)
+            )  # log p(residual) = log-joint - log posterior
+            log_posterior += log_sure
             score = best
             if given is not None:
                 code[:n] = given[:, level].long()
                 score = affinity.gather(1, code[:, None])[:, 0]
-            yield _Step(affinity, code, score, row_term)
-            if level + 1 < self.n_levels:
-                affinity, row_term = steps.send((code, score))
+                log_posterior += score - best
+            codes.append(code.int())
+            descent.take(code, score)
+        return torch.stack(codes, dim=1)[:n], log_posterior[:n].exp().clamp_(0, 1), log_likelihood[:n]
 
-    def _by_residuals(self, x: Tensor) -> _Scores:
-        residual = x
-        for gmm in self.levels:
-            at, here = gmm, residual
-            code, _ = yield gmm.affinity(residual), lambda at=at, here=here: at.row_term(here)  # type: ignore[misc]
-            residual = residual - gmm.means[code]
+    def _descent(self, block: Tensor, scratch: Scratch) -> _ByProducts | _ByResiduals:
+        products = self._products
+        return _ByResiduals(self, block, scratch) if products is None else _ByProducts(self, products, block, scratch)
 
     @cached_property
-    def _products(self) -> tuple[Tensor, list[Tensor], list[list[Tensor]]] | None:
-        """Where every level is isotropic, what makes a residual unnecessary: all scores of x in one product, less what
-        the means of the levels before contribute to them: mu_k . mu_j / variance."""
+    def _products(self) -> _Products | None:
+        """What makes a residual unnecessary where every level is isotropic: its scores are those of x, less what the means
+        of the levels before contribute to them, mu_k . mu_j / variance."""
         for gmm in self.levels:
             # Far smaller residuals than means would lose their digits in the difference.
             if gmm.variance is None or gmm.variance < 1e-3 * float(self.levels[0].means.square().mean()):
                 return None
             if gmm.shift is not None:
                 return None
-        slopes = [gmm._linear[0] for gmm in self.levels]
+        slopes, intercepts = ([gmm._linear[part] for gmm in self.levels] for part in (0, 2))
         taken = [
             [-(before.means.double() @ slope.double().T).float() for before in self.levels[:level]]
             for level, slope in enumerate(slopes)
         ]
-        return torch.cat(slopes).T.contiguous(), [gmm._linear[2] for gmm in self.levels], taken
-
-    def _by_products(self, x: Tensor) -> _Scores:
-        assert self._products is not None
-        slopes, intercepts, taken = self._products
-        scores = torch.split(x @ slopes, self.components, dim=1)
-        passed: list[tuple[Tensor, Tensor]] = []  # of the levels before: code and its affinity
-        squared: list[Tensor] = []  # |r|^2 of the levels so far, where a likelihood is wanted
-        for level in range(self.n_levels):
-            affinity = scores[level] + intercepts[level]
-            for (code, _), product in zip(passed, taken[level], strict=True):
-                affinity += product[code]
-            passed.append((yield affinity, lambda: self._row_term(x, passed, squared)))
-
-    def _row_term(self, x: Tensor, passed: list[tuple[Tensor, Tensor]], squared: list[Tensor]) -> Tensor:
-        """-|r|^2 / (2 variance), with |r - mu|^2 = |r|^2 - 2 variance (affinity of mu - its constant)."""
-        if not squared:
-            squared.append(torch.linalg.vector_norm(x, dim=1).square())
-        while len(squared) <= len(passed):
-            gmm, (_, score) = self.levels[len(squared) - 1], passed[len(squared) - 1]
-            assert gmm.variance is not None
-            squared.append(torch.sub(squared[-1], score - gmm.log_normaliser, alpha=2 * gmm.variance))
-        variance = self.levels[len(passed)].variance
-        assert variance is not None
-        return squared[-1].clamp_min(0) / (-2 * variance)
+        return _Products([slope.T.contiguous() for slope in slopes], intercepts, taken)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise DataError(
                 f"embeddings have shape {tuple(x.shape)}; expected (N, {self.dim}), the dimension of this codebook"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class _Products:
+    """By level: slope (D, K), intercept (K,), and what the means of each level before take from its scores, (K, K) each."""
+
+    slopes: list[Tensor]
+    intercepts: list[Tensor]
+    taken: list[list[Tensor]]
+
+
+class _ByProducts:
+    """The way of a block down the levels without residuals: `affinity` of a level, then `take` the component chosen."""
+
+    def __init__(self, rqgmm: RQGMM, products: _Products, x: Tensor, scratch: Scratch) -> None:
+        self.rqgmm, self.products, self.x, self.scratch = rqgmm, products, x, scratch
+        self.square = torch.empty(0)  # |r|^2 of the level's residuals, where a likelihood is wanted
+        self.codes: list[Tensor] = []
+        self.explained: list[Tensor] = []  # by level: affinity of the component taken
+
+    def affinity(self) -> Tensor:
+        level, shape = len(self.codes), (len(self.x), self.rqgmm.components)
+        affinity = torch.mm(self.x, self.products.slopes[level], out=self.scratch.matrix("affinity", shape, self.x))
+        affinity += self.products.intercepts[level]
+        for code, product in zip(self.codes, self.products.taken[level], strict=True):
+            affinity += torch.index_select(product, 0, code, out=self.scratch.matrix("taken", shape, self.x))
+        return affinity
+
+    def take(self, code: Tensor, score: Tensor) -> None:
+        self.codes.append(code)
+        self.explained.append(score)
+
+    def row_term(self) -> Tensor:
+        """-|r|^2 / (2 variance), with |r - mu|^2 = |r|^2 - 2 variance (affinity of mu - its constant)."""
+        if not self.explained:
+            self.square = torch.linalg.vector_norm(self.x, dim=1).square()
+        else:
+            above = self.rqgmm.levels[len(self.explained) - 1]
+            assert above.variance is not None
+            self.square = torch.sub(self.square, self.explained[-1] - above.log_normaliser, alpha=2 * above.variance)
+        variance = self.rqgmm.levels[len(self.explained)].variance
+        assert variance is not None
+        return self.square.clamp_min(0) / (-2 * variance)
+
+
+class _ByResiduals:
+    """The same for any mixtures."""
+
+    def __init__(self, rqgmm: RQGMM, x: Tensor, scratch: Scratch) -> None:
+        self.levels, self.residual, self.scratch = iter(rqgmm.levels), x, scratch
+
+    def affinity(self) -> Tensor:
+        self.gmm, x = next(self.levels), self.residual
+        squares = None if self.gmm.tied else torch.square(x, out=self.scratch.matrix("rows", x.shape, x))
+        out = self.scratch.matrix("affinity", (len(x), self.gmm.components), x)
+        return self.gmm.affinity(x, squares=squares, out=out)
+
+    def take(self, code: Tensor, _: Tensor) -> None:
+        x = self.residual
+        mean = torch.index_select(self.gmm.means, 0, code, out=self.scratch.matrix("rows", x.shape, x))
+        self.residual = torch.sub(x, mean, out=self.scratch.matrix("residual", x.shape, x))
+
+    def row_term(self) -> Tensor:
+        return self.gmm.row_term(self.residual)
+
+
+def _check_finite(score: Tensor) -> None:
+    if not math.isfinite(float(score.double().sum())):
+        raise DataError(NOT_FINITE)
 
 
 def extended(
@@ -287,20 +318,20 @@ def extended(
         best, place = (found[:, None] for found in most_probable(joint))
     else:
         best, place = joint.topk(min(beam, joint.shape[1]), dim=1)
-    if not torch.isfinite(best[:, 0]).all():
-        raise DataError(NOT_FINITE)
+    _check_finite(best[:, 0])
     path, code = place // gmm.components, place % gmm.components  # (n, kept)
     taken = codes.gather(1, path[:, :, None].expand(-1, -1, codes.shape[2]))
     left = residual.gather(1, path[:, :, None].expand(-1, -1, d)) if paths > 1 else residual
     return left - gmm.means[code], torch.cat([taken, code[:, :, None].int()], dim=2)
 
 
-def _block_rows(x: Tensor) -> int:
-    return CUDA_BLOCK if x.is_cuda else ENCODE_BLOCK
+def encode_block(x: Tensor, components: int) -> int:
+    """Rows of one block of encode."""
+    return CUDA_BLOCK if x.is_cuda else min(4096, max(512, ENCODE_CELLS // components))
 
 
-def _padded(x: Tensor) -> Tensor:
-    missing = _block_rows(x) - len(x)
+def _padded(x: Tensor, rows: int) -> Tensor:
+    missing = rows - len(x)
     return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x
 
 
@@ -497,7 +528,7 @@ class _Level:
         self.generator = torch.Generator().manual_seed(seed * 1000 + level)
         self.floor = max(VARIANCE_FLOOR * source.mean_square, 1e-30)
         self.prior = PRIOR_ROWS if method == "annealed" else 0.0
-        self.count = 0
+        self.count, self.scratch = 0, Scratch()
 
     def cold(self, iterations: int) -> DiagonalGMM:
         rows = self._sample(max(SPECTRUM_ROWS, 4 * self.components))
@@ -603,7 +634,7 @@ class _Level:
         count, sum_x, sum_xx, *scalars = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
         total = GMMStatistics(count, sum_x, sum_xx if moments else None, *scalars)
         for number, block in enumerate(self.source):
-            part = step(gmm, block).on_grid(self.source.rows, self.source.largest)
+            part = step(gmm, block, scratch=self.scratch).on_grid(self.source.rows, self.source.largest)
             total = part if number == 0 else total + part
         total = total.cpu()
         return _all_ranks(total) if _distributed() else total

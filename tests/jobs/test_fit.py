@@ -26,6 +26,7 @@ from jobs.load import Fusion
 from jobs.registry import open_registry
 from jobs.tables import ITEM_EMBEDDINGS, Warehouse
 from tokenizer import FIT_BLOCK, RQGMM, Iteration
+from tokenizer.rqgmm import Method
 
 # TorchDistributor leaves the pipe to its workers open.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -84,6 +85,15 @@ def test_workers_of_spark_fit_what_one_process_fits(
     together = fit.fit_table(FitConfig(components=8, workers=workers), many, checkpoint(tmp_path / "many"))
     assert same(alone.rqgmm, together.rqgmm)
     assert alone.trace == together.trace
+
+
+@pytest.mark.parametrize("method", ["annealed", "em", "kmeans"])
+def test_the_method_is_a_setting(tmp_path: Path, many: EmbeddingFiles, method: Method) -> None:
+    fitted = fit.fit_table(FitConfig(components=8, method=method), many, checkpoint(tmp_path))
+    temperatures = {step.temperature for step in fitted.trace}
+    assert {"annealed": len(temperatures) > 2, "em": temperatures == {1.0}, "kmeans": temperatures == {0.0}}[method]
+    own_variances = fitted.rqgmm.levels[0].variance is None
+    assert own_variances == (method == "em")
 
 
 def test_a_fit_goes_on_from_its_last_level(tmp_path: Path, many: EmbeddingFiles) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
 from tokenizer import DataError, DiagonalGMM, GMMStatistics, e_step, m_step
+from tokenizer.gmm import Scratch, annealing_step, isotropic
 
 
 def mixture(k: int, d: int, *, seed: int = 0, tied: bool = False) -> DiagonalGMM:
@@ -50,6 +51,39 @@ def test_statistics_of_two_parts_add_up_to_those_of_the_whole(n: int, cut: int, 
     whole = e_step(gmm, x, temperature=temperature)
     assert close(e_step(gmm, x[:cut], temperature=temperature) + e_step(gmm, x[cut:], temperature=temperature), whole)
     assert float(whole.count.sum()) == pytest.approx(n, rel=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 80), spread=st.sampled_from([0.01, 0.3, 3.0]), temperature=st.sampled_from([0.0, 0.3, 1.0, 20.0])
+)
+def test_sums_by_gathering_are_those_of_a_product(n: int, spread: float, temperature: float) -> None:
+    """Rows of one component each, of a few, and of many: the sums take different ways there."""
+    x = torch.from_numpy(topics(n, 5, spread=spread))
+    gmm = mixture(40, 5)
+    stats = e_step(gmm, x, temperature=temperature)
+    joint = gmm.log_joint(x).double()
+    resp = (
+        torch.nn.functional.one_hot(joint.argmax(1), 40).double()
+        if temperature == 0
+        else (joint / temperature).softmax(1)
+    )
+    assert stats.sum_xx is not None
+    for found, wanted in (
+        (stats.count, resp.sum(0)),
+        (stats.sum_x, resp.T @ x.double()),
+        (stats.sum_xx, resp.T @ x.double().square()),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_reused_memory_changes_no_statistic() -> None:
+    gmm, scratch = mixture(40, 5), Scratch()
+    for n in (300, 7, 300, 1):
+        x = torch.from_numpy(topics(n, 5, seed=n))
+        assert close(e_step(gmm, x, scratch=scratch), e_step(gmm, x))
+        tied = isotropic(gmm.means, 0.3)
+        assert torch.equal(annealing_step(tied, x, 2.0, scratch).sum_x, annealing_step(tied, x, 2.0).sum_x)
 
 
 @pytest.mark.parametrize("tied", [False, True])
