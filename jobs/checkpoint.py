@@ -14,6 +14,7 @@ from typing import Any
 
 from pyarrow import fs
 
+from jobs.sources import filesystem_of
 from tokenizer import RQGMM, Iteration, RQGMMFit, load_codebook, save_codebook
 from tokenizer.codebook import MANIFEST, TENSORS
 
@@ -29,7 +30,7 @@ class Checkpoint:
 
     @cached_property
     def _place(self) -> tuple[fs.FileSystem, str]:
-        filesystem, root = fs.FileSystem.from_uri(self.root)
+        filesystem, root = filesystem_of(self.root)
         return filesystem, f"{root}/{FOLDER}"
 
     def open(self) -> None:

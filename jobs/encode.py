@@ -2,36 +2,46 @@
 
 Only items that this version has not encoded yet, or whose vector changed, are computed. A published ID of a version
 never changes; under a new version an unchanged item keeps its former codes while they serve it nearly as well.
+
+Tasks read the vectors from the table's files themselves; Spark moves the small columns: what is pending, and the IDs.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pyspark.sql import Column, DataFrame, Window
+import pyarrow.compute as pc
+from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 
 from jobs.config import Config
 from jobs.packed import Float32, unpack
 from jobs.registry import ModelVersion, Registry
+from jobs.row_groups import RowGroup, row_groups
 from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
 from tokenizer import RQGMM, load_codebook
 
-ENCODED = "item_id STRING, content_hash STRING, first_seen DATE, codes ARRAY<INT>, kept_suffix INT, confidence FLOAT, log_likelihood FLOAT, held BOOLEAN"
+GROUPS = "uri STRING, index INT, rows BIGINT"
+PENDING = "ARRAY<STRUCT<item_id STRING, codes ARRAY<INT>, suffix INT, final BOOLEAN>>"
+ENCODED = (
+    "item_id STRING, content_hash STRING, first_seen DATE, codes ARRAY<INT>, joined STRING, kept_suffix INT, confidence FLOAT, "
+    "log_likelihood FLOAT, held BOOLEAN"
+)
 ENCODED_ARROW = pa.schema(
     [
         ("item_id", pa.string()),
         ("content_hash", pa.string()),
         ("first_seen", pa.date32()),
         ("codes", pa.list_(pa.int32())),
+        ("joined", pa.string()),  # the codes as text, by which items with equal codes are found
         ("kept_suffix", pa.int32()),
         ("confidence", pa.float32()),
         ("log_likelihood", pa.float32()),
@@ -54,34 +64,38 @@ def run(config: Config, warehouse: Warehouse, registry: Registry, model: ModelVe
     """Bring `semantic_ids` of codebook `model` up to the newest `item_embeddings`, in one commit."""
     began = time.monotonic()
     embeddings_version = warehouse.version(ITEM_EMBEDDINGS)
-    embeddings = warehouse.read(ITEM_EMBEDDINGS, embeddings_version)
+    groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
     warehouse.create(SEMANTIC_IDS)
     published = warehouse.read(SEMANTIC_IDS)
     own = published.where(F.col("codebook_version") == model.version)
-    pending = embeddings.join(own.select("item_id", "content_hash"), ["item_id", "content_hash"], how="left_anti")
-    if pending.isEmpty():
-        return EncodeResult(
-            model.version,
-            0,
-            warehouse.version(SEMANTIC_IDS),
-            embeddings_version,
-            time.monotonic() - began,
-            nothing_to_do=True,
-        )
-
     parent = int(model.tags.get("started_from_version") or -1)
-    files = codebook_files(registry, model)
-    shared = warehouse.spark.sparkContext.broadcast(files)
-    warehouse.spark.conf.set("spark.sql.execution.arrow.maxRecordsPerBatch", config.encode.rows_per_batch)
-    # A shuffle would move every vector once more than needed, so the small side travels: codes of incumbents.
-    vectors = _with_incumbents(pending, published, model.version, parent)
-    encoded = vectors.mapInArrow(_encoder(shared, model.tags["codebook_hash"], config.encode.hold), ENCODED)
-    with warehouse.staged(encoded, f"encode-{model.version}") as staged:
-        rows = _published(staged, own, model, run_date)
-        count = staged.count()
-        version = warehouse.merge(SEMANTIC_IDS, rows, update=True)
+    new_version = own.isEmpty()
+
+    if not groups:
+        return EncodeResult(model.version, 0, warehouse.version(SEMANTIC_IDS), embeddings_version, nothing_to_do=True)
+    shared = warehouse.spark.sparkContext.broadcast(codebook_files(registry, model))
+    encoder = _encoder(shared, model.tags["codebook_hash"], config.encode.hold, config.encode.rows_per_batch)
+    if new_version and parent < 0:  # every item is a newcomer: no join, one pass from the files to the table
+        encoded = _spread(warehouse, groups, None).mapInArrow(encoder, ENCODED)
+        version = warehouse.append(SEMANTIC_IDS, _published(encoded, None, model, run_date))
+        count = sum(group.rows for group in groups)
+    else:
+        embeddings = warehouse.read(ITEM_EMBEDDINGS, embeddings_version)
+        pending = _pending(embeddings, published, model.version, parent).cache()
+        count, version = 0, warehouse.version(SEMANTIC_IDS)
+        if not pending.isEmpty():
+            encoded = _spread(warehouse, groups, pending).mapInArrow(encoder, ENCODED)
+            with warehouse.staged(encoded, f"encode-{model.version}") as staged:
+                count, rows = staged.count(), _published(staged, own, model, run_date)
+                version = (
+                    warehouse.append(SEMANTIC_IDS, rows)
+                    if new_version
+                    else warehouse.merge(SEMANTIC_IDS, rows, update=True)
+                )
+        pending.unpersist()
     shared.unpersist()
-    return EncodeResult(model.version, count, version, embeddings_version, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return EncodeResult(model.version, count, version, embeddings_version, seconds, nothing_to_do=not count)
 
 
 def codebook_files(registry: Registry, model: ModelVersion) -> dict[str, bytes]:
@@ -90,25 +104,48 @@ def codebook_files(registry: Registry, model: ModelVersion) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def _with_incumbents(pending: DataFrame, published: DataFrame, version: int, parent: int) -> DataFrame:
-    """Vectors to encode, each with the codes it has now: of this version (kept for good), or of the parent version."""
+# ---- what is to be encoded, by row group ----
+
+
+def _pending(embeddings: DataFrame, published: DataFrame, version: int, parent: int) -> DataFrame:
+    """Items to encode by file, each with the codes it has now: of this version (kept for good), or of the parent version."""
+    own = published.where(F.col("codebook_version") == version).select("item_id", "content_hash")
+    items = embeddings.select("item_id", "content_hash", F.col("_metadata.file_name").alias("file"))
     versions = published.where(F.col("codebook_version").isin(version, parent)).select(
         "item_id",
         F.col("content_hash").alias("published_hash"),
-        F.col("codes").alias("incumbent_codes"),
-        F.col("suffix").alias("incumbent_suffix"),
-        (F.col("codebook_version") == version).alias("final"),
+        F.col("codes").alias("published_codes"),
+        F.col("suffix").alias("published_suffix"),
+        (F.col("codebook_version") == version).alias("own"),
     )
     latest = versions.withColumn(
-        "place", F.row_number().over(Window.partitionBy("item_id").orderBy(F.desc("final")))
+        "place", F.row_number().over(Window.partitionBy("item_id").orderBy(F.desc("own")))
     ).where("place = 1")
-    unchanged = F.col("final") | (F.col("published_hash") == F.col("content_hash"))
-    return pending.join(latest, "item_id", how="left").select(
-        "item_id", "content_hash", "first_seen", "embedding", "dim",
-        F.when(unchanged, F.col("incumbent_codes")).alias("incumbent_codes"),
-        F.when(unchanged, F.col("incumbent_suffix")).alias("incumbent_suffix"),
-        F.coalesce("final", F.lit(False)).alias("final"),
+    unchanged = F.col("own") | (F.col("published_hash") == F.col("content_hash"))
+    return (
+        items.join(own, ["item_id", "content_hash"], how="left_anti").join(latest, "item_id", how="left")
+        .select(
+            "file", "item_id",
+            F.when(unchanged, F.col("published_codes")).alias("codes"),
+            F.when(unchanged, F.col("published_suffix")).alias("suffix"),
+            F.coalesce("own", F.lit(False)).alias("final"),
+        )
+        .groupBy("file").agg(F.collect_list(F.struct("item_id", "codes", "suffix", "final")).alias("pending"))
     )  # fmt: skip
+
+
+def _spread(warehouse: Warehouse, groups: Sequence[RowGroup], pending: DataFrame | None) -> DataFrame:
+    """One row for each row group, evenly over the tasks: of the files that have `pending` items, with those; None is all."""
+    values = [(*asdict(group).values(), group.file) for group in groups]
+    rows = warehouse.spark.createDataFrame(values, f"{GROUPS}, file STRING")
+    if pending is None:
+        work = rows.withColumn("pending", F.lit(None).cast(PENDING))
+    else:
+        work = rows.join(pending, "file", how="inner")
+    return work.drop("file").repartition(len(groups))
+
+
+# ---- encode (runs in the tasks) ----
 
 
 _loaded: dict[str, RQGMM] = {}  # one codebook per worker process, by content hash
@@ -124,43 +161,52 @@ def worker_codebook(files: dict[str, bytes], codebook_hash: str) -> RQGMM:
 
 
 def _encoder(
-    shared: Any, codebook_hash: str, hold: float
+    shared: Any, codebook_hash: str, hold: float, batch_rows: int
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    def encode(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def encode(work: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         import torch
 
-        from jobs.encode import worker_codebook  # the module's own cache, not a copy that travelled with this function
+        from jobs.encode import encode_group, worker_codebook  # the module's own cache, not a copy that travelled
 
         torch.set_num_threads(1)  # Spark runs one task per core already
         rqgmm = worker_codebook(shared.value, codebook_hash)
-        for batch in batches:
-            if batch.num_rows:
-                yield encode_batch(batch, rqgmm, hold)
+        for batch in work:
+            for row in range(len(batch)):
+                group = RowGroup(*(batch.column(name)[row].as_py() for name in ("uri", "index", "rows")))
+                yield from encode_group(group, batch.column("pending")[row].values, rqgmm, hold, batch_rows)
 
     return encode
 
 
-def encode_batch(batch: pa.RecordBatch, rqgmm: RQGMM, hold: float) -> pa.RecordBatch:
+def encode_group(
+    group: RowGroup, pending: pa.StructArray | None, rqgmm: RQGMM, hold: float, batch_rows: int
+) -> Iterator[pa.RecordBatch]:
+    """The items of a row group, encoded; of `pending` those that it names, else all."""
+    for batch in group.batches(["item_id", "embedding", "content_hash", "first_seen"], batch_rows):
+        incumbents = None
+        if pending is not None:
+            place = pc.index_in(batch.column("item_id"), value_set=pending.field("item_id"))
+            batch = batch.filter(place.is_valid())
+            incumbents = pending.take(place.drop_null())
+        if len(batch):
+            yield encode_batch(batch, incumbents, rqgmm, hold)
+
+
+def encode_batch(batch: pa.RecordBatch, incumbents: pa.StructArray | None, rqgmm: RQGMM, hold: float) -> pa.RecordBatch:
     """Codes, posterior and likelihood of a batch of packed vectors, incumbents kept where the rule says so."""
     import torch
 
     x = torch.tensor(unpack(batch.column("embedding"), rqgmm.dim))  # (n, D)
     best = rqgmm.assign(x)
-    codes, confidence, log_likelihood = (
-        best.codes.numpy().copy(),
-        best.confidence.numpy().copy(),
-        best.log_likelihood.numpy().copy(),
-    )
-    n = len(codes)
-    held = np.zeros(n, bool)
-    suffix: list[int | None] = [None] * n
-    incumbents = batch.column("incumbent_codes").to_pylist()
-    rows = np.flatnonzero([codes_ is not None for codes_ in incumbents])
-    if len(rows):
-        former = np.array([incumbents[row] for row in rows], np.int32)  # (m, L)
-        final = np.array(batch.column("final").to_pylist(), bool)[rows]
+    codes, confidence, log_likelihood = best.codes.numpy(), best.confidence.numpy(), best.log_likelihood.numpy()
+    held = np.zeros(len(x), bool)
+    kept_suffix = pa.nulls(len(x), pa.int32())
+    if incumbents is not None:
+        has_codes = incumbents.field("codes").is_valid()
+        rows = np.flatnonzero(has_codes)  # of the batch, that have codes now
+        former = incumbents.field("codes").flatten().to_numpy().reshape(len(rows), rqgmm.n_levels)  # (m, L)
         error, least = _squared_error(rqgmm, x[rows], former), _squared_error(rqgmm, x[rows], codes[rows])
-        keep = final | (error <= hold * least)
+        keep = incumbents.field("final").filter(has_codes).to_numpy(zero_copy_only=False) | (error <= hold * least)
         moved = (former != codes[rows]).any(1)
         chosen = rows[keep & moved]
         if len(chosen):
@@ -168,52 +214,56 @@ def encode_batch(batch: pa.RecordBatch, rqgmm: RQGMM, hold: float) -> pa.RecordB
             codes[chosen], confidence[chosen] = scored.codes.numpy(), scored.confidence.numpy()
             log_likelihood[chosen] = scored.log_likelihood.numpy()
             held[chosen] = True
-        suffixes = batch.column("incumbent_suffix").to_pylist()
-        for row in rows[keep | ~moved]:
-            suffix[row] = suffixes[row]
-    flat = pa.array(codes.reshape(-1), pa.int32())
-    offsets = pa.array(np.arange(0, codes.size + 1, codes.shape[1], dtype=np.int32))
-    return pa.RecordBatch.from_arrays(
-        [
-            batch.column("item_id").cast(pa.string()),
-            batch.column("content_hash").cast(pa.string()),
-            batch.column("first_seen"),
-            pa.ListArray.from_arrays(offsets, flat),
-            pa.array(suffix, pa.int32()),
-            pa.array(confidence, pa.float32()),
-            pa.array(log_likelihood, pa.float32()),
-            pa.array(held, pa.bool_()),
-        ],
-        schema=ENCODED_ARROW,
-    )
+        same = np.zeros(len(x), bool)
+        same[rows] = keep | ~moved
+        kept_suffix = pc.if_else(pa.array(same), incumbents.field("suffix"), kept_suffix)
+    columns = {
+        "item_id": batch.column("item_id"),
+        "content_hash": batch.column("content_hash"),
+        "first_seen": batch.column("first_seen"),
+        "codes": pa.FixedSizeListArray.from_arrays(codes.reshape(-1), rqgmm.n_levels).cast(pa.list_(pa.int32())),
+        "joined": pc.binary_join_element_wise(*(pa.array(level).cast(pa.string()) for level in codes.T), "-"),
+        "kept_suffix": kept_suffix,
+        "confidence": confidence,
+        "log_likelihood": log_likelihood,
+        "held": held,
+    }
+    return pa.RecordBatch.from_pydict(columns, schema=ENCODED_ARROW)
 
 
 def _squared_error(rqgmm: RQGMM, x: Any, codes: Any) -> Float32:
     import torch
 
-    error: Float32 = (x - rqgmm.decode(torch.as_tensor(codes))).square().sum(1).numpy()
+    error: Float32 = (x - rqgmm.decode(torch.tensor(codes))).square().sum(1).numpy()
     return error
 
 
-def _published(encoded: DataFrame, own: DataFrame, model: ModelVersion, run_date: date) -> DataFrame:
-    """Rows of `semantic_ids`: newcomers get the next free suffix of their codes, by first day and id; incumbents keep theirs."""
-    taken = own.select("codes", "suffix").unionByName(
-        encoded.where("kept_suffix IS NOT NULL").select("codes", F.col("kept_suffix").alias("suffix"))
-    )
-    free = taken.groupBy("codes").agg((F.max("suffix") + 1).alias("free"))
-    place = F.row_number().over(Window.partitionBy("codes").orderBy("first_seen", "item_id")) - 1
-    newcomers = (
-        encoded.where("kept_suffix IS NULL").join(free, "codes", how="left")
-        .withColumn("suffix", (F.coalesce("free", F.lit(0)) + place).cast("int")).drop("free")
-    )  # fmt: skip
-    incumbents = encoded.where("kept_suffix IS NOT NULL").withColumn("suffix", F.col("kept_suffix"))
-    rows = newcomers.unionByName(incumbents)
+# ---- IDs ----
+
+
+def _published(encoded: DataFrame, own: DataFrame | None, model: ModelVersion, run_date: date) -> DataFrame:
+    """Rows of `semantic_ids`: newcomers get the next free suffix of their codes, by first day and id; incumbents keep theirs.
+
+    `own` holds the version's IDs; None where it has none and no incumbents either.
+    """
+    place = F.row_number().over(Window.partitionBy("joined").orderBy("first_seen", "item_id")) - 1
+    if own is None:
+        rows = encoded.withColumn("suffix", place)
+    else:
+        incumbents = encoded.where("kept_suffix IS NOT NULL").withColumn("suffix", F.col("kept_suffix"))
+        published = F.concat_ws("-", F.col("codes").cast("array<string>")).alias("joined")
+        taken = own.select(published, "suffix").unionByName(incumbents.select("joined", "suffix"))
+        free = taken.groupBy("joined").agg((F.max("suffix") + 1).alias("free"))
+        newcomers = encoded.where("kept_suffix IS NULL").join(free, "joined", how="left")
+        rows = newcomers.withColumn("suffix", F.coalesce("free", F.lit(0)) + place).drop("free").unionByName(incumbents)
+    # `12-87`, or `12-87-1` where the suffix is above 0: the SQL twin of tokenizer.text_of (a test holds them together).
+    text = F.when(F.col("suffix") == 0, F.col("joined")).otherwise(F.concat_ws("-", "joined", "suffix"))
     return rows.select(
         F.lit(model.version).cast("int").alias("codebook_version"),
         "item_id",
         "codes",
-        "suffix",
-        _text(F.col("codes"), F.col("suffix")).alias("semantic_id"),
+        F.col("suffix").cast("int").alias("suffix"),
+        text.alias("semantic_id"),
         "confidence",
         "log_likelihood",
         F.lit(model.tags["codebook_hash"]).alias("codebook_hash"),
@@ -221,9 +271,3 @@ def _published(encoded: DataFrame, own: DataFrame, model: ModelVersion, run_date
         "held",
         F.lit(run_date).cast("date").alias("run_date"),
     )
-
-
-def _text(codes: Column, suffix: Column) -> Column:
-    """`12-87`, or `12-87-1` where the suffix is above 0; the SQL twin of tokenizer.text_of (a test holds them together)."""
-    joined = F.concat_ws("-", F.transform(codes, lambda code: code.cast("string")))
-    return F.when(suffix == 0, joined).otherwise(F.concat_ws("-", joined, suffix.cast("string")))

@@ -21,9 +21,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
-from pyarrow import fs
 
 from jobs.checkpoint import Checkpoint
 from jobs.config import Config, ConfigError, FitConfig
@@ -31,6 +29,7 @@ from jobs.load import Fusion
 from jobs.packed import unpack
 from jobs.pictures import draw_convergence
 from jobs.registry import CANDIDATE, CODEBOOK_MODEL, ModelVersion, Registry, pinned, register
+from jobs.row_groups import row_groups
 from jobs.session import one_machine
 from jobs.tables import ITEM_EMBEDDINGS, SchemaError, Warehouse
 from tokenizer import FIT_BLOCK, Iteration, LostWorker, RQGMMFit, fit_rqgmm, load_codebook, save_codebook
@@ -78,20 +77,16 @@ class EmbeddingFiles:
                 yield batch
 
     def _batches(self) -> Iterator[torch.Tensor]:
-        groups = []  # (file, row group, number of its first row in the table)
-        rows = 0
-        for uri in self.files:
-            filesystem, path = fs.FileSystem.from_uri(uri)
-            file = pq.ParquetFile(path, filesystem=filesystem)
-            for group in range(file.num_row_groups):
-                groups.append((file, group, rows))
-                rows += file.metadata.row_group(group).num_rows
+        groups = row_groups(self.files)
+        rows = sum(group.rows for group in groups)
         blocks = -(-rows // (FIT_BLOCK * self.step))
         begin, end = (FIT_BLOCK * self.step * (blocks * rank // self.world) for rank in (self.rank, self.rank + 1))
-        for file, group, first in groups:
-            if first >= end or first + file.metadata.row_group(group).num_rows <= begin:
+        first = 0  # number of the group's, then of the batch's first row in the table
+        for group in groups:
+            if first >= end or first + group.rows <= begin:
+                first += group.rows
                 continue
-            for batch in file.iter_batches(self.batch_rows, row_groups=[group], columns=["embedding"]):
+            for batch in group.batches(["embedding"], self.batch_rows):
                 own = batch.slice(max(0, begin - first), max(0, end - max(first, begin)))
                 skipped = -max(first, begin) % self.step
                 first += len(batch)

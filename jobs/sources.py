@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -62,7 +63,8 @@ def open_parquet(location: str) -> ParquetFiles:
 
 def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
     """The file system of a path or URI, and the path on it."""
-    if "://" in location:
-        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(location)
+    if re.match(r"[a-z][a-z0-9+.-]+:/", location):
+        # Spark says s3a where pyarrow says s3
+        found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(location.replace("s3a://", "s3://", 1))
         return found
     return fs.LocalFileSystem(), os.path.abspath(location)  # tasks may run in another folder

@@ -40,6 +40,7 @@ CRITICAL_SHARE = 1 / 2  # first temperature, as a share of the critical one at w
 COOLING = 0.95  # factor of the temperature from one annealing step to the next
 QUICK_COOLING = 0.7  # the same where the last step moved nothing: between two splits there is nothing to wait for
 STILL = 1e-4  # relative change of the error that counts as none
+EM_GAIN = 1e-3  # nats a row that an EM step must gain for another one (scikit-learn's default)
 OVERRELAXATION = 1.5  # means move this far along each step: near a split EM itself is slow
 ANNEALED = 0.99  # mean posterior of the most probable component at which annealing has done its work
 PRIOR_ROWS = 1.0  # rows at the level's mean that each component is thought to have besides its own
@@ -357,7 +358,7 @@ def fit_rqgmm(
             starting at a multiple of FIT_BLOCK, any number of ranks gives the codebook of one.
         init: start from this codebook with a few hard steps, so that codes move only where the data moved.
         iterations: annealing steps (or EM, or Lloyd steps) per level, at most. Annealing ends when rows are certain of
-            their component (ANNEALED), hard and Lloyd steps when the error stands still.
+            their component (ANNEALED), EM when the likelihood stands still (EM_GAIN), hard and Lloyd steps when the error does.
         method: "annealed" is ours; "em" the paper's own (diagonal EM from k-means, fitted weights, no annealing);
             "kmeans" the limit of one hard variance, that is RQ-KMeans.
         shrinkage: how far variances are pulled to the level's mean variance, 0 to 1.
@@ -536,13 +537,23 @@ class _Level:
         first = self._sums(start, partial(e_step, temperature=0.0, second_moments=False))
         gmm = m_step(first, start, shrinkage=1.0, fitted_weights=False, floor=self.floor)  # one k-means iteration
         if self.method == "em":
-            for _ in range(iterations):
-                gmm = self._em_step(gmm, 1.0)
-            return gmm
+            return self._em(gmm, iterations)
         if self.method == "kmeans":
             return self._hard(gmm, iterations)
         mean = first.sum_x.sum(0) / first.count.sum()
         return self._hard(self._annealed(gmm, mean, largest_eigenvalue(rows - mean.float()), iterations), HARD_STEPS)
+
+    def _em(self, gmm: DiagonalGMM, steps: int) -> DiagonalGMM:
+        """EM until the likelihood stands still."""
+        last = -math.inf
+        for _ in range(steps):
+            gmm = self._em_step(gmm, 1.0)
+            likelihood = self.trace[-1].log_likelihood
+            assert likelihood is not None
+            if likelihood - last <= EM_GAIN:
+                break
+            last = likelihood
+        return gmm
 
     def _annealed(self, gmm: DiagonalGMM, mean: Tensor, spread: float, steps: int) -> DiagonalGMM:
         """Means after annealing from half the critical temperature, `spread` / variance, until rows are certain."""

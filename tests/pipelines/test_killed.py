@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.spark, pytest.mark.slow]
 MOMENTS = {
     "load": "_staging/load",
     "fit": "item_embeddings/_delta_log/00000000000000000003.json",
-    "encode": "_staging/encode-1",
+    "encode": "semantic_ids/codebook_version=1",
     "evaluate": "semantic_ids/_delta_log/00000000000000000001.json",
     "promote": "quality_reports/_delta_log/00000000000000000001.json",
     "release": "releases/_delta_log/00000000000000000000.json",

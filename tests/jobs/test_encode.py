@@ -1,0 +1,128 @@
+"""encode in one task: of a row group all items or the pending ones; who keeps which codes, and which suffix."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from data import topics
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyspark.sql import SparkSession
+
+from jobs.encode import ENCODED, _published, encode_group
+from jobs.packed import pack
+from jobs.registry import ModelVersion
+from jobs.row_groups import RowGroup, row_groups
+from tokenizer import RQGMM, fit_rqgmm, text_of
+
+ITEMS, HOLD = 90, 1.1
+X = topics(ITEMS, 6, groups=9, spread=0.4)
+PENDING = pa.struct(
+    [("item_id", pa.string()), ("codes", pa.list_(pa.int32())), ("suffix", pa.int32()), ("final", pa.bool_())]
+)
+
+
+@pytest.fixture(scope="module")
+def rqgmm() -> RQGMM:
+    return fit_rqgmm(torch.from_numpy(X), levels=2, components=6, seed=0).rqgmm
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> list[RowGroup]:
+    """Two files, of row groups of forty."""
+    folder = tmp_path_factory.mktemp("groups")
+    for number, part in enumerate(np.array_split(np.arange(ITEMS), [50])):
+        table = pa.table(
+            {
+                "embedding": pack(X[part], "float32"),
+                "item_id": [f"i{row}" for row in part],
+                "content_hash": [f"h{row}" for row in part],
+                "first_seen": pa.array([date(2026, 1, 1)] * len(part)),
+            }
+        )
+        pq.write_table(table, folder / f"{number}.parquet", row_group_size=40)
+    return row_groups([f"{folder.as_uri()}/{number}.parquet" for number in range(2)])
+
+
+def encoded(
+    groups: list[RowGroup], rqgmm: RQGMM, pending: list[dict[str, Any]] | None, rows: int = 16
+) -> dict[str, Any]:
+    named = None if pending is None else pa.array(pending, PENDING)
+    batches = [batch for group in groups for batch in encode_group(group, named, rqgmm, HOLD, rows)]
+    return {row["item_id"]: row for batch in batches for row in batch.to_pylist()}
+
+
+def incumbent(item: int, codes: list[int] | None, *, suffix: int | None = None, final: bool = False) -> dict[str, Any]:
+    return {"item_id": f"i{item}", "codes": codes, "suffix": suffix, "final": final}
+
+
+def test_row_groups_are_those_of_the_files_in_order(groups: list[RowGroup]) -> None:
+    assert [(group.file, group.index, group.rows) for group in groups] == [
+        ("0.parquet", 0, 40), ("0.parquet", 1, 10), ("1.parquet", 0, 40),
+    ]  # fmt: skip
+    batches = [batch for group in groups for batch in group.batches(["item_id"], 7)]
+    assert [i for batch in batches for i in batch["item_id"].to_pylist()] == [f"i{row}" for row in range(ITEMS)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(chosen=st.sets(st.integers(0, ITEMS - 1)), rows=st.sampled_from([1, 16, 1000]))
+def test_an_item_gets_the_same_codes_alone_or_with_all(
+    groups: list[RowGroup], rqgmm: RQGMM, chosen: set[int], rows: int
+) -> None:
+    everything = encoded(groups, rqgmm, None)
+    some = encoded(groups, rqgmm, [incumbent(item, None) for item in sorted(chosen)], rows)
+    assert some == {f"i{item}": everything[f"i{item}"] for item in chosen}
+    codes = rqgmm.encode(torch.from_numpy(X)).tolist()
+    assert [everything[f"i{item}"]["codes"] for item in range(ITEMS)] == codes
+    assert all(row["joined"] == text_of(row["codes"], 0) for row in everything.values())
+
+
+def test_who_keeps_codes_and_suffix(groups: list[RowGroup], rqgmm: RQGMM) -> None:
+    best = rqgmm.encode(torch.from_numpy(X)).tolist()
+    far = [[(code + 1) % 6 for code in codes] for codes in best]
+    found = encoded(
+        groups,
+        rqgmm,
+        [
+            incumbent(0, best[0], suffix=3),
+            incumbent(1, far[1], suffix=4),
+            incumbent(60, far[60], suffix=5, final=True),
+            incumbent(61, None),
+        ],
+    )
+    assert set(found) == {"i0", "i1", "i60", "i61"}
+    kept = {item: (row["codes"], row["kept_suffix"], row["held"]) for item, row in found.items()}
+    assert kept == {
+        "i0": (best[0], 3, False),  # its codes are still the best
+        "i1": (best[1], None, False),  # they served it far worse: it moves, and is a newcomer among its new codes
+        "i60": (far[60], 5, True),  # published under this version: kept whatever happens
+        "i61": (best[61], None, False),
+    }
+    given_codes = rqgmm.assign(torch.from_numpy(X[60:61]), torch.tensor([far[60]]))
+    assert found["i60"]["confidence"] == pytest.approx(float(given_codes.confidence[0]))
+    assert found["i60"]["log_likelihood"] == pytest.approx(float(given_codes.log_likelihood[0]))
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["new version", "version with IDs"])
+def test_suffixes_follow_day_and_id_and_begin_after_the_taken_ones(spark: SparkSession, taken: bool) -> None:
+    def row(item: str, day: int, kept: int | None = None) -> tuple[Any, ...]:
+        return (item, "h", date(2026, 1, day), [1, 2], "1-2", kept, 0.5, -1.0, False)
+
+    rows = [row("b", 1), row("c", 1), row("a", 2)]
+    own = None
+    if taken:
+        own = spark.createDataFrame([([1, 2], 0), ([1, 2], 4), ([1, 20], 7)], "codes ARRAY<INT>, suffix INT")
+        rows.append(row("k", 9, kept=4))
+    model = ModelVersion("m", 1, "", {"codebook_hash": "x"})
+    found = _published(spark.createDataFrame(rows, ENCODED), own, model, date(2026, 1, 3)).collect()
+    ids = {row["item_id"]: row["semantic_id"] for row in found}
+    assert ids == (
+        {"b": "1-2-5", "c": "1-2-6", "a": "1-2-7", "k": "1-2-4"} if taken else {"b": "1-2", "c": "1-2-1", "a": "1-2-2"}
+    )
+    assert all(row["semantic_id"] == text_of(row["codes"], row["suffix"]) for row in found)
