@@ -31,11 +31,11 @@ from jobs.tables import ITEM_EMBEDDINGS, Warehouse, warehouse_root
 from tokenizer import RQGMM
 
 DAY = date(2026, 1, 1)
-REPEATS = 4  # the first of a JVM is slow
+REPEATS = 3  # the first of a JVM is slow
 
 
 def encode_job(
-    rows: int = 500_000,
+    rows: int = 2_000_000,
     dim: int = 384,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:

@@ -79,6 +79,11 @@ class FitConfig(Section):
         description="tuples of codes that encode keeps from level to level; 1 is greedy; part of the codebook",
     )
     batch_rows: int = Field(8192, ge=1, description="rows of one batch in memory")
+    memory_mib: int = Field(
+        1024,
+        ge=0,
+        description="a process keeps its rows in memory if they take at most this; more are read again in each pass",
+    )
 
 
 class EncodeConfig(Section):

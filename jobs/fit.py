@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -66,6 +66,11 @@ class EmbeddingFiles:
     rank: int = 0
     world: int = 1
     step: int = 1
+    kept: bool = False  # in memory, by who fits
+
+    def rows(self) -> Self | list[torch.Tensor]:
+        """What to fit on: the batches themselves where they are kept, else what reads them in each pass."""
+        return list(self) if self.kept else self
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Batches, the next of which is read while the caller works on this one."""
@@ -128,7 +133,8 @@ def run(
 
     files = tuple(warehouse.files(ITEM_EMBEDDINGS, version))
     step = max(1, items // config.fit.sample) if config.fit.sample else 1
-    data = EmbeddingFiles(files, fusion.dim, config.fit.batch_rows, step=step)
+    mib = 4 * fusion.dim * items / step / config.fit.workers / 2**20
+    data = EmbeddingFiles(files, fusion.dim, config.fit.batch_rows, step=step, kept=mib <= config.fit.memory_mib)
     checkpoint = Checkpoint(warehouse.root, fit_key)
     checkpoint.open()
     with tempfile.TemporaryDirectory() as scratch:
@@ -187,7 +193,7 @@ def fit_table(
     }  # fmt: skip
     if config.workers == 1:
         return fit_rqgmm(
-            data, init=checkpoint.start(), resume=checkpoint.latest(), device=_device(config.device), on_iteration=progress,
+            data.rows(), init=checkpoint.start(), resume=checkpoint.latest(), device=_device(config.device), on_iteration=progress,
             on_level=checkpoint.save, **settings,
         )  # fmt: skip
     from pyspark.ml.torch.distributor import TorchDistributor
@@ -274,7 +280,12 @@ def _fit_worker(data: dict[str, Any], settings: dict[str, Any], device: str, pla
         share = EmbeddingFiles(**{**data, "files": tuple(data["files"]), "rank": rank, "world": world})
         heard: dict[str, Any] = {"on_iteration": tell, "on_level": checkpoint.save} if rank == 0 else {}
         fit_rqgmm(
-            share, init=checkpoint.start(), resume=checkpoint.latest(), device=_device(device), **heard, **settings
+            share.rows(),
+            init=checkpoint.start(),
+            resume=checkpoint.latest(),
+            device=_device(device),
+            **heard,
+            **settings,
         )
         dist.barrier()
         dist.destroy_process_group()

@@ -503,15 +503,14 @@ def _store(good: DataFrame, warehouse: Warehouse, run_date: date) -> tuple[int, 
     ).first()
     assert counted is not None
     new, changed = int(counted["new"]), int(counted["changed"])
-    if new or changed:
-        warehouse.merge(
-            ITEM_EMBEDDINGS,
-            pending.select(
-                "item_id", "embedding", "dim", "modalities", "content_hash",
-                F.coalesce("stored_first_seen", today).alias("first_seen"), today.alias("run_date"),
-            ),
-            update=True,
-        )  # fmt: skip
+    rows = pending.select(
+        "item_id", "embedding", "dim", "modalities", "content_hash",
+        F.coalesce("stored_first_seen", today).alias("first_seen"), today.alias("run_date"),
+    )  # fmt: skip
+    if changed:
+        warehouse.merge(ITEM_EMBEDDINGS, rows, update=True)
+    elif new:  # a MERGE would shuffle their vectors to find what is known already: none of them is stored
+        warehouse.append(ITEM_EMBEDDINGS, rows)
     return new, changed
 
 
