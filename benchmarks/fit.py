@@ -99,14 +99,15 @@ class Annealing:
         self.temperatures = [step.temperature for step in trace if step.temperature > 0]
         first = e_step(isotropic(x[:components].clone(), 1.0), x, temperature=0.0, second_moments=False)
         centre = x.mean(0)
-        self.start = isotropic(centre + 0.25 * (x[:components] - centre), float(first.squared_error) / x.numel())
+        self.variance = float(first.squared_error) / x.numel()
+        self.start = isotropic(centre + 0.25 * (x[:components] - centre), self.variance)
 
     def run(self) -> None:
         gmm = self.start
         torch.set_flush_denormal(True)
         for temperature in self.temperatures:
             step = partial(annealing_step, gmm, temperature=temperature, scratch=self.scratch)
-            gmm = isotropic(map_means(sum_of_blocks(self.x, step), gmm.means, prior=1.0).float(), gmm.variance or 0.0)
+            gmm = isotropic(map_means(sum_of_blocks(self.x, step), gmm.means, prior=1.0).float(), self.variance)
         torch.set_flush_denormal(False)
 
 

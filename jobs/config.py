@@ -86,8 +86,11 @@ class FitConfig(Section):
     )
 
 
+HOW_TO_FIT = {"workers", "device", "batch_rows", "memory_mib"}  # the codebook is the same
+
+
 class EncodeConfig(Section):
-    rows_per_batch: int = Field(8192, ge=1, description="rows of one Arrow batch between the JVM and Python")
+    rows_per_batch: int = Field(8192, ge=1, description="rows that a task reads and encodes at a time")
     hold: float = Field(
         1.1,
         ge=1,
@@ -161,8 +164,9 @@ class Config(BaseSettings):
         return (init_settings,)  # files and --set only: a stray environment variable must not change a night
 
     def digest(self, *sections: str) -> str:
-        """Short hash of the named sections: 'the same inputs' of a stage include its settings."""
-        chosen = {name: self.model_dump(mode="json")[name] for name in sections}
+        """Short hash of the named sections: 'the same inputs' of a stage include its settings, but for those that change
+        only how it runs."""
+        chosen = {name: self.model_dump(mode="json", exclude={"fit": HOW_TO_FIT})[name] for name in sections}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -64,36 +64,38 @@ def run(config: Config, warehouse: Warehouse, registry: Registry, model: ModelVe
     """Bring `semantic_ids` of codebook `model` up to the newest `item_embeddings`, in one commit."""
     began = time.monotonic()
     embeddings_version = warehouse.version(ITEM_EMBEDDINGS)
-    groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
+    embeddings = warehouse.read(ITEM_EMBEDDINGS, embeddings_version)
     warehouse.create(SEMANTIC_IDS)
     published = warehouse.read(SEMANTIC_IDS)
     own = published.where(F.col("codebook_version") == model.version)
     parent = int(model.tags.get("started_from_version") or -1)
     new_version = own.isEmpty()
-
-    if not groups:
-        return EncodeResult(model.version, 0, warehouse.version(SEMANTIC_IDS), embeddings_version, nothing_to_do=True)
-    shared = warehouse.spark.sparkContext.broadcast(codebook_files(registry, model))
-    encoder = _encoder(shared, model.tags["codebook_hash"], config.encode.hold, config.encode.rows_per_batch)
-    if new_version and parent < 0:  # every item is a newcomer: no join, one pass from the files to the table
-        encoded = _spread(warehouse, groups, None).mapInArrow(encoder, ENCODED)
-        version = warehouse.append(SEMANTIC_IDS, _published(encoded, None, model, run_date))
-        count = sum(group.rows for group in groups)
-    else:
-        embeddings = warehouse.read(ITEM_EMBEDDINGS, embeddings_version)
-        pending = _pending(embeddings, published, model.version, parent).cache()
-        count, version = 0, warehouse.version(SEMANTIC_IDS)
-        if not pending.isEmpty():
+    all_new = new_version and parent < 0  # no join: one pass from the files to the table
+    pending = None if all_new else _pending(embeddings, published, model.version, parent).cache()
+    count, version = 0, warehouse.version(SEMANTIC_IDS)
+    try:
+        if not (embeddings.select("item_id") if pending is None else pending).isEmpty():
+            groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
+            shared = warehouse.spark.sparkContext.broadcast(codebook_files(registry, model))
+            encoder = _encoder(shared, model.tags["codebook_hash"], config.encode.hold, config.encode.rows_per_batch)
             encoded = _spread(warehouse, groups, pending).mapInArrow(encoder, ENCODED)
-            with warehouse.staged(encoded, f"encode-{model.version}") as staged:
-                count, rows = staged.count(), _published(staged, own, model, run_date)
-                version = (
-                    warehouse.append(SEMANTIC_IDS, rows)
-                    if new_version
-                    else warehouse.merge(SEMANTIC_IDS, rows, update=True)
-                )
-        pending.unpersist()
-    shared.unpersist()
+            # Of a new version all rows are replaced, not appended: two runs that overlap cannot both add theirs.
+            everything = f"codebook_version = {model.version}"
+            if pending is None:
+                version = warehouse.replace(SEMANTIC_IDS, _published(encoded, None, model, run_date), everything)
+                count = sum(group.rows for group in groups)
+            else:
+                with warehouse.staged(encoded, f"encode-{model.version}") as staged:
+                    count, rows = staged.count(), _published(staged, own, model, run_date)
+                    version = (
+                        warehouse.replace(SEMANTIC_IDS, rows, everything)
+                        if new_version
+                        else warehouse.merge(SEMANTIC_IDS, rows, update=True)
+                    )
+            shared.unpersist()
+    finally:
+        if pending is not None:
+            pending.unpersist()
     seconds = time.monotonic() - began
     return EncodeResult(model.version, count, version, embeddings_version, seconds, nothing_to_do=not count)
 
@@ -135,8 +137,8 @@ def _pending(embeddings: DataFrame, published: DataFrame, version: int, parent: 
 
 
 def _spread(warehouse: Warehouse, groups: Sequence[RowGroup], pending: DataFrame | None) -> DataFrame:
-    """One row for each row group, evenly over the tasks: of the files that have `pending` items, with those; None is all."""
-    values = [(*asdict(group).values(), group.file) for group in groups]
+    """One row for each row group, spread over as many tasks: of the files that have `pending` items, with those; None is all."""
+    values = [(*astuple(group), group.file) for group in groups]
     rows = warehouse.spark.createDataFrame(values, f"{GROUPS}, file STRING")
     if pending is None:
         work = rows.withColumn("pending", F.lit(None).cast(PENDING))
@@ -182,12 +184,19 @@ def encode_group(
     group: RowGroup, pending: pa.StructArray | None, rqgmm: RQGMM, hold: float, batch_rows: int
 ) -> Iterator[pa.RecordBatch]:
     """The items of a row group, encoded; of `pending` those that it names, else all."""
+    places = None  # in `pending` of each row, null where it is not
+    if pending is not None:
+        ids = pa.Table.from_batches(group.batches(["item_id"], batch_rows))["item_id"].combine_chunks()
+        places = pc.index_in(ids, value_set=pending.field("item_id"))
+        if places.null_count == len(places):
+            return
+    first = 0
     for batch in group.batches(["item_id", "embedding", "content_hash", "first_seen"], batch_rows):
         incumbents = None
-        if pending is not None:
-            place = pc.index_in(batch.column("item_id"), value_set=pending.field("item_id"))
-            batch = batch.filter(place.is_valid())
-            incumbents = pending.take(place.drop_null())
+        if places is not None:
+            own = places.slice(first, len(batch))
+            first += len(batch)
+            batch, incumbents = batch.filter(own.is_valid()), pending.take(own.drop_null())
         if len(batch):
             yield encode_batch(batch, incumbents, rqgmm, hold)
 

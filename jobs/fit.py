@@ -1,6 +1,7 @@
 """fit: `item_embeddings` at one version -> a codebook, registered as `candidate`.
 
-Batches are read from the table's files by pyarrow, so neither the driver nor a worker ever holds the whole table.
+Batches are read from the table's files by pyarrow; a process keeps its rows if they are few (`fit.memory_mib`) and else reads
+them again in each pass, so that it never holds a large table.
 One process by default; with `fit.workers` > 1 TorchDistributor starts that many on Spark's executors and each reads
 its share of the files' rows.
 """
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -29,7 +31,7 @@ from jobs.load import Fusion
 from jobs.packed import unpack
 from jobs.pictures import draw_convergence
 from jobs.registry import CANDIDATE, CODEBOOK_MODEL, ModelVersion, Registry, pinned, register
-from jobs.row_groups import row_groups
+from jobs.row_groups import RowGroup, row_groups
 from jobs.session import one_machine
 from jobs.tables import ITEM_EMBEDDINGS, SchemaError, Warehouse
 from tokenizer import FIT_BLOCK, Iteration, LostWorker, RQGMMFit, fit_rqgmm, load_codebook, save_codebook
@@ -81,13 +83,16 @@ class EmbeddingFiles:
                 ahead = reader.submit(next, batches, None)
                 yield batch
 
+    @cached_property
+    def _groups(self) -> list[RowGroup]:
+        return row_groups(self.files)
+
     def _batches(self) -> Iterator[torch.Tensor]:
-        groups = row_groups(self.files)
-        rows = sum(group.rows for group in groups)
+        rows = sum(group.rows for group in self._groups)
         blocks = -(-rows // (FIT_BLOCK * self.step))
         begin, end = (FIT_BLOCK * self.step * (blocks * rank // self.world) for rank in (self.rank, self.rank + 1))
         first = 0  # number of the group's, then of the batch's first row in the table
-        for group in groups:
+        for group in self._groups:
             if first >= end or first + group.rows <= begin:
                 first += group.rows
                 continue
@@ -120,10 +125,9 @@ def run(
             f"item_embeddings has {items} items and fit.components is {config.fit.components}; expected at least as many items as "
             f"components. Load more items or lower it: --set fit.components={max(2, items // 10)}"
         )
-    same_shape = (
-        champion is not None and champion.tags["shape"] == f"{config.fit.levels}x{config.fit.components}x{fusion.dim}"
-    )
-    start = champion if same_shape else None
+    shape = f"{config.fit.levels}x{config.fit.components}x{fusion.dim}"
+    same_kind = champion is not None and (champion.tags["shape"], method_of(champion)) == (shape, config.fit.method)
+    start = champion if same_kind else None
     fit_key = f"{version}-{config.digest('fit')}-{start.tags['codebook_hash'][:16] if start else 'free'}"
     done = registry.find(CODEBOOK_MODEL, "fit_key", fit_key)
     if done is not None:
@@ -159,7 +163,8 @@ def run(
         tags = {
             "fit_key": fit_key,
             "codebook_hash": codebook_hash,
-            "shape": f"{config.fit.levels}x{config.fit.components}x{fusion.dim}",
+            "shape": shape,
+            "method": config.fit.method,
             "started_from": start.tags["codebook_hash"] if start else "",
             "started_from_version": str(start.version) if start else "",
             "table_versions": pinned({ITEM_EMBEDDINGS.name: version}),
@@ -176,6 +181,11 @@ def run(
         registry.set_alias(CODEBOOK_MODEL, CANDIDATE, model.version)
     checkpoint.close()
     return FitResult(model, codebook_hash, picture, time.monotonic() - began)
+
+
+def method_of(model: ModelVersion) -> str:
+    """How a codebook was fitted; before this was written down there was one way."""
+    return model.tags.get("method", "annealed")
 
 
 def fit_table(

@@ -40,7 +40,8 @@ def row_groups(uris: Sequence[str]) -> list[RowGroup]:
 
     def of_file(uri: str) -> list[RowGroup]:
         footer = _open(uri).metadata
-        return [RowGroup(uri, index, footer.row_group(index).num_rows) for index in range(footer.num_row_groups)]
+        rows = [footer.row_group(index).num_rows for index in range(footer.num_row_groups)]
+        return [RowGroup(uri, index, n) for index, n in enumerate(rows) if n]
 
     with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
         return [group for groups in pool.map(of_file, uris) for group in groups]

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
@@ -194,7 +195,8 @@ class Warehouse:
 
     def files(self, table: Table, version: int) -> list[str]:
         """Parquet files that make up a version, in a fixed order; whole files, since deletion vectors are off."""
-        return sorted(self.read(table, version).inputFiles())
+        # Spark gives Hadoop paths, which are not encoded as those who read URIs expect.
+        return sorted(quote(path, safe="/:") for path in self.read(table, version).inputFiles())
 
     def merge(self, table: Table, rows: DataFrame, *, update: bool) -> int:
         """Insert rows whose key is new; with `update`, also replace rows whose key exists. Returns the version after."""
@@ -246,10 +248,12 @@ class Warehouse:
     def staged(self, rows: DataFrame, name: str) -> Iterator[DataFrame]:
         """`rows` computed once and kept as Parquet for the duration: MERGE reads its source twice, counts read it again."""
         folder = f"{self.root}/_staging/{name}"
-        rows.write.mode("overwrite").parquet(folder)
-        yield self.spark.read.schema(rows.schema).parquet(folder)
-        path = self.spark._jvm.org.apache.hadoop.fs.Path(folder)  # type: ignore[union-attr]
-        path.getFileSystem(self.spark._jsc.hadoopConfiguration()).delete(path, True)
+        try:
+            rows.write.mode("overwrite").parquet(folder)
+            yield self.spark.read.schema(rows.schema).parquet(folder)
+        finally:
+            path = self.spark._jvm.org.apache.hadoop.fs.Path(folder)  # type: ignore[union-attr]
+            path.getFileSystem(self.spark._jsc.hadoopConfiguration()).delete(path, True)
 
 
 def check_columns(frame: DataFrame, table: Table) -> None:

@@ -130,6 +130,8 @@ def refit_reason(config: Config, warehouse: Warehouse, champion: ModelVersion | 
     wanted = f"{config.fit.levels}x{config.fit.components}x"
     if not champion.tags["shape"].startswith(wanted):
         return f"the champion is {champion.tags['shape']}, the settings ask for {config.fit.levels}x{config.fit.components}"
+    if fit.method_of(champion) != config.fit.method:
+        return f"the champion was fitted by {fit.method_of(champion)}, the settings ask for {config.fit.method}"
     due = date.fromisoformat(champion.tags["run_date"]) + timedelta(days=config.nightly.refit_every_days)
     if night.run_date >= due:
         return f"the champion of {champion.tags['run_date']} was due for a refit on {due}"

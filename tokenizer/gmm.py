@@ -117,7 +117,13 @@ class DiagonalGMM:
 
         `squares` (N, D) saves computing x^2 again; `out` is where the result goes.
         """
-        slope, half_precision, intercept = (term / temperature for term in self._linear)
+        slope, half_precision, intercept = self._linear
+        if temperature != 1.0:
+            slope, half_precision, intercept = (
+                slope / temperature,
+                half_precision / temperature,
+                intercept / temperature,
+            )
         if self.shift is not None:
             x, squares = x - self.shift, None
         score = torch.mm(x, slope.T, out=out)
@@ -180,7 +186,8 @@ class GMMStatistics:
         )  # fmt: skip
 
     def on_grid(self, rows: int, largest: float) -> GMMStatistics:
-        """Rounded so that adding the statistics of all `rows`, of elements up to `largest`, is exact in any order.
+        """Rounded so that adding the statistics of all `rows`, of elements up to `largest` and log-likelihoods up to ten
+        thousand nats an element, is exact in any order.
 
         Every number becomes a multiple of a power of two below 2^-52 of what the sum can reach; doubles add such
         numbers without rounding, so the number of processes and their order change no bit.
@@ -195,7 +202,7 @@ class GMMStatistics:
             rounded(self.count, 2 * rows),
             rounded(self.sum_x, 2 * rows * largest),
             None if self.sum_xx is None else rounded(self.sum_xx, 2 * rows * largest**2),
-            self.log_likelihood,
+            rounded(self.log_likelihood, 1e4 * rows * dim),
             rounded(self.squared_error, 8 * rows * dim * largest**2),
             rounded(self.certainty, 2 * rows),
         )
@@ -265,15 +272,14 @@ def annealing_step(gmm: DiagonalGMM, x: Tensor, temperature: float, scratch: Scr
 
 
 def _weighted_sums(resp: Tensor, least: Tensor, rows: tuple[Tensor, ...], scratch: Scratch) -> list[Tensor]:
-    """[sum_n gamma_nk (K,), then sum_n gamma_nk row_n (K, D) of each of `rows`], of gamma_nk of at least `least` (N,).
+    """[sum_n gamma_nk (K,), then sum_n gamma_nk row_n (K, D) of each of `rows`]; gamma_nk below `least` (N,) may be left out.
 
     Once rows are certain of a few components each, only those are gathered, and no product is computed.
     """
     n, k = resp.shape
-    kept = torch.ge(resp, least[:, None], out=scratch.matrix("kept", (n, k), resp, torch.bool))
     if resp.is_cuda:  # where products are cheap, and sums by index would depend on the order of threads
-        resp = resp * kept
         return [resp.sum(0), *(resp.T @ row for row in rows)]
+    kept = torch.ge(resp, least[:, None], out=scratch.matrix("kept", (n, k), resp, torch.bool))
     if int(kept.count_nonzero()) > SPARSE * n:
         return [resp.sum(0), *((row.T @ resp).T for row in rows)]
     place = np.flatnonzero(kept.numpy())

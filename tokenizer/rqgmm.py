@@ -45,7 +45,7 @@ OVERRELAXATION = 1.5  # means move this far along each step: near a split EM its
 ANNEALED = 0.99  # mean posterior of the most probable component at which annealing has done its work
 PRIOR_ROWS = 1.0  # rows at the level's mean that each component is thought to have besides its own
 HARD_STEPS = 10  # classification EM at the end, at most
-WARM_STEPS = 3  # hard steps of a refit that starts from the champion (stable IDs)
+WARM_STEPS = 3  # hard (or EM) steps of a refit that starts from the champion (stable IDs)
 SPECTRUM_ROWS = 20_000  # rows of the power iteration for the critical temperature
 VARIANCE_FLOOR = 1e-12  # share of the data's mean square
 
@@ -356,7 +356,7 @@ def fit_rqgmm(
         data: float tensor (N, D), or a re-iterable of float batches that may be larger than memory. Where
             torch.distributed is initialised each rank passes its own rows: with ranks in order, and each one's rows
             starting at a multiple of FIT_BLOCK, any number of ranks gives the codebook of one.
-        init: start from this codebook with a few hard steps, so that codes move only where the data moved.
+        init: start from this codebook with a few hard (or EM) steps, so that codes move only where the data moved.
         iterations: annealing steps (or EM, or Lloyd steps) per level, at most. Annealing ends when rows are certain of
             their component (ANNEALED), EM when the likelihood stands still (EM_GAIN), hard and Lloyd steps when the error does.
         method: "annealed" is ours; "em" the paper's own (diagonal EM from k-means, fitted weights, no annealing);
@@ -396,7 +396,7 @@ def fit_rqgmm(
             source.descend(gmm)
         for level in range(len(done) + 1, levels + 1):
             fit = _Level(source, level, components, seed, shrinkage, method, trace, on_iteration)
-            gmm = fit.warm(init.levels[level - 1].means) if init is not None else fit.cold(iterations)
+            gmm = fit.warm(init.levels[level - 1]) if init is not None else fit.cold(iterations)
             done.append(gmm)
             if on_level is not None:
                 on_level(RQGMMFit(RQGMM(tuple(done), beam), tuple(trace)))
@@ -574,12 +574,14 @@ class _Level:
             last = error
         return gmm
 
-    def warm(self, means: Tensor) -> DiagonalGMM:
-        """A few hard steps from the champion's means; a component that has no rows moves, as no ID is lost by it."""
-        start = isotropic(means, 1.0)
+    def warm(self, champion: DiagonalGMM) -> DiagonalGMM:
+        """A few steps from the champion's level; a component that has no rows moves, as no ID is lost by it."""
+        if self.method == "em":
+            return self._em(champion, WARM_STEPS)
+        start = isotropic(champion.means, 1.0)
         first = self._sums(start, partial(e_step, temperature=0.0, second_moments=False))
         return self._hard(
-            isotropic(means, max(float(first.squared_error) / self.source.elements, self.floor)), WARM_STEPS
+            isotropic(champion.means, max(float(first.squared_error) / self.source.elements, self.floor)), WARM_STEPS
         )
 
     def _hard(self, gmm: DiagonalGMM, steps: int) -> DiagonalGMM:

@@ -53,3 +53,9 @@ def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_date_is_a_day() -> None:
     with pytest.raises(ConfigError, match="'2026-02-30' is not a day"):
         parse_date("2026-02-30")
+
+
+def test_settings_of_how_to_fit_are_no_part_of_what_is_fitted() -> None:
+    digest = load_config().digest("fit")
+    assert load_config(overrides=["fit.workers=3", "fit.memory_mib=0", "fit.device=cpu"]).digest("fit") == digest
+    assert load_config(overrides=["fit.method=em"]).digest("fit") != digest

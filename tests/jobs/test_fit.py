@@ -17,6 +17,7 @@ import pytest
 import torch
 from data import topics, write_vectors
 from pyspark import SparkContext
+from pyspark.sql import SparkSession
 
 from jobs import fit, load
 from jobs.checkpoint import Checkpoint
@@ -54,6 +55,13 @@ def test_ranks_share_the_rows_in_order_and_start_at_blocks(
         shares = [list(EmbeddingFiles(files, 4, 10, rank, world, step)) for rank in range(world)]
         assert torch.equal(torch.cat([batch for share in shares for batch in share]), rows[::step])
         assert all(sum(map(len, share)) % 16 == 0 for share in shares[:-1])
+
+
+def test_a_warehouse_may_have_any_name(tmp_path: Path, spark: SparkSession, settings: Callable[..., Config]) -> None:
+    """Spaces and percent signs mean something in a URI."""
+    path = write_vectors(tmp_path / "v.parquet", list(range(40)), text_embedding=topics(40, 6))
+    odd = Warehouse(spark, str(tmp_path / "my tables %20 #1"))
+    assert sum(map(len, loaded(tmp_path, odd, settings(f"load.source={path}")))) == 40
 
 
 def checkpoint(folder: Path) -> Checkpoint:

@@ -306,6 +306,13 @@ def test_the_paper_s_model_is_scikit_learn_s_mixture() -> None:
     assert ours == pytest.approx(theirs.score(x.double().numpy()), abs=2e-2)
 
 
+def test_a_refit_of_the_paper_s_model_is_em_from_the_champion(x: torch.Tensor) -> None:
+    champion = fit_rqgmm(x, levels=2, components=8, seed=0, method="em").rqgmm
+    again = fit_rqgmm(x, levels=2, components=8, seed=5, method="em", init=champion)
+    assert {step.temperature for step in again.trace} == {1.0}
+    assert (again.rqgmm.encode(x) == champion.encode(x)).float().mean() > 0.9
+
+
 def test_the_rq_k_means_limit_is_as_good_as_faiss(x: torch.Tensor) -> None:
     ours = fit_rqgmm(x, levels=1, components=40, seed=0, method="kmeans").rqgmm
     kmeans = faiss.Kmeans(24, 40, niter=100, seed=1, min_points_per_centroid=1, max_points_per_centroid=10**9)
