@@ -166,7 +166,8 @@ class Config(BaseSettings):
     def digest(self, *sections: str) -> str:
         """Short hash of the named sections: 'the same inputs' of a stage include its settings, but for those that change
         only how it runs."""
-        chosen = {name: self.model_dump(mode="json", exclude={"fit": HOW_TO_FIT})[name] for name in sections}
+        values = self.model_dump(mode="json", exclude={"fit": HOW_TO_FIT})
+        chosen = {name: values[name] for name in sections}
         return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
 

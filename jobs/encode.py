@@ -70,34 +70,37 @@ def run(config: Config, warehouse: Warehouse, registry: Registry, model: ModelVe
     own = published.where(F.col("codebook_version") == model.version)
     parent = int(model.tags.get("started_from_version") or -1)
     new_version = own.isEmpty()
-    all_new = new_version and parent < 0  # no join: one pass from the files to the table
-    pending = None if all_new else _pending(embeddings, published, model.version, parent).cache()
-    count, version = 0, warehouse.version(SEMANTIC_IDS)
+    # Of a new version all rows are replaced, not appended: two runs that overlap cannot both add theirs.
+    everything = f"codebook_version = {model.version}"
+
+    def encoded(pending: DataFrame | None) -> DataFrame:
+        groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
+        shared = warehouse.spark.sparkContext.broadcast(codebook_files(registry, model))
+        encoder = _encoder(shared, model.tags["codebook_hash"], config.encode.hold, config.encode.rows_per_batch)
+        return _spread(warehouse, groups, pending).mapInArrow(encoder, ENCODED)
+
+    def result(count: int, version: int) -> EncodeResult:
+        seconds = time.monotonic() - began
+        return EncodeResult(model.version, count, version, embeddings_version, seconds, nothing_to_do=not count)
+
+    if new_version and parent < 0:  # every item is a newcomer: no join, one pass from the files to the table
+        count = embeddings.count()
+        if not count:
+            return result(0, warehouse.version(SEMANTIC_IDS))
+        return result(
+            count, warehouse.replace(SEMANTIC_IDS, _published(encoded(None), None, model, run_date), everything)
+        )
+    pending = _pending(embeddings, published, model.version, parent).cache()
     try:
-        if not (embeddings.select("item_id") if pending is None else pending).isEmpty():
-            groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
-            shared = warehouse.spark.sparkContext.broadcast(codebook_files(registry, model))
-            encoder = _encoder(shared, model.tags["codebook_hash"], config.encode.hold, config.encode.rows_per_batch)
-            encoded = _spread(warehouse, groups, pending).mapInArrow(encoder, ENCODED)
-            # Of a new version all rows are replaced, not appended: two runs that overlap cannot both add theirs.
-            everything = f"codebook_version = {model.version}"
-            if pending is None:
-                version = warehouse.replace(SEMANTIC_IDS, _published(encoded, None, model, run_date), everything)
-                count = sum(group.rows for group in groups)
-            else:
-                with warehouse.staged(encoded, f"encode-{model.version}") as staged:
-                    count, rows = staged.count(), _published(staged, own, model, run_date)
-                    version = (
-                        warehouse.replace(SEMANTIC_IDS, rows, everything)
-                        if new_version
-                        else warehouse.merge(SEMANTIC_IDS, rows, update=True)
-                    )
-            shared.unpersist()
+        if pending.isEmpty():
+            return result(0, warehouse.version(SEMANTIC_IDS))
+        with warehouse.staged(encoded(pending), f"encode-{model.version}") as staged:
+            rows = _published(staged, own, model, run_date)
+            if new_version:
+                return result(staged.count(), warehouse.replace(SEMANTIC_IDS, rows, everything))
+            return result(staged.count(), warehouse.merge(SEMANTIC_IDS, rows, update=True))
     finally:
-        if pending is not None:
-            pending.unpersist()
-    seconds = time.monotonic() - began
-    return EncodeResult(model.version, count, version, embeddings_version, seconds, nothing_to_do=not count)
+        pending.unpersist()
 
 
 def codebook_files(registry: Registry, model: ModelVersion) -> dict[str, bytes]:

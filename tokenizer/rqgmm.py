@@ -31,10 +31,9 @@ from tokenizer.gmm import (
 )
 
 FIT_BLOCK = 8192  # rows of one block of the fit: statistics of blocks add, so chunks of any size give the same blocks
-ENCODE_CELLS = (
-    2**19
-)  # affinities of one block of encode: what a cache holds; blocks are padded, so that a row's codes do not depend on its neighbours
-CUDA_BLOCK = 16_384  # the same on a GPU, which small blocks leave idle
+# Affinities of one block of encode: what a cache holds. Blocks are padded: a row's codes do not depend on its neighbours.
+ENCODE_CELLS = 2**19
+CUDA_BLOCK = 16_384  # rows of a block on a GPU, which small blocks leave idle
 CONTRACTION = 1 / 4  # means start this far from the level's mean towards the k-means centres
 CRITICAL_SHARE = 1 / 2  # first temperature, as a share of the critical one at which the first split happens
 COOLING = 0.95  # factor of the temperature from one annealing step to the next
@@ -188,9 +187,8 @@ class RQGMM:
             _check_finite(best)
             resp = torch.softmax(affinity, dim=1, out=scratch.matrix("resp", affinity.shape, block))
             log_sure = resp.gather(1, code[:, None])[:, 0].log_()  # log p(most probable component | residual)
-            log_likelihood += (
-                descent.row_term().add_(best).sub_(log_sure)
-            )  # log p(residual) = log-joint - log posterior
+            # log p(residual) = log-joint - log posterior
+            log_likelihood += descent.row_term().add_(best).sub_(log_sure)
             log_posterior += log_sure
             score = best
             if given is not None:
@@ -243,9 +241,10 @@ class _ByProducts:
 
     def __init__(self, rqgmm: RQGMM, products: _Products, x: Tensor, scratch: Scratch) -> None:
         self.rqgmm, self.products, self.x, self.scratch = rqgmm, products, x, scratch
-        self.square = torch.empty(0)  # |r|^2 of the level's residuals, where a likelihood is wanted
-        self.codes: list[Tensor] = []
-        self.explained: list[Tensor] = []  # by level: affinity of the component taken
+        self.codes: list[Tensor] = []  # of the levels before, and the affinity of the last one's
+        self.score = self.square = torch.empty(
+            0
+        )  # square: |r|^2 of the level's residuals, where a likelihood is wanted
 
     def affinity(self) -> Tensor:
         level, shape = len(self.codes), (len(self.x), self.rqgmm.components)
@@ -257,17 +256,18 @@ class _ByProducts:
 
     def take(self, code: Tensor, score: Tensor) -> None:
         self.codes.append(code)
-        self.explained.append(score)
+        self.score = score
 
     def row_term(self) -> Tensor:
         """-|r|^2 / (2 variance), with |r - mu|^2 = |r|^2 - 2 variance (affinity of mu - its constant)."""
-        if not self.explained:
+        level = len(self.codes)
+        if not level:
             self.square = torch.linalg.vector_norm(self.x, dim=1).square()
         else:
-            above = self.rqgmm.levels[len(self.explained) - 1]
+            above = self.rqgmm.levels[level - 1]
             assert above.variance is not None
-            self.square = torch.sub(self.square, self.explained[-1] - above.log_normaliser, alpha=2 * above.variance)
-        variance = self.rqgmm.levels[len(self.explained)].variance
+            self.square = torch.sub(self.square, self.score - above.log_normaliser, alpha=2 * above.variance)
+        variance = self.rqgmm.levels[level].variance
         assert variance is not None
         return self.square.clamp_min(0) / (-2 * variance)
 
