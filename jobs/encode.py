@@ -8,6 +8,7 @@ Tasks read the vectors from the table's files themselves; Spark moves the small 
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from jobs.row_groups import RowGroup, row_groups
 from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
 from tokenizer import RQGMM, load_codebook
 
+ROWS_A_TASK = 250_000  # that a first encode numbers and writes as one file
 GROUPS = "uri STRING, index INT, rows BIGINT"
 PENDING = "ARRAY<STRUCT<item_id STRING, codes ARRAY<INT>, suffix INT, final BOOLEAN>>"
 ENCODED = (
@@ -87,9 +89,9 @@ def run(config: Config, warehouse: Warehouse, registry: Registry, model: ModelVe
         count = embeddings.count()
         if not count:
             return result(0, warehouse.version(SEMANTIC_IDS))
-        return result(
-            count, warehouse.replace(SEMANTIC_IDS, _published(encoded(None), None, model, run_date), everything)
-        )
+        by_codes = encoded(None).repartition(_tasks(count, warehouse.spark.sparkContext.defaultParallelism), "joined")
+        rows = _published(by_codes, None, model, run_date)
+        return result(count, warehouse.replace(SEMANTIC_IDS, rows, everything))
     pending = _pending(embeddings, published, model.version, parent).cache()
     try:
         if pending.isEmpty():
@@ -107,6 +109,15 @@ def codebook_files(registry: Registry, model: ModelVersion) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = registry.download(model, Path(scratch)) / "artifacts" / "codebook"
         return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def _tasks(rows: int, cores: int) -> int:
+    """Of ROWS_A_TASK at most, and where they are more than the cores, whole rounds of them: no core waits for the last one.
+
+    Spark would merge partitions by their size alone, on two cores to three of them.
+    """
+    tasks = max(1, math.ceil(rows / ROWS_A_TASK))
+    return tasks if tasks <= cores else math.ceil(tasks / cores) * cores
 
 
 # ---- what is to be encoded, by row group ----

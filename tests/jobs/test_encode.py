@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 
-from jobs.encode import ENCODED, _published, encode_group
+from jobs.encode import ENCODED, ROWS_A_TASK, _published, _tasks, encode_group
 from jobs.packed import pack
 from jobs.registry import ModelVersion
 from jobs.row_groups import RowGroup, row_groups
@@ -126,3 +126,12 @@ def test_suffixes_follow_day_and_id_and_begin_after_the_taken_ones(spark: SparkS
         {"b": "1-2-5", "c": "1-2-6", "a": "1-2-7", "k": "1-2-4"} if taken else {"b": "1-2", "c": "1-2-1", "a": "1-2-2"}
     )
     assert all(row["semantic_id"] == text_of(row["codes"], row["suffix"]) for row in found)
+
+
+@given(rows=st.integers(0, 10**9), cores=st.integers(1, 500))
+def test_a_first_encode_is_written_in_whole_rounds_of_tasks(rows: int, cores: int) -> None:
+    tasks = _tasks(rows, cores)
+    assert tasks >= 1
+    assert rows <= tasks * ROWS_A_TASK
+    assert tasks <= cores or tasks % cores == 0
+    assert (tasks - cores) * ROWS_A_TASK < max(rows, 1)  # no more than a round too many
