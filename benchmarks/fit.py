@@ -97,7 +97,7 @@ class Annealing:
         trace = fit_rqgmm(x, levels=1, components=components, seed=0).trace
         self.x, self.scratch = x, Scratch()
         self.temperatures = [step.temperature for step in trace if step.temperature > 0]
-        first = e_step(isotropic(x[:components].clone(), 1.0), x, temperature=0.0, second_moments=False)
+        first = e_step(isotropic(x[:components].clone(), 1.0), x, hard=True, second_moments=False)
         centre = x.mean(0)
         self.variance = float(first.squared_error) / x.numel()
         self.start = isotropic(centre + 0.25 * (x[:components] - centre), self.variance)
@@ -106,7 +106,7 @@ class Annealing:
         gmm = self.start
         torch.set_flush_denormal(True)
         for temperature in self.temperatures:
-            step = partial(annealing_step, gmm, temperature=temperature, scratch=self.scratch)
+            step = partial(annealing_step, isotropic(gmm.means, temperature * self.variance), scratch=self.scratch)
             gmm = isotropic(map_means(sum_of_blocks(self.x, step), gmm.means, prior=1.0).float(), self.variance)
         torch.set_flush_denormal(False)
 

@@ -55,7 +55,7 @@ def measured(x: Tensor, levels: int, k: int) -> dict[str, float]:
     slopes = torch.cat([level.means for level in rqgmm.levels]).T.contiguous()  # (D, levels K)
     resp = torch.rand(FIT_BLOCK, k, device=x.device)
     works: dict[str, Callable[[], object]] = {
-        "annealing": lambda: [annealing_step(gmm, block, 1.0) for block in x.split(FIT_BLOCK)],
+        "annealing": lambda: [annealing_step(gmm, block) for block in x.split(FIT_BLOCK)],
         "annealing_products": lambda: [(b @ gmm.means.T, b.T @ resp[: len(b)]) for b in x.split(FIT_BLOCK)],
         "encode": lambda: rqgmm.encode(x),
         "encode_products": lambda: [block @ slopes for block in x.split(encode_block(x, k))],

@@ -7,7 +7,7 @@ Notation is in tokenizer/README.md: N rows, D dimensions, K components.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,8 +21,9 @@ from tokenizer.errors import DataError
 
 Indices = npt.NDArray[np.int64]
 LOG_2PI = math.log(2 * math.pi)
-NEGLIGIBLE = 1e-6  # responsibilities below this share of their row's largest are left out of sums
+NEGLIGIBLE = 1e-5  # responsibilities below this share of their row's largest count as none
 NEGLIGIBLE_ANNEALING = 1e-3  # the same while annealing, whose steps need not be exact
+CACHED_ROWS = 2048  # whose affinities and products a processor's cache holds at once
 SPARSE = 16  # responsibilities a row, on average, up to which sums by gathering cost less than a product
 
 
@@ -92,12 +93,12 @@ class DiagonalGMM:
 
     @cached_property
     def _linear(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Coefficients of the log-joint: `x @ slope.T - x^2 @ half_precision.T + intercept`."""
+        """Coefficients of the log-joint, `x @ slope - x^2 @ half_precision + intercept`: (D, K), (D, K), (K,)."""
         means = (self.means - self.shift if self.shift is not None else self.means).double()
         precision = 1 / self.variances.double()
         log_norm = -0.5 * (self.variances.double().log().sum(1) + self.dim * LOG_2PI)
         intercept = self.weights.double().log() + log_norm - 0.5 * (means.square() * precision).sum(1)
-        return (means * precision).float(), (0.5 * precision).float(), intercept.float()
+        return (means * precision).float().T.contiguous(), (0.5 * precision).float().T.contiguous(), intercept.float()
 
     @cached_property
     def variance(self) -> float | None:
@@ -110,25 +111,17 @@ class DiagonalGMM:
         """Of an isotropic mixture with flat weights: log weight and the constant of the density, the same for all."""
         return math.log(float(self.weights[0])) - 0.5 * self.dim * (math.log(float(self.variances[0, 0])) + LOG_2PI)
 
-    def affinity(
-        self, x: Tensor, temperature: float = 1.0, squares: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        """(N, K): the log-joint / temperature, up to a term of each row, which changes neither argmax nor posterior.
+    def affinity(self, x: Tensor, squares: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """(N, K): the log-joint up to a term of each row, which changes neither argmax nor posterior.
 
         `squares` (N, D) saves computing x^2 again; `out` is where the result goes.
         """
         slope, half_precision, intercept = self._linear
-        if temperature != 1.0:
-            slope, half_precision, intercept = (
-                slope / temperature,
-                half_precision / temperature,
-                intercept / temperature,
-            )
         if self.shift is not None:
             x, squares = x - self.shift, None
-        score = torch.mm(x, slope.T, out=out)
+        score = torch.mm(x, slope, out=out)
         if not self.tied:
-            score.addmm_(x.square() if squares is None else squares, half_precision.T, alpha=-1)
+            score.addmm_(x.square() if squares is None else squares, half_precision, alpha=-1)
         return score.add_(intercept)
 
     def row_term(self, x: Tensor) -> Tensor:
@@ -137,7 +130,7 @@ class DiagonalGMM:
             return x.new_zeros(len(x))
         if self.shift is not None:
             x = x - self.shift
-        return -(x.square() @ self._linear[1][0])
+        return -(x.square() @ self._linear[1][:, 0])
 
     def log_joint(self, x: Tensor) -> Tensor:
         """(N, K): log pi_k + log N(x_n | mu_k, diag var_k)."""
@@ -209,89 +202,98 @@ class GMMStatistics:
 
 
 def e_step(
-    gmm: DiagonalGMM,
-    x: Tensor,
-    *,
-    temperature: float = 1.0,
-    second_moments: bool = True,
-    scratch: Scratch | None = None,
+    gmm: DiagonalGMM, x: Tensor, *, hard: bool = False, second_moments: bool = True, scratch: Scratch | None = None
 ) -> GMMStatistics:
-    """Expected counts and moments of `x` (N, D) under `gmm` (PRML eq. 9.23, 9.28), annealed by `temperature`.
+    """Expected counts and moments of `x` (N, D) under `gmm` (PRML eq. 9.23, 9.28).
 
-    Responsibilities are softmax(log-joint / temperature) (deterministic annealing, Rose 1998); temperature 0 means
-    one-hot (classification EM). Sums of a block are float32, their sums over blocks float64.
+    `hard` responsibilities are one-hot (classification EM). Sums of a block are float32, their sums over blocks float64.
     """
     scratch = scratch or Scratch()
-    shape = (len(x), gmm.components)
-    squares = torch.square(x, out=scratch.matrix("rows", x.shape, x)) if second_moments else None
-    affinity = gmm.affinity(x, squares=squares, out=scratch.matrix("affinity", shape, x))  # (N, K)
-    best, code = most_probable(affinity)  # (N,), (N,)
-    resp = torch.softmax(affinity, dim=1, out=scratch.matrix("resp", shape, x))
-    sure = resp.amax(dim=1)
-    # log sum exp(affinity) = best - log of the largest responsibility
-    log_likelihood = (best - sure.log() + gmm.row_term(x)).double().sum()
-    rows = (x,) if squares is None else (x, squares)
-    if temperature == 0:
-        sure = torch.ones_like(sure)
-        totals = _sums_by_code(code, rows, gmm.components)
-    else:
-        if temperature != 1:
-            torch.softmax(affinity.sub_(best[:, None]).div_(temperature), dim=1, out=resp)
-            sure = resp.amax(dim=1)
-        totals = _weighted_sums(resp, NEGLIGIBLE * sure, rows, scratch)
-    count, sum_x, *moments = (total.double() for total in totals)
-    if moments:  # sum_nk gamma_nk |x_n - mu_k|^2
-        means = gmm.means.double()
-        squared_error = (moments[0] + means * (count[:, None] * means - 2 * sum_x)).sum().clamp_min(0)
-    else:
-        mean = torch.index_select(gmm.means, 0, code, out=scratch.matrix("rows", x.shape, x))
-        squared_error = torch.linalg.vector_norm(torch.sub(x, mean, out=mean), dim=1).double().square().sum()
-    return GMMStatistics(
-        count, sum_x, moments[0] if moments else None, log_likelihood, squared_error, sure.double().sum()
-    )
+
+    def sums(x: Tensor) -> list[Tensor]:
+        squares = torch.square(x, out=scratch.matrix("rows", x.shape, x)) if second_moments else None
+        rows = (x,) if squares is None else (x, squares)
+        out = scratch.matrix("affinity", (len(x), gmm.components), x)
+        affinity = gmm.affinity(x, squares, out)  # (N, K)
+        if hard or not second_moments:
+            code = most_probable(affinity)[1]
+        best, sure, *totals = _soft_sums(affinity, () if hard else rows, NEGLIGIBLE, scratch)
+        log_likelihood = (best - sure.log() + gmm.row_term(x)).double().sum()  # sum of the joint = largest / its share
+        if hard:
+            sure, totals = torch.ones_like(sure), _sums_by_code(code, rows, gmm.components)
+        if not second_moments:
+            mean = torch.index_select(gmm.means, 0, code, out=scratch.matrix("rows", x.shape, x))
+            totals.append(torch.linalg.vector_norm(torch.sub(x, mean, out=mean), dim=1).double().square().sum())
+        return [log_likelihood, sure.double().sum(), *totals]
+
+    log_likelihood, certainty, count, sum_x, last = (total.double() for total in _added(sums, x))
+    if not second_moments:
+        return GMMStatistics(count, sum_x, None, log_likelihood, last, certainty)
+    means = gmm.means.double()
+    # sum_nk gamma_nk |x_n - mu_k|^2
+    squared_error = last.sum() + count @ means.square().sum(1) - 2 * torch.dot(means.view(-1), sum_x.view(-1))
+    return GMMStatistics(count, sum_x, last, log_likelihood, squared_error.clamp_min(0), certainty)
 
 
-def annealing_step(gmm: DiagonalGMM, x: Tensor, temperature: float, scratch: Scratch | None = None) -> GMMStatistics:
+def annealing_step(gmm: DiagonalGMM, x: Tensor, scratch: Scratch | None = None) -> GMMStatistics:
     """`e_step` of an `isotropic` mixture without the likelihood, for the many passes of annealing.
 
+    Responsibilities are softmax(log-joint / T) (deterministic annealing, Rose 1998); of an isotropic mixture they are those
+    of T times its variance, which is the variance of `gmm`.
     The error comes from the best score, |x - mu|^2 = |x|^2 - 2 variance score, so no mean is gathered.
     """
     scratch = scratch or Scratch()
-    shape = (len(x), gmm.components)
     variance = float(gmm.variances[0, 0])
-    score = gmm.affinity(x, temperature, out=scratch.matrix("affinity", shape, x))  # (N, K)
-    moved = x if gmm.shift is None else x - gmm.shift
-    squared = torch.linalg.vector_norm(moved).double().square()
-    likeliest = score.amax(dim=1).double() * temperature - gmm.log_normaliser
-    squared_error = (squared - 2 * variance * likeliest.sum()).clamp_min(0)
-    resp = torch.softmax(score, dim=1, out=scratch.matrix("resp", shape, x))
-    sure = resp.amax(dim=1)
-    count, sum_x = _weighted_sums(resp, NEGLIGIBLE_ANNEALING * sure, (x,), scratch)
+
+    def sums(x: Tensor) -> list[Tensor]:
+        score = gmm.affinity(x, out=scratch.matrix("affinity", (len(x), gmm.components), x))  # (N, K)
+        best, sure, *totals = _soft_sums(score, (x,), NEGLIGIBLE_ANNEALING, scratch)
+        squared = torch.linalg.vector_norm(x if gmm.shift is None else x - gmm.shift).double().square()
+        error = squared - 2 * variance * (best.double() - gmm.log_normaliser).sum()
+        return [error, sure.double().sum(), *totals]
+
+    error, certainty, count, sum_x = (total.double() for total in _added(sums, x))
     unknown = torch.tensor(math.nan, dtype=torch.float64, device=x.device)
-    return GMMStatistics(count.double(), sum_x.double(), None, unknown, squared_error, sure.double().sum())
+    return GMMStatistics(count, sum_x, None, unknown, error.clamp_min(0), certainty)
 
 
-def _weighted_sums(resp: Tensor, least: Tensor, rows: tuple[Tensor, ...], scratch: Scratch) -> list[Tensor]:
-    """[sum_n gamma_nk (K,), then sum_n gamma_nk row_n (K, D) of each of `rows`]; gamma_nk below `least` (N,) may be left out.
+def _added(sums: Callable[[Tensor], list[Tensor]], x: Tensor) -> list[Tensor]:
+    """`sums` of pieces of `x` that a cache holds, added; of all of `x` on a GPU."""
+    first, *others = torch.split(x, CACHED_ROWS if x.device.type == "cpu" else max(len(x), 1))
+    totals = sums(first)
+    for piece in others:
+        totals = [total.add_(more) for total, more in zip(totals, sums(piece), strict=True)]
+    return totals
 
-    Once rows are certain of a few components each, only those are gathered, and no product is computed.
+
+def _soft_sums(affinity: Tensor, rows: tuple[Tensor, ...], negligible: float, scratch: Scratch) -> list[Tensor]:
+    """[largest affinity (N,), its responsibility (N,), sum_n gamma_nk (K,), then sum_n gamma_nk row_n (K, D) of each of `rows`].
+
+    Responsibilities below the share `negligible` of their row's largest may count as none. Once rows are certain of a few
+    components each, only those are normalised and gathered: no exponential of the others, and no product.
     """
-    n, k = resp.shape
-    if resp.is_cuda:  # where products are cheap, and sums by index would depend on the order of threads
-        return [resp.sum(0), *(resp.T @ row for row in rows)]
-    kept = torch.ge(resp, least[:, None], out=scratch.matrix("kept", (n, k), resp, torch.bool))
-    if int(kept.count_nonzero()) > SPARSE * n:
-        return [resp.sum(0), *((row.T @ resp).T for row in rows)]
+    n, k = affinity.shape
+    best = affinity.amax(dim=1)
+    kept = torch.ge(
+        affinity, (best + math.log(negligible))[:, None], out=scratch.matrix("kept", (n, k), affinity, torch.bool)
+    )
+    # On a GPU products are cheap, and sums by index would depend on the order of threads.
+    if affinity.is_cuda or int(kept.count_nonzero()) > SPARSE * n:
+        resp = torch.softmax(affinity, dim=1, out=scratch.matrix("resp", (n, k), affinity))
+        return [best, resp.amax(dim=1), resp.sum(0).double(), *(resp.T @ row for row in rows)]
     place = np.flatnonzero(kept.numpy())
     row, component = np.divmod(place, k)
-    return _gathered_sums(component, row, resp.view(-1)[torch.from_numpy(place)], rows, k)
+    share = np.exp(affinity.view(-1).numpy()[place] - best.numpy()[row])
+    sure = (1 / torch.from_numpy(np.bincount(row, share, minlength=n))).float()
+    weight = torch.from_numpy(share * sure.numpy()[row])
+    return [best, sure, *_gathered_sums(component, row, weight, rows, k)]
 
 
 def _sums_by_code(code: Tensor, rows: tuple[Tensor, ...], components: int) -> list[Tensor]:
     """`_weighted_sums` of one-hot responsibilities."""
     if code.is_cuda:
         resp = one_hot(code, components).float()
-        return [resp.sum(0), *(resp.T @ row for row in rows)]
+        return [resp.sum(0).double(), *(resp.T @ row for row in rows)]
     return _gathered_sums(code.numpy(), np.arange(len(code)), None, rows, components)
 
 

@@ -215,10 +215,10 @@ class RQGMM:
                 return None
         slopes, intercepts = ([gmm._linear[part] for gmm in self.levels] for part in (0, 2))
         taken = [
-            [-(before.means.double() @ slope.double().T).float() for before in self.levels[:level]]
+            [-(before.means.double() @ slope.double()).float() for before in self.levels[:level]]
             for level, slope in enumerate(slopes)
         ]
-        return _Products([slope.T.contiguous() for slope in slopes], intercepts, taken)
+        return _Products(slopes, intercepts, taken)
 
     def _check(self, x: Tensor) -> None:
         if x.ndim != 2 or x.shape[1] != self.dim:
@@ -534,7 +534,7 @@ class _Level:
     def cold(self, iterations: int) -> DiagonalGMM:
         rows = self._sample(max(SPECTRUM_ROWS, 4 * self.components))
         start = isotropic(self._seeded(rows), 1.0)
-        first = self._sums(start, partial(e_step, temperature=0.0, second_moments=False))
+        first = self._sums(start, partial(e_step, hard=True, second_moments=False))
         gmm = m_step(first, start, shrinkage=1.0, fitted_weights=False, floor=self.floor)  # one k-means iteration
         if self.method == "em":
             return self._em(gmm, iterations)
@@ -563,7 +563,9 @@ class _Level:
         gmm = isotropic((mean + CONTRACTION * (gmm.means.double() - mean)).float(), variance)
         temperature, last = CRITICAL_SHARE * spread / variance, math.inf
         for _ in range(steps):
-            sums = self._sums(gmm, partial(annealing_step, temperature=temperature))
+            if temperature * variance <= self.floor:  # rows that differ by less cannot be told apart
+                break
+            sums = self._sums(isotropic(gmm.means, temperature * variance), annealing_step)
             self._tell(sums, temperature)
             target = map_means(sums, gmm.means, prior=self.prior)
             gmm = isotropic((gmm.means.double() + OVERRELAXATION * (target - gmm.means.double())).float(), variance)
@@ -579,7 +581,7 @@ class _Level:
         if self.method == "em":
             return self._em(champion, WARM_STEPS)
         start = isotropic(champion.means, 1.0)
-        first = self._sums(start, partial(e_step, temperature=0.0, second_moments=False))
+        first = self._sums(start, partial(e_step, hard=True, second_moments=False))
         return self._hard(
             isotropic(champion.means, max(float(first.squared_error) / self.source.elements, self.floor)), WARM_STEPS
         )
@@ -599,7 +601,7 @@ class _Level:
         # the error, until rows differ by less than a float32 can tell.
         last = math.inf
         while True:
-            sums = self._sums(gmm, partial(e_step, temperature=0.0, second_moments=False))
+            sums = self._sums(gmm, partial(e_step, hard=True, second_moments=False))
             revived = self._revived(gmm, sums.count == 0)
             if revived is gmm or float(sums.squared_error) >= last:
                 return gmm
@@ -607,7 +609,7 @@ class _Level:
 
     def _em_step(self, gmm: DiagonalGMM, temperature: float) -> DiagonalGMM:
         moments = self.shrinkage < 1
-        sums = self._sums(gmm, partial(e_step, temperature=temperature, second_moments=moments), moments=moments)
+        sums = self._sums(gmm, partial(e_step, hard=temperature == 0, second_moments=moments), moments=moments)
         self._tell(sums, temperature)
         self.counted = sums.count
         return m_step(
