@@ -91,7 +91,7 @@ def _write(path: Path, rows: int, dim: int) -> None:
 
 def _codes(groups: Sequence[RowGroup], rqgmm: RQGMM) -> Iterator[pa.RecordBatch]:
     for group in groups:
-        yield from encode_group(group, None, rqgmm, 1.0, 8192)
+        yield from encode_group(group, None, rqgmm, 1, 1.0, 8192)
 
 
 def _one_process(groups: Sequence[RowGroup], rqgmm: RQGMM, out: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -47,8 +46,10 @@ def pack(x: Float32, dtype: str) -> list[bytes]:
 def as_float_arrays(embeddings: DataFrame) -> DataFrame:
     """`item_embeddings` with `embedding` as ARRAY<FLOAT>, for people and SQL; several times slower to move than the bytes."""
 
-    def floats(packed: pd.Series, dim: pd.Series) -> pd.Series:
-        widths = (len(data) // d for data, d in zip(packed, dim, strict=True))
-        return pd.Series([np.frombuffer(data, WIDTHS[w]).astype("<f4") for data, w in zip(packed, widths, strict=True)])
+    # In Arrow, not pandas, whose import every worker of every job would wait a second for.
+    def floats(packed: pa.Array, dim: pa.Array) -> pa.Array:
+        rows = zip(packed.to_pylist(), dim.to_pylist(), strict=True)
+        floats = [np.frombuffer(data, WIDTHS[len(data) // d]).astype("<f4") for data, d in rows]
+        return pa.array(floats, pa.list_(pa.float32()))
 
-    return embeddings.withColumn("embedding", F.pandas_udf(floats, "array<float>")("embedding", "dim"))
+    return embeddings.withColumn("embedding", F.arrow_udf(floats, "array<float>")("embedding", "dim"))

@@ -32,7 +32,7 @@ from tokenizer.gmm import (
 
 FIT_BLOCK = 8192  # rows of one block of the fit: statistics of blocks add, so chunks of any size give the same blocks
 # Affinities of one block of encode: what a cache holds. Blocks are padded: a row's codes do not depend on its neighbours.
-ENCODE_CELLS = 2**19
+ENCODE_CELLS = 2**18
 CUDA_BLOCK = 16_384  # rows of a block on a GPU, which small blocks leave idle
 CONTRACTION = 1 / 4  # means start this far from the level's mean towards the k-means centres
 CRITICAL_SHARE = 1 / 2  # first temperature, as a share of the critical one at which the first split happens
@@ -185,16 +185,14 @@ class RQGMM:
             affinity = descent.affinity()
             best, code = most_probable(affinity)
             _check_finite(best)
-            resp = torch.softmax(affinity, dim=1, out=scratch.matrix("resp", affinity.shape, block))
-            log_sure = resp.gather(1, code[:, None])[:, 0].log_()  # log p(most probable component | residual)
-            # log p(residual) = log-joint - log posterior
-            log_likelihood += descent.row_term().add_(best).sub_(log_sure)
-            log_posterior += log_sure
             score = best
             if given is not None:
                 code[:n] = given[:, level].long()
                 score = affinity.gather(1, code[:, None])[:, 0]
-                log_posterior += score - best
+            largest = torch.softmax(affinity, dim=1, out=affinity).amax(dim=1)
+            log_evidence = best - largest.log_()  # log p(residual), but for the row's term
+            log_likelihood += descent.row_term().add_(log_evidence)
+            log_posterior += score - log_evidence
             codes.append(code.int())
             descent.take(code, score)
         return torch.stack(codes, dim=1)[:n], log_posterior[:n].exp().clamp_(0, 1), log_likelihood[:n]
@@ -328,7 +326,7 @@ def extended(
 
 def encode_block(x: Tensor, components: int) -> int:
     """Rows of one block of encode."""
-    return CUDA_BLOCK if x.is_cuda else min(4096, max(512, ENCODE_CELLS // components))
+    return CUDA_BLOCK if x.is_cuda else min(2048, max(512, ENCODE_CELLS // components))
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:

@@ -54,7 +54,7 @@ def encoded(
     groups: list[RowGroup], rqgmm: RQGMM, pending: list[dict[str, Any]] | None, rows: int = 16
 ) -> dict[str, Any]:
     named = None if pending is None else pa.array(pending, PENDING)
-    batches = [batch for group in groups for batch in encode_group(group, named, rqgmm, HOLD, rows)]
+    batches = [batch for group in groups for batch in encode_group(group, named, rqgmm, 1, HOLD, rows)]
     return {row["item_id"]: row for batch in batches for row in batch.to_pylist()}
 
 
@@ -112,7 +112,7 @@ def test_who_keeps_codes_and_suffix(groups: list[RowGroup], rqgmm: RQGMM) -> Non
 @pytest.mark.parametrize("taken", [False, True], ids=["new version", "version with IDs"])
 def test_suffixes_follow_day_and_id_and_begin_after_the_taken_ones(spark: SparkSession, taken: bool) -> None:
     def row(item: str, day: int, kept: int | None = None) -> tuple[Any, ...]:
-        return (item, "h", date(2026, 1, day), [1, 2], "1-2", kept, 0.5, -1.0, False)
+        return (1, item, "h", date(2026, 1, day), [1, 2], "1-2", kept, 0.5, -1.0, False)
 
     rows = [row("b", 1), row("c", 1), row("a", 2)]
     own = None
