@@ -139,7 +139,11 @@ class RQGMM:
             self._assigned(block, None if codes is None else codes[start : start + size], scratch)
             for start, block in zip(range(0, max(len(x), 1), size), torch.split(x, size), strict=True)
         ]
-        return Assignment(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        taken, best, sure, score, energy = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))  # (L, N)
+        log_evidence = best - sure.log()  # log p(residual), but for the term of the row
+        log_posterior = (score - log_evidence).sum(0)
+        log_likelihood = (log_evidence + self._row_terms(energy, score)).sum(0)
+        return Assignment(taken.T.contiguous(), log_posterior.exp().clamp(0, 1), log_likelihood)
 
     def decode(self, codes: Tensor) -> Tensor:
         """(N, D) float32: the sum of the means of each row's components."""
@@ -166,7 +170,7 @@ class RQGMM:
             score, code = most_probable(descent.affinity())
             _check_finite(score)
             codes.append(code.int())
-            descent.take(code, score)
+            descent.take(code)
         return torch.stack(codes, dim=1)[: len(x)]
 
     def _searched(self, x: Tensor, _: Scratch) -> Tensor:
@@ -177,11 +181,12 @@ class RQGMM:
             residual, codes = extended(self.levels[: level - 1], gmm, residual, codes, 1 if last else self.beam)
         return codes[: len(x), 0]
 
-    def _assigned(self, x: Tensor, given: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    def _assigned(self, x: Tensor, given: Tensor | None, scratch: Scratch) -> tuple[Tensor, ...]:
+        """(L, n) of a block: codes, largest affinity, its responsibility, affinity of the code; then what `_row_terms` needs."""
         n, block = len(x), _padded(x, encode_block(x, self.components))
-        descent, codes = self._descent(block, scratch), []
-        log_posterior, log_likelihood = block.new_zeros(len(block)), block.new_zeros(len(block))
+        descent, found = self._descent(block, scratch), []
         for level in range(self.n_levels):
+            energy = descent.energy()
             affinity = descent.affinity()
             best, code = most_probable(affinity)
             _check_finite(best)
@@ -189,13 +194,24 @@ class RQGMM:
             if given is not None:
                 code[:n] = given[:, level].long()
                 score = affinity.gather(1, code[:, None])[:, 0]
-            largest = torch.softmax(affinity, dim=1, out=affinity).amax(dim=1)
-            log_evidence = best - largest.log_()  # log p(residual), but for the row's term
-            log_likelihood += descent.row_term().add_(log_evidence)
-            log_posterior += score - log_evidence
-            codes.append(code.int())
-            descent.take(code, score)
-        return torch.stack(codes, dim=1)[:n], log_posterior[:n].exp().clamp_(0, 1), log_likelihood[:n]
+            sure = torch.softmax(affinity, dim=1, out=affinity).amax(dim=1)
+            found.append((code.int(), best, sure, score, energy))
+            descent.take(code)
+        return tuple(torch.stack(column)[:, :n] for column in zip(*found, strict=True))
+
+    def _row_terms(self, energy: Tensor, score: Tensor) -> Tensor:
+        """(L, N): what affinities leave out of the log-joint.
+
+        Of products -|r|^2 / (2 variance), with |r - mu|^2 = |r|^2 - 2 variance (affinity of mu - its constant).
+        """
+        if self._products is None:
+            return energy
+        square, terms = energy[0], []
+        for gmm, chosen in zip(self.levels, score, strict=True):
+            assert gmm.variance is not None
+            terms.append(square.clamp_min(0) / (-2 * gmm.variance))
+            square = square - 2 * gmm.variance * (chosen - gmm.log_normaliser)
+        return torch.stack(terms)
 
     def _descent(self, block: Tensor, scratch: Scratch) -> _ByProducts | _ByResiduals:
         products = self._products
@@ -239,10 +255,16 @@ class _ByProducts:
 
     def __init__(self, rqgmm: RQGMM, products: _Products, x: Tensor, scratch: Scratch) -> None:
         self.rqgmm, self.products, self.x, self.scratch = rqgmm, products, x, scratch
-        self.codes: list[Tensor] = []  # of the levels before, and the affinity of the last one's
-        self.score = self.square = torch.empty(
-            0
-        )  # square: |r|^2 of the level's residuals, where a likelihood is wanted
+        self.codes: list[Tensor] = []  # of the levels before
+
+    @cached_property
+    def _square(self) -> Tensor:
+        length: Tensor = torch.linalg.vector_norm(self.x, dim=1)
+        return length.square_()
+
+    def energy(self) -> Tensor:
+        """(n,): |x|^2, at every level. Asked first: what it reads the product then finds in the cache."""
+        return self._square
 
     def affinity(self) -> Tensor:
         level, shape = len(self.codes), (len(self.x), self.rqgmm.components)
@@ -252,43 +274,30 @@ class _ByProducts:
             affinity += torch.index_select(product, 0, code, out=self.scratch.matrix("taken", shape, self.x))
         return affinity
 
-    def take(self, code: Tensor, score: Tensor) -> None:
+    def take(self, code: Tensor) -> None:
         self.codes.append(code)
-        self.score = score
-
-    def row_term(self) -> Tensor:
-        """-|r|^2 / (2 variance), with |r - mu|^2 = |r|^2 - 2 variance (affinity of mu - its constant)."""
-        level = len(self.codes)
-        if not level:
-            self.square = torch.linalg.vector_norm(self.x, dim=1).square()
-        else:
-            above = self.rqgmm.levels[level - 1]
-            assert above.variance is not None
-            self.square = torch.sub(self.square, self.score - above.log_normaliser, alpha=2 * above.variance)
-        variance = self.rqgmm.levels[level].variance
-        assert variance is not None
-        return self.square.clamp_min(0) / (-2 * variance)
 
 
 class _ByResiduals:
     """The same for any mixtures."""
 
     def __init__(self, rqgmm: RQGMM, x: Tensor, scratch: Scratch) -> None:
-        self.levels, self.residual, self.scratch = iter(rqgmm.levels), x, scratch
+        self.levels, self.residual, self.scratch = list(rqgmm.levels), x, scratch
+
+    def energy(self) -> Tensor:
+        """(n,): the level's row term itself."""
+        return self.levels[0].row_term(self.residual)
 
     def affinity(self) -> Tensor:
-        self.gmm, x = next(self.levels), self.residual
-        squares = None if self.gmm.tied else torch.square(x, out=self.scratch.matrix("rows", x.shape, x))
-        out = self.scratch.matrix("affinity", (len(x), self.gmm.components), x)
-        return self.gmm.affinity(x, squares=squares, out=out)
+        gmm, x = self.levels[0], self.residual
+        squares = None if gmm.tied else torch.square(x, out=self.scratch.matrix("rows", x.shape, x))
+        out = self.scratch.matrix("affinity", (len(x), gmm.components), x)
+        return gmm.affinity(x, squares=squares, out=out)
 
-    def take(self, code: Tensor, _: Tensor) -> None:
-        x = self.residual
-        mean = torch.index_select(self.gmm.means, 0, code, out=self.scratch.matrix("rows", x.shape, x))
+    def take(self, code: Tensor) -> None:
+        gmm, x = self.levels.pop(0), self.residual
+        mean = torch.index_select(gmm.means, 0, code, out=self.scratch.matrix("rows", x.shape, x))
         self.residual = torch.sub(x, mean, out=self.scratch.matrix("residual", x.shape, x))
-
-    def row_term(self) -> Tensor:
-        return self.gmm.row_term(self.residual)
 
 
 def _check_finite(score: Tensor) -> None:
