@@ -25,6 +25,9 @@ NEGLIGIBLE = 1e-5  # responsibilities below this share of their row's largest co
 NEGLIGIBLE_ANNEALING = 1e-3  # the same while annealing, whose steps need not be exact
 CACHED_ROWS = 2048  # whose affinities and products a processor's cache holds at once
 SPARSE = 16  # responsibilities a row, on average, up to which sums by gathering cost less than a product
+CHEAP = (
+    2**14
+)  # components times dimensions up to which a product costs less than to look for the responsibilities that count
 
 
 class Scratch:
@@ -274,13 +277,19 @@ def _soft_sums(affinity: Tensor, rows: tuple[Tensor, ...], negligible: float, sc
     """
     n, k = affinity.shape
     best = affinity.amax(dim=1)
+
+    def products() -> list[Tensor]:
+        resp = torch.softmax(affinity, dim=1, out=scratch.matrix("resp", (n, k), affinity))
+        return [best, resp.amax(dim=1), resp.sum(0).double(), *(resp.T @ row for row in rows)]
+
+    # On a GPU products are cheap, and sums by index would depend on the order of threads.
+    if affinity.is_cuda or k * sum(row.shape[1] for row in rows) < CHEAP:
+        return products()
     kept = torch.ge(
         affinity, (best + math.log(negligible))[:, None], out=scratch.matrix("kept", (n, k), affinity, torch.bool)
     )
-    # On a GPU products are cheap, and sums by index would depend on the order of threads.
-    if affinity.is_cuda or int(kept.count_nonzero()) > SPARSE * n:
-        resp = torch.softmax(affinity, dim=1, out=scratch.matrix("resp", (n, k), affinity))
-        return [best, resp.amax(dim=1), resp.sum(0).double(), *(resp.T @ row for row in rows)]
+    if int(kept.count_nonzero()) > SPARSE * n:
+        return products()
     place = np.flatnonzero(kept.numpy())
     row, component = np.divmod(place, k)
     share = np.exp(affinity.view(-1).numpy()[place] - best.numpy()[row])

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
 from tokenizer import RQGMM, DataError, e_step, fit_rqgmm, load_codebook, measure_quality
-from tokenizer.gmm import annealing_step, isotropic
+from tokenizer.gmm import CHEAP, annealing_step, isotropic
 from tokenizer.rqgmm import FIT_BLOCK, largest_eigenvalue
 
 
@@ -271,7 +271,9 @@ def test_rounded_statistics_add_to_the_same_bits_in_any_order(rows: int, seed: i
     torch.testing.assert_close(forward.sum_x, exact, rtol=1e-5, atol=1e-5 * scale)
 
 
-def test_an_annealing_step_is_an_e_step_at_that_temperature(x: torch.Tensor) -> None:
+@pytest.mark.parametrize("dim", [24, CHEAP // 16 + 1], ids=["by products", "by gathering"])
+def test_an_annealing_step_is_an_e_step_at_that_temperature(dim: int) -> None:
+    x = torch.from_numpy(topics(1000, dim, groups=40, spread=0.4))
     gmm = isotropic(x[:16].clone(), 0.3)
     for temperature in (30.0, 3.0, 0.5):
         fast = annealing_step(isotropic(gmm.means, temperature * 0.3), x)
