@@ -234,7 +234,7 @@ def e_step(
         return GMMStatistics(count, sum_x, None, log_likelihood, last, certainty)
     means = gmm.means.double()
     # sum_nk gamma_nk |x_n - mu_k|^2
-    squared_error = last.sum() + count @ means.square().sum(1) - 2 * torch.dot(means.view(-1), sum_x.view(-1))
+    squared_error = last.sum() + count @ means.square().sum(1) - 2 * (means * sum_x).sum()
     return GMMStatistics(count, sum_x, last, log_likelihood, squared_error.clamp_min(0), certainty)
 
 
@@ -299,7 +299,7 @@ def _soft_sums(affinity: Tensor, rows: tuple[Tensor, ...], negligible: float, sc
 
 
 def _sums_by_code(code: Tensor, rows: tuple[Tensor, ...], components: int) -> list[Tensor]:
-    """`_weighted_sums` of one-hot responsibilities."""
+    """The sums of `_soft_sums` where responsibilities are one-hot."""
     if code.is_cuda:
         resp = one_hot(code, components).float()
         return [resp.sum(0).double(), *(resp.T @ row for row in rows)]
