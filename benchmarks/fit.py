@@ -100,14 +100,14 @@ class Annealing:
         first = e_step(isotropic(x[:components].clone(), 1.0), x, hard=True, second_moments=False)
         centre = x.mean(0)
         self.variance = float(first.squared_error) / x.numel()
-        self.start = isotropic(centre + 0.25 * (x[:components] - centre), self.variance)
+        self.start = centre + 0.25 * (x[:components] - centre)
 
     def run(self) -> None:
-        gmm = self.start
+        means = self.start
         torch.set_flush_denormal(True)
         for temperature in self.temperatures:
-            step = partial(annealing_step, isotropic(gmm.means, temperature * self.variance), scratch=self.scratch)
-            gmm = isotropic(map_means(sum_of_blocks(self.x, step), gmm.means, prior=1.0).float(), self.variance)
+            step = partial(annealing_step, isotropic(means, temperature * self.variance), scratch=self.scratch)
+            means = map_means(sum_of_blocks(self.x, step), means, prior=1.0).float()
         torch.set_flush_denormal(False)
 
 

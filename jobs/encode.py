@@ -33,12 +33,12 @@ from tokenizer import RQGMM, load_codebook
 
 ROWS_A_TASK = 250_000  # that a first encode numbers and writes as one file
 NUMBERED = ("joined", "first_seen", "item_id")  # suffixes count the items of equal codes in this order
-BATCHES_A_RUN = 8  # rows that a task holds back to sort them
+BATCHES_A_RUN = 8  # that a task holds back to sort them together
 GROUPS = "uri STRING, index INT, rows BIGINT"
 PENDING = "ARRAY<STRUCT<item_id STRING, codes ARRAY<INT>, suffix INT, final BOOLEAN>>"
 ENCODED = (
-    "codebook_version INT, item_id STRING, content_hash STRING, first_seen DATE, codes ARRAY<INT>, joined STRING, kept_suffix INT, confidence FLOAT, "
-    "log_likelihood FLOAT, held BOOLEAN"
+    "codebook_version INT, item_id STRING, content_hash STRING, first_seen DATE, codes ARRAY<INT>, joined STRING, "
+    "kept_suffix INT, confidence FLOAT, log_likelihood FLOAT, held BOOLEAN"
 )
 ENCODED_ARROW = pa.schema(
     [

@@ -49,7 +49,7 @@ def as_float_arrays(embeddings: DataFrame) -> DataFrame:
     # In Arrow, not pandas, whose import every worker of every job would wait a second for.
     def floats(packed: pa.Array, dim: pa.Array) -> pa.Array:
         rows = zip(packed.to_pylist(), dim.to_pylist(), strict=True)
-        floats = [np.frombuffer(data, WIDTHS[len(data) // d]).astype("<f4") for data, d in rows]
-        return pa.array(floats, pa.list_(pa.float32()))
+        vectors = [np.frombuffer(data, WIDTHS[len(data) // d]).astype("<f4") for data, d in rows]
+        return pa.array(vectors, pa.list_(pa.float32()))
 
     return embeddings.withColumn("embedding", F.arrow_udf(floats, "array<float>")("embedding", "dim"))

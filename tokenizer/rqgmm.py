@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokenizer.errors import DataError, LostWorker
 from tokenizer.gmm import (
+    CACHED_ROWS,
     DiagonalGMM,
     GMMStatistics,
     Scratch,
@@ -335,7 +336,7 @@ def extended(
 
 def encode_block(x: Tensor, components: int) -> int:
     """Rows of one block of encode."""
-    return CUDA_BLOCK if x.is_cuda else min(2048, max(512, ENCODE_CELLS // components))
+    return CUDA_BLOCK if x.is_cuda else min(CACHED_ROWS, max(512, ENCODE_CELLS // components))
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
@@ -567,21 +568,21 @@ class _Level:
         variance = float(gmm.variances[0, 0])
         if variance <= self.floor:  # the start explains its rows exactly: there is nothing to split
             return gmm
-        gmm = isotropic((mean + CONTRACTION * (gmm.means.double() - mean)).float(), variance)
+        means = (mean + CONTRACTION * (gmm.means.double() - mean)).float()
         temperature, last = CRITICAL_SHARE * spread / variance, math.inf
         for _ in range(steps):
             if temperature * variance <= self.floor:  # rows that differ by less cannot be told apart
                 break
-            sums = self._sums(isotropic(gmm.means, temperature * variance), annealing_step)
+            sums = self._sums(isotropic(means, temperature * variance), annealing_step)
             self._tell(sums, temperature)
-            target = map_means(sums, gmm.means, prior=self.prior)
-            gmm = isotropic((gmm.means.double() + OVERRELAXATION * (target - gmm.means.double())).float(), variance)
+            target = map_means(sums, means, prior=self.prior)
+            means = (means.double() + OVERRELAXATION * (target - means.double())).float()
             if float(sums.certainty) >= ANNEALED * self.source.rows:
                 break
             error = float(sums.squared_error)
             temperature *= QUICK_COOLING if abs(last - error) <= STILL * error else COOLING
             last = error
-        return gmm
+        return isotropic(means, variance)
 
     def warm(self, champion: DiagonalGMM) -> DiagonalGMM:
         """A few steps from the champion's level; a component that has no rows moves, as no ID is lost by it."""

@@ -83,7 +83,8 @@ def test_statistics_are_those_of_products_of_all_responsibilities(
         (stats.squared_error, (resp * distance).sum()),
         (stats.certainty, resp.amax(1).sum()),
     ):
-        left_out = n * NEGLIGIBLE * float(x.square().amax())
+        # Where only what counts is gathered; products leave out nothing, and neither do one-hot responsibilities.
+        left_out = n * NEGLIGIBLE * float(x.square().amax()) if 2 * d * 40 >= CHEAP and not hard else 0.0
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 + left_out)
 
 

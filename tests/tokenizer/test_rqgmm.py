@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
 from tokenizer import RQGMM, DataError, e_step, fit_rqgmm, load_codebook, measure_quality
-from tokenizer.gmm import CHEAP, annealing_step, isotropic
+from tokenizer.gmm import CHEAP, NEGLIGIBLE_ANNEALING, annealing_step, isotropic
 from tokenizer.rqgmm import FIT_BLOCK, largest_eigenvalue
 
 
@@ -285,7 +285,8 @@ def test_an_annealing_step_is_an_e_step_at_that_temperature(dim: int) -> None:
         torch.testing.assert_close(fast.sum_x, resp.T @ x.double(), rtol=2e-3, atol=2.0)
         assert float(fast.count.sum()) == pytest.approx(len(x), rel=1e-5)
         assert float(fast.squared_error) == pytest.approx(float(nearest.sum()), rel=1e-4)
-        assert float(fast.certainty) == pytest.approx(float(resp.amax(1).sum()), rel=2e-3)
+        left_out = NEGLIGIBLE_ANNEALING if dim > 24 else 1e-4  # gathered rows are normalised without what is negligible
+        assert float(fast.certainty) == pytest.approx(float(resp.amax(1).sum()), rel=left_out)
 
 
 def test_clusters_far_tighter_than_apart_are_found() -> None:
