@@ -16,6 +16,8 @@ import typer
 
 from benchmarks.fit import clustered, side_by_side
 from tokenizer import RQGMM, DiagonalGMM, fit_rqgmm
+from tokenizer.gmm import product
+from tokenizer.rqgmm import encode_block
 
 REPEATS = 12
 
@@ -44,27 +46,37 @@ def encode(
     quantizer.train(x[:20_000].numpy())
     matrix = np.ascontiguousarray(x.numpy())
 
-    means, out = rqgmm.levels[0].means.T.contiguous(), torch.empty(1024, components)
+    means = rqgmm.levels[0].means
+    blas_means, out = means.T.contiguous(), torch.empty(encode_block(x, components), components)
 
     def products(count: int) -> None:
-        for block in x.split(1024):
+        for block in x.split(len(out)):
             for _ in range(levels * count):
-                torch.mm(block, means, out=out[: len(block)])
+                product(block, means)
+
+    def blas(count: int) -> None:
+        for block in x.split(len(out)):
+            for _ in range(levels * count):
+                torch.mm(block, blas_means, out=out[: len(block)])
 
     works = {
         "encode": lambda: rqgmm.encode(x),
         "encode_diagonal": lambda: diagonal.encode(x),
         "assign": lambda: rqgmm.assign(x),
         "faiss_beam1": lambda: quantizer.compute_codes(matrix),
-        "roofline": lambda: products(1),
-        "roofline_diagonal": lambda: products(2),
+        "products": lambda: products(1),
+        "products_diagonal": lambda: products(2),
+        "blas": lambda: blas(1),
+        "blas_diagonal": lambda: blas(2),
     }
     seconds = side_by_side(works, REPEATS)
     figures: dict[str, object] = {
         "over_faiss_beam1": seconds["faiss_beam1"] / seconds["encode_diagonal"],
         "shared_variance_over_faiss_beam1": seconds["faiss_beam1"] / seconds["encode"],
-        "roofline_fraction": seconds["roofline_diagonal"] / seconds["encode_diagonal"],
-        "shared_variance_roofline_fraction": seconds["roofline"] / seconds["encode"],
+        "roofline_fraction": seconds["blas_diagonal"] / seconds["encode_diagonal"],
+        "shared_variance_roofline_fraction": seconds["blas"] / seconds["encode"],
+        "onednn_roofline_fraction": seconds["products_diagonal"] / seconds["encode_diagonal"],
+        "shared_variance_onednn_roofline_fraction": seconds["products"] / seconds["encode"],
         "uncertainty_cost": seconds["assign"] / seconds["encode"] - 1,
         "rows_per_second": rows / seconds["encode"],
         "rows": rows,

@@ -19,21 +19,20 @@ from torch import Tensor
 
 from tokenizer.errors import DataError, LostWorker
 from tokenizer.gmm import (
-    CACHED_ROWS,
     DiagonalGMM,
     GMMStatistics,
     Scratch,
     annealing_step,
+    cached_rows,
     e_step,
     isotropic,
     m_step,
     map_means,
     most_probable,
+    product,
 )
 
 FIT_BLOCK = 8192  # rows of one block of the fit: statistics of blocks add, so chunks of any size give the same blocks
-# Affinities of one block of encode: what a cache holds. Blocks are padded: a row's codes do not depend on its neighbours.
-ENCODE_CELLS = 2**18
 CUDA_BLOCK = 16_384  # rows of a block on a GPU, which small blocks leave idle
 CONTRACTION = 1 / 4  # means start this far from the level's mean towards the k-means centres
 CRITICAL_SHARE = 1 / 2  # first temperature, as a share of the critical one at which the first split happens
@@ -230,7 +229,7 @@ class RQGMM:
                 return None
         slopes, intercepts = ([gmm._linear[part] for gmm in self.levels] for part in (0, 2))
         taken = [
-            [-(before.means.double() @ slope.double()).float() for before in self.levels[:level]]
+            [-(before.means.double() @ slope.double().T).float() for before in self.levels[:level]]
             for level, slope in enumerate(slopes)
         ]
         return _Products(slopes, intercepts, taken)
@@ -244,7 +243,7 @@ class RQGMM:
 
 @dataclass(frozen=True, eq=False)
 class _Products:
-    """By level: slope (D, K), intercept (K,), and what the means of each level before take from its scores, (K, K) each."""
+    """By level: slope (K, D), intercept (K,), and what the means of each level before take from its scores, (K, K) each."""
 
     slopes: list[Tensor]
     intercepts: list[Tensor]
@@ -269,10 +268,9 @@ class _ByProducts:
 
     def affinity(self) -> Tensor:
         level, shape = len(self.codes), (len(self.x), self.rqgmm.components)
-        affinity = torch.mm(self.x, self.products.slopes[level], out=self.scratch.matrix("affinity", shape, self.x))
-        affinity += self.products.intercepts[level]
-        for code, product in zip(self.codes, self.products.taken[level], strict=True):
-            affinity += torch.index_select(product, 0, code, out=self.scratch.matrix("taken", shape, self.x))
+        affinity = product(self.x, self.products.slopes[level], self.products.intercepts[level])
+        for code, taken in zip(self.codes, self.products.taken[level], strict=True):
+            affinity += torch.index_select(taken, 0, code, out=self.scratch.matrix("taken", shape, self.x))
         return affinity
 
     def take(self, code: Tensor) -> None:
@@ -292,8 +290,7 @@ class _ByResiduals:
     def affinity(self) -> Tensor:
         gmm, x = self.levels[0], self.residual
         squares = None if gmm.tied else torch.square(x, out=self.scratch.matrix("rows", x.shape, x))
-        out = self.scratch.matrix("affinity", (len(x), gmm.components), x)
-        return gmm.affinity(x, squares=squares, out=out)
+        return gmm.affinity(x, squares)
 
     def take(self, code: Tensor) -> None:
         gmm, x = self.levels.pop(0), self.residual
@@ -336,7 +333,7 @@ def extended(
 
 def encode_block(x: Tensor, components: int) -> int:
     """Rows of one block of encode."""
-    return CUDA_BLOCK if x.is_cuda else min(CACHED_ROWS, max(512, ENCODE_CELLS // components))
+    return CUDA_BLOCK if x.is_cuda else cached_rows(components)
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
