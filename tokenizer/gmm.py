@@ -21,6 +21,7 @@ from tokenizer.errors import DataError
 
 Indices = npt.NDArray[np.int64]
 LOG_2PI = math.log(2 * math.pi)
+LOG2_E = math.log2(math.e)
 NEGLIGIBLE = 1e-5  # responsibilities below this share of their row's largest count as none
 NEGLIGIBLE_ANNEALING = 1e-3  # the same while annealing, whose steps need not be exact
 CACHED_ROWS = 2048  # at most, and CACHED_CELLS affinities, does a processor's cache hold with what they come from
@@ -33,7 +34,7 @@ CHEAP = (
 
 # torch sends float32 products to MKL, which leaves the 512-bit registers of other makers' processors unused. oneDNN, in
 # every torch for the CPU, uses them: 2.2 times as fast on AMD's, in the same precision.
-_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None in a torch without oneDNN
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -173,6 +174,14 @@ def most_probable(affinity: Tensor) -> tuple[Tensor, Tensor]:
         return best, code
     code = torch.from_numpy(affinity.numpy().argmax(axis=1))  # vectorised, as torch's is not: 8 times as fast
     return affinity.gather(1, code[:, None])[:, 0], code
+
+
+def certainty(affinity: Tensor, best: Tensor) -> Tensor:
+    """(N,): posterior of the most probable component, 1 / sum_k exp(affinity_k - best). Overwrites the affinities (N, K).
+
+    By powers of 2: exp is slow where it underflows, and softmax also divides what nobody reads.
+    """
+    return affinity.sub_(best[:, None]).mul_(LOG2_E).exp2_().sum(dim=1).reciprocal_()
 
 
 @dataclass(frozen=True, eq=False)

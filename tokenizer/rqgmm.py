@@ -24,6 +24,7 @@ from tokenizer.gmm import (
     Scratch,
     annealing_step,
     cached_rows,
+    certainty,
     e_step,
     isotropic,
     m_step,
@@ -134,16 +135,14 @@ class RQGMM:
         self._check(x)
         if codes is None and self.beam > 1:
             codes = self.encode(x)
-        size, scratch = encode_block(x, self.components), Scratch()
-        parts = [
-            self._assigned(block, None if codes is None else codes[start : start + size], scratch)
-            for start, block in zip(range(0, max(len(x), 1), size), torch.split(x, size), strict=True)
-        ]
-        taken, best, sure, score, energy = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))  # (L, N)
-        log_evidence = best - sure.log()  # log p(residual), but for the term of the row
-        log_posterior = (score - log_evidence).sum(0)
-        log_likelihood = (log_evidence + self._row_terms(energy, score)).sum(0)
-        return Assignment(taken.T.contiguous(), log_posterior.exp().clamp(0, 1), log_likelihood)
+        size, scratch, n = encode_block(x, self.components), Scratch(), len(x)
+        found = _Found(x.new_empty(n, self.n_levels, dtype=torch.int32), *x.new_empty(4, self.n_levels, n))
+        for start in range(0, n, size):
+            self._assign(x[start : start + size], codes, start, found, scratch)
+        log_evidence = found.best - found.sure.log()  # log p(residual), but for the term of the row
+        log_posterior = (found.score - log_evidence).sum(0)
+        log_likelihood = (log_evidence + self._row_terms(found.energy, found.score)).sum(0)
+        return Assignment(found.codes, log_posterior.exp().clamp(0, 1), log_likelihood)
 
     def decode(self, codes: Tensor) -> Tensor:
         """(N, D) float32: the sum of the means of each row's components."""
@@ -181,10 +180,10 @@ class RQGMM:
             residual, codes = extended(self.levels[: level - 1], gmm, residual, codes, 1 if last else self.beam)
         return codes[: len(x), 0]
 
-    def _assigned(self, x: Tensor, given: Tensor | None, scratch: Scratch) -> tuple[Tensor, ...]:
-        """(L, n) of a block: codes, largest affinity, its responsibility, affinity of the code; then what `_row_terms` needs."""
+    def _assign(self, x: Tensor, given: Tensor | None, start: int, found: _Found, scratch: Scratch) -> None:
+        """Fill in what is found of a block that begins at row `start`."""
         n, block = len(x), _padded(x, encode_block(x, self.components))
-        descent, found = self._descent(block, scratch), []
+        rows, descent = slice(start, start + n), self._descent(block, scratch)
         for level in range(self.n_levels):
             energy = descent.energy()
             affinity = descent.affinity()
@@ -192,12 +191,14 @@ class RQGMM:
             _check_finite(best)
             score = best
             if given is not None:
-                code[:n] = given[:, level].long()
+                code[:n] = given[rows, level].long()
                 score = affinity.gather(1, code[:, None])[:, 0]
-            sure = torch.softmax(affinity, dim=1, out=affinity).amax(dim=1)
-            found.append((code.int(), best, sure, score, energy))
+            found.codes[rows, level] = code[:n]
+            found.best[level, rows] = best[:n]
+            found.score[level, rows] = score[:n]
+            found.energy[level, rows] = energy[:n]
+            found.sure[level, rows] = certainty(affinity, best)[:n]
             descent.take(code)
-        return tuple(torch.stack(column)[:, :n] for column in zip(*found, strict=True))
 
     def _row_terms(self, energy: Tensor, score: Tensor) -> Tensor:
         """(L, N): what affinities leave out of the log-joint.
@@ -239,6 +240,17 @@ class RQGMM:
             raise DataError(
                 f"embeddings have shape {tuple(x.shape)}; expected (N, {self.dim}), the dimension of this codebook"
             )
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """codes (N, L); (L, N) each: largest affinity, its responsibility, affinity of the code; then what `_row_terms` needs."""
+
+    codes: Tensor
+    best: Tensor
+    sure: Tensor
+    score: Tensor
+    energy: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -294,6 +306,8 @@ class _ByResiduals:
 
     def take(self, code: Tensor) -> None:
         gmm, x = self.levels.pop(0), self.residual
+        if not self.levels:  # nobody asks for what the last level leaves
+            return
         mean = torch.index_select(gmm.means, 0, code, out=self.scratch.matrix("rows", x.shape, x))
         self.residual = torch.sub(x, mean, out=self.scratch.matrix("residual", x.shape, x))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
 from tokenizer import DataError, DiagonalGMM, GMMStatistics, e_step, m_step
-from tokenizer.gmm import CACHED_ROWS, CHEAP, NEGLIGIBLE, Scratch, annealing_step, isotropic
+from tokenizer.gmm import CACHED_ROWS, CHEAP, NEGLIGIBLE, Scratch, annealing_step, certainty, isotropic, product
 
 
 def mixture(k: int, d: int, *, seed: int = 0, tied: bool = False, width: float = 1.0) -> DiagonalGMM:
@@ -39,6 +39,39 @@ def sklearn_twin(gmm: DiagonalGMM) -> GaussianMixture:
     twin.covariances_ = gmm.variances.double().numpy()
     twin.precisions_cholesky_ = 1 / np.sqrt(twin.covariances_)
     return twin
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(2, 700), d=st.sampled_from([1, 7, 16, 100, 384]), k=st.integers(1, 130), seed=st.integers(0, 9))
+def test_a_row_of_a_product_depends_neither_on_its_place_nor_on_the_threads(n: int, d: int, k: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, weight, bias = torch.randn(n, d, generator=g), torch.randn(k, d, generator=g), torch.randn(k, generator=g)
+    here = product(x, weight, bias)
+    assert torch.allclose(here.double(), x.double() @ weight.double().T + bias.double(), atol=1e-4)
+    order = torch.randperm(n, generator=g)
+    assert torch.equal(product(x[order], weight, bias), here[order])
+    assert torch.allclose(product(x.T, weight[:1].expand(n, d).T), x.T @ weight[:1].expand(n, d), atol=1e-2)
+    threads = torch.get_num_threads()
+    try:
+        for other in (1, 2, 3):
+            torch.set_num_threads(other)
+            assert torch.equal(product(x, weight, bias), here)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_without_onednn_products_are_the_same_but_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(50, 9), torch.randn(4, 9)
+    with_onednn = product(x, weight)
+    monkeypatch.setattr("tokenizer.gmm._onednn", None)
+    assert torch.allclose(product(x, weight), with_onednn, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1e-3, 1.0, 1e4])
+def test_certainty_is_the_largest_posterior_however_wide_the_scores(width: float) -> None:
+    affinity = width * torch.randn(100, 7)
+    posterior = affinity.double().softmax(1).amax(1)
+    assert torch.allclose(certainty(affinity, affinity.amax(1)).double(), posterior, rtol=1e-6)
 
 
 @settings(max_examples=25, deadline=None)
