@@ -8,6 +8,7 @@ Tasks read the vectors from the table's files themselves; Spark moves the small 
 
 from __future__ import annotations
 
+import gc
 import math
 import tempfile
 import time
@@ -31,7 +32,7 @@ from jobs.row_groups import RowGroup, row_groups
 from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
 from tokenizer import RQGMM, load_codebook
 
-ROWS_A_TASK = 250_000  # that a first encode numbers and writes as one file
+ROWS_A_TASK = 250_000  # that a first encode scores, and again that it numbers and writes as one file
 NUMBERED = ("joined", "first_seen", "item_id")  # suffixes count the items of equal codes in this order
 BATCHES_A_RUN = 8  # that a task holds back to sort them together
 GROUPS = "uri STRING, index INT, rows BIGINT"
@@ -79,8 +80,7 @@ def run(config: Config, warehouse: Warehouse, registry: Registry, model: ModelVe
     # Of a new version all rows are replaced, not appended: two runs that overlap cannot both add theirs.
     everything = f"codebook_version = {model.version}"
 
-    def encoded(pending: DataFrame | None) -> DataFrame:
-        groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
+    def encoded(groups: Sequence[RowGroup], pending: DataFrame | None) -> DataFrame:
         shared = warehouse.spark.sparkContext.broadcast(codebook_files(registry, model))
         encoder = _encoder(shared, model, config.encode.hold, config.encode.rows_per_batch)
         return _spread(warehouse, groups, pending).mapInArrow(encoder, ENCODED)
@@ -90,17 +90,19 @@ def run(config: Config, warehouse: Warehouse, registry: Registry, model: ModelVe
         return EncodeResult(model.version, count, version, embeddings_version, seconds, nothing_to_do=not count)
 
     if new_version and parent < 0:  # every item is a newcomer: no join, one pass from the files to the table
-        count = embeddings.count()
+        groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
+        count = sum(group.rows for group in groups)
         if not count:
             return result(0, warehouse.version(SEMANTIC_IDS))
-        by_codes = encoded(None).repartition(_tasks(count, warehouse.spark.sparkContext.defaultParallelism), "joined")
+        by_codes = encoded(groups, None).repartition(_tasks(count, warehouse.cores), "joined")
         rows = _published(by_codes, None, model, run_date)
         return result(count, warehouse.replace(SEMANTIC_IDS, rows, everything))
     pending = _pending(embeddings, published, model.version, parent).cache()
     try:
         if pending.isEmpty():
             return result(0, warehouse.version(SEMANTIC_IDS))
-        with warehouse.staged(encoded(pending), f"encode-{model.version}") as staged:
+        groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
+        with warehouse.staged(encoded(groups, pending), f"encode-{model.version}") as staged:
             rows = _published(staged, own, model, run_date)
             if new_version:
                 return result(staged.count(), warehouse.replace(SEMANTIC_IDS, rows, everything))
@@ -155,14 +157,17 @@ def _pending(embeddings: DataFrame, published: DataFrame, version: int, parent: 
 
 
 def _spread(warehouse: Warehouse, groups: Sequence[RowGroup], pending: DataFrame | None) -> DataFrame:
-    """One row for each row group, spread over as many tasks: of the files that have `pending` items, with those; None is all."""
-    values = [(*astuple(group), group.file) for group in groups]
-    rows = warehouse.spark.createDataFrame(values, f"{GROUPS}, file STRING")
+    """One row for each row group of the files that have `pending` items, with those; None is all. Of all, each task gets
+    about as many; of a few, whose number in a group is not known, each group is a task."""
+    whole_rounds = _tasks(sum(group.rows for group in groups), warehouse.cores)
+    tasks = len(groups) if pending is not None else min(whole_rounds, len(groups))
+    values = [(*astuple(group), group.file, place * tasks // len(groups)) for place, group in enumerate(groups)]
+    rows = warehouse.spark.createDataFrame(values, f"{GROUPS}, file STRING, task INT")
     if pending is None:
         work = rows.withColumn("pending", F.lit(None).cast(PENDING))
     else:
         work = rows.join(pending, "file", how="inner")
-    return work.drop("file").repartition(len(groups))
+    return work.repartitionById(tasks, F.col("task")).drop("file", "task")
 
 
 # ---- encode (runs in the tasks) ----
@@ -173,6 +178,7 @@ _loaded: dict[str, RQGMM] = {}  # one codebook per worker process, by content ha
 
 def worker_codebook(files: dict[str, bytes], codebook_hash: str) -> RQGMM:
     if codebook_hash not in _loaded:
+        gc.freeze()  # Spark collects garbage after every task: a tenth of a second if it looks through all that torch imports
         with tempfile.TemporaryDirectory() as scratch:
             for name, data in files.items():
                 (Path(scratch) / name).write_bytes(data)
@@ -234,7 +240,8 @@ def encode_batch(
     """Codes, posterior and likelihood of a batch of packed vectors, incumbents kept where the rule says so."""
     import torch
 
-    x = torch.tensor(unpack(batch.column("embedding"), rqgmm.dim))  # (n, D)
+    # (n, D), not copied; by way of Arrow, as torch warns of NumPy memory that cannot be written.
+    x = torch.from_dlpack(pa.array(unpack(batch.column("embedding"), rqgmm.dim).reshape(-1))).view(-1, rqgmm.dim)
     best = rqgmm.assign(x)
     codes, confidence, log_likelihood = best.codes.numpy(), best.confidence.numpy(), best.log_likelihood.numpy()
     held = np.zeros(len(x), bool)

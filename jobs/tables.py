@@ -137,6 +137,11 @@ class Warehouse:
     spark: SparkSession
     root: str
 
+    @property
+    def cores(self) -> int:
+        """Tasks that run at once."""
+        return int(self.spark.sparkContext.defaultParallelism)
+
     def path(self, table: Table) -> str:
         return f"{self.root}/{table.name}"
 
