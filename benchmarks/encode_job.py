@@ -22,7 +22,7 @@ import typer
 from benchmarks.fit import clustered
 from jobs import encode, fit, load
 from jobs.config import load_config
-from jobs.encode import ENCODED_ARROW, codebook_files, encode_group, worker_codebook
+from jobs.encode import ENCODED, codebook_files, encode_group, worker_codebook
 from jobs.packed import pack
 from jobs.registry import open_registry
 from jobs.row_groups import RowGroup, row_groups
@@ -116,7 +116,7 @@ def _one_process(groups: Sequence[RowGroup], rqgmm: RQGMM, out: Path) -> None:
 
 def _codes_alone(groups: Sequence[RowGroup], rqgmm: RQGMM, out: Path) -> None:
     """Codes, posterior and likelihood only, written as they come: no suffixes, so no sort."""
-    with pq.ParquetWriter(out, ENCODED_ARROW) as writer:
+    with pq.ParquetWriter(out, ENCODED) as writer:
         for batch in _codes(groups, rqgmm):
             writer.write_batch(batch)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.fit import side_by_side
 from jobs.config import ConfigError
 from tokenizer import FIT_BLOCK, RQGMM
-from tokenizer.gmm import annealing_step, isotropic
+from tokenizer.gmm import annealing_step, isotropic, product
 from tokenizer.rqgmm import encode_block
 
 REPEATS = 5
@@ -52,13 +52,15 @@ def measured(x: Tensor, levels: int, k: int) -> dict[str, float]:
     variance = float(x.square().mean())
     gmm = isotropic(x[:k].clone(), variance)
     rqgmm = RQGMM(tuple(isotropic(x[n * k : (n + 1) * k] / 2**n, variance) for n in range(levels)))
-    slopes = torch.cat([level.means for level in rqgmm.levels]).T.contiguous()  # (D, levels K)
+    slopes = torch.cat([level.means for level in rqgmm.levels])  # (levels K, D)
     resp = torch.rand(FIT_BLOCK, k, device=x.device)
     works: dict[str, Callable[[], object]] = {
         "annealing": lambda: [annealing_step(gmm, block) for block in x.split(FIT_BLOCK)],
-        "annealing_products": lambda: [(b @ gmm.means.T, b.T @ resp[: len(b)]) for b in x.split(FIT_BLOCK)],
+        "annealing_products": lambda: [
+            (product(b, gmm.means), product(resp[: len(b)].T, b.T)) for b in x.split(FIT_BLOCK)
+        ],
         "encode": lambda: rqgmm.encode(x),
-        "encode_products": lambda: [block @ slopes for block in x.split(encode_block(x, k))],
+        "encode_products": lambda: [product(block, slopes) for block in x.split(encode_block(x, k))],
     }
     seconds = side_by_side({name: _finished(x.device, work) for name, work in works.items()}, REPEATS)
     return {

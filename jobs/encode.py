@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs.config import Config
 from jobs.packed import Float32, unpack
@@ -37,11 +38,7 @@ NUMBERED = ("joined", "first_seen", "item_id")  # suffixes count the items of eq
 BATCHES_A_RUN = 8  # that a task holds back to sort them together
 GROUPS = "uri STRING, index INT, rows BIGINT"
 PENDING = "ARRAY<STRUCT<item_id STRING, codes ARRAY<INT>, suffix INT, final BOOLEAN>>"
-ENCODED = (
-    "codebook_version INT, item_id STRING, content_hash STRING, first_seen DATE, codes ARRAY<INT>, joined STRING, "
-    "kept_suffix INT, confidence FLOAT, log_likelihood FLOAT, held BOOLEAN"
-)
-ENCODED_ARROW = pa.schema(
+ENCODED = pa.schema(
     [
         ("codebook_version", pa.int32()),
         ("item_id", pa.string()),
@@ -83,7 +80,7 @@ def run(config: Config, warehouse: Warehouse, registry: Registry, model: ModelVe
     def encoded(groups: Sequence[RowGroup], pending: DataFrame | None) -> DataFrame:
         shared = warehouse.spark.sparkContext.broadcast(codebook_files(registry, model))
         encoder = _encoder(shared, model, config.encode.hold, config.encode.rows_per_batch)
-        return _spread(warehouse, groups, pending).mapInArrow(encoder, ENCODED)
+        return _spread(warehouse, groups, pending).mapInArrow(encoder, from_arrow_schema(ENCODED))
 
     def result(count: int, version: int) -> EncodeResult:
         seconds = time.monotonic() - began
@@ -274,7 +271,7 @@ def encode_batch(
         "log_likelihood": log_likelihood,
         "held": held,
     }
-    return pa.RecordBatch.from_pydict(columns, schema=ENCODED_ARROW)
+    return pa.RecordBatch.from_pydict(columns, schema=ENCODED)
 
 
 def _squared_error(rqgmm: RQGMM, x: Any, codes: Any) -> Float32:

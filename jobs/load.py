@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs.config import Config, ConfigError
 from jobs.packed import Float32, pack
@@ -29,8 +30,7 @@ from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SchemaError, Wareh
 ROWS_PER_BATCH = 4096
 ROWS_TO_INFER_DIMENSION = 1000
 EXCERPT_CHARACTERS = 120
-CHECKED = "item_id STRING, embedding BINARY, dim INT, modalities ARRAY<STRING>, content_hash STRING, reason STRING, detail STRING, excerpt STRING"
-CHECKED_ARROW = pa.schema(
+CHECKED = pa.schema(
     [
         ("item_id", pa.string()),
         ("embedding", pa.binary()),
@@ -252,14 +252,15 @@ def _dimensions(config: Config, source: Source, columns: list[str], warehouse: W
 
 
 def _checked_rows(source: Source, fusion: Fusion, warehouse: Warehouse) -> DataFrame:
-    spark = warehouse.spark
+    spark, spark_schema = warehouse.spark, from_arrow_schema(CHECKED)
     columns = [fusion.item_id, *fusion.dims]
     if source.format == "delta":
         frame = spark.read.format("delta").option("versionAsOf", source.version).load(source.path).select(*columns)
-        return frame.mapInArrow(_checker(fusion), CHECKED)
-    places = [(path, group) for path, group in source.row_groups] or [("", -1)]
-    frame = spark.createDataFrame(places, "path STRING, row_group INT").repartition(len(places))
-    return frame.mapInArrow(_reader(source.path, columns, _checker(fusion)), CHECKED)
+        return frame.mapInArrow(_checker(fusion), spark_schema)
+    places = [(path, group, task) for task, (path, group) in enumerate(source.row_groups)] or [("", -1, 0)]
+    frame = spark.createDataFrame(places, "path STRING, row_group INT, task INT")
+    frame = frame.repartitionById(len(places), F.col("task")).drop("task")
+    return frame.mapInArrow(_reader(source.path, columns, _checker(fusion)), spark_schema)
 
 
 def _reader(
@@ -339,7 +340,7 @@ def check_rows(batch: pa.RecordBatch, fusion: Fusion) -> pa.RecordBatch:
             pa.array(verdicts.detail, pa.string()),
             pa.array(verdicts.excerpt, pa.string()),
         ],
-        schema=CHECKED_ARROW,
+        schema=CHECKED,
     )
 
 

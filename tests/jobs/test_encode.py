@@ -14,6 +14,7 @@ from data import topics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyspark.sql import SparkSession
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs.encode import ENCODED, ROWS_A_TASK, _published, _tasks, encode_group
 from jobs.packed import pack
@@ -120,7 +121,7 @@ def test_suffixes_follow_day_and_id_and_begin_after_the_taken_ones(spark: SparkS
         own = spark.createDataFrame([([1, 2], 0), ([1, 2], 4), ([1, 20], 7)], "codes ARRAY<INT>, suffix INT")
         rows.append(row("k", 9, kept=4))
     model = ModelVersion("m", 1, "", {"codebook_hash": "x"})
-    found = _published(spark.createDataFrame(rows, ENCODED), own, model, date(2026, 1, 3)).collect()
+    found = _published(spark.createDataFrame(rows, from_arrow_schema(ENCODED)), own, model, date(2026, 1, 3)).collect()
     ids = {row["item_id"]: row["semantic_id"] for row in found}
     assert ids == (
         {"b": "1-2-5", "c": "1-2-6", "a": "1-2-7", "k": "1-2-4"} if taken else {"b": "1-2", "c": "1-2-1", "a": "1-2-2"}
