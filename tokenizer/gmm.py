@@ -86,8 +86,12 @@ class DiagonalGMM:
                 f"weights {tuple(self.weights.shape)}, means {tuple(self.means.shape)}, variances {tuple(self.variances.shape)} "
                 "do not fit together; expected (K,), (K, D), (K, D)"
             )
+        least, largest = self.variances.aminmax()  # NaN where there is one
         if not (
-            torch.isfinite(self.means).all() and torch.isfinite(self.variances).all() and (self.variances > 0).all()
+            self.means.aminmax().max.isfinite()
+            and self.means.aminmax().min.isfinite()
+            and least > 0
+            and largest.isfinite()
         ):
             raise DataError(
                 "means and variances must be finite and variances above 0; was the mixture fitted on NaN, Inf or huge values?"
@@ -119,10 +123,14 @@ class DiagonalGMM:
 
     @cached_property
     def _linear(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Coefficients of the log-joint, `x @ slope.T + x^2 @ curvature.T + intercept`: (K, D), (K, D), (K,)."""
+        """Coefficients of the log-joint, `x @ slope.T + x^2 @ curvature.T + intercept`: (K, D), (K, D), (K,).
+
+        The curvature of a tied mixture is (1, D).
+        """
         means = (self.means - self.shift if self.shift is not None else self.means).double()
-        precision = 1 / self.variances.double()
-        log_norm = -0.5 * (self.variances.double().log().sum(1) + self.dim * LOG_2PI)
+        variances = (self.variances[:1] if self.tied else self.variances).double()
+        precision = 1 / variances
+        log_norm = -0.5 * (variances.log().sum(1) + self.dim * LOG_2PI)
         intercept = self.weights.double().log() + log_norm - 0.5 * (means.square() * precision).sum(1)
         return (means * precision).float(), (-0.5 * precision).float(), intercept.float()
 
@@ -292,7 +300,8 @@ def annealing_step(gmm: DiagonalGMM, x: Tensor, scratch: Scratch | None = None) 
 
 def _added(sums: Callable[[Tensor], list[Tensor]], x: Tensor, components: int) -> list[Tensor]:
     """`sums` of pieces of `x` that a cache holds, added; of all of `x` on a GPU."""
-    first, *others = torch.split(x, cached_rows(components) if x.device.type == "cpu" else max(len(x), 1))
+    pieces = max(1, round(len(x) / cached_rows(components))) if x.device.type == "cpu" else 1
+    first, *others = torch.split(x, max(1, math.ceil(len(x) / pieces)))
     totals = sums(first)
     for piece in others:
         totals = [total.add_(more) for total, more in zip(totals, sums(piece), strict=True)]
@@ -310,7 +319,7 @@ def _soft_sums(affinity: Tensor, rows: tuple[Tensor, ...], negligible: float, sc
 
     def products() -> list[Tensor]:
         resp = torch.softmax(affinity, dim=1, out=scratch.matrix("resp", (n, k), affinity))
-        return [best, resp.amax(dim=1), resp.sum(0).double(), *(product(resp.T, row.T) for row in rows)]
+        return [best, resp.amax(dim=1), resp.sum(0).double(), *(_weighted_sums(resp, row) for row in rows)]
 
     # On a GPU products are cheap, and sums by index would depend on the order of threads.
     if affinity.is_cuda or k * sum(row.shape[1] for row in rows) < CHEAP:
@@ -326,6 +335,11 @@ def _soft_sums(affinity: Tensor, rows: tuple[Tensor, ...], negligible: float, sc
     sure = (1 / torch.from_numpy(np.bincount(row, share, minlength=n))).float()
     weight = torch.from_numpy(share * sure.numpy()[row])
     return [best, sure, *_gathered_sums(component, row, weight, rows, k)]
+
+
+def _weighted_sums(resp: Tensor, rows: Tensor) -> Tensor:
+    """(K, D): sum_n resp_nk rows_n. oneDNN wants the factor with fewer rows first."""
+    return product(resp.T, rows.T) if resp.shape[1] <= rows.shape[1] else product(rows.T, resp.T).T
 
 
 def _sums_by_code(code: Tensor, rows: tuple[Tensor, ...], components: int) -> list[Tensor]:

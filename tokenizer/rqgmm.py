@@ -37,7 +37,7 @@ FIT_BLOCK = 8192  # rows of one block of the fit: statistics of blocks add, so c
 CUDA_BLOCK = 16_384  # rows of a block on a GPU, which small blocks leave idle
 CONTRACTION = 1 / 4  # means start this far from the level's mean towards the k-means centres
 CRITICAL_SHARE = 1 / 2  # first temperature, as a share of the critical one at which the first split happens
-COOLING = 0.95  # factor of the temperature from one annealing step to the next
+COOLING = 0.97  # factor of the temperature from one annealing step to the next
 QUICK_COOLING = 0.7  # the same where the last step moved nothing: between two splits there is nothing to wait for
 STILL = 1e-4  # relative change of the error that counts as none
 EM_GAIN = 1e-3  # nats a row that an EM step must gain for another one (scikit-learn's default)
@@ -364,7 +364,7 @@ class RQGMMFit:
 
 
 def fit_rqgmm(
-    data: Data, *, levels: int, components: int, seed: int, init: RQGMM | None = None, iterations: int = 100,
+    data: Data, *, levels: int, components: int, seed: int, init: RQGMM | None = None, iterations: int = 300,
     method: Method = "annealed", shrinkage: float = 1.0, beam: int = 1, device: str | torch.device = "cpu",
     resume: RQGMMFit | None = None,
     on_iteration: Callable[[Iteration], None] | None = None, on_level: Callable[[RQGMMFit], None] | None = None,
@@ -719,15 +719,15 @@ class _Level:
 
 def largest_eigenvalue(centred: Tensor, steps: int = 30) -> float:
     """Of the covariance of centred rows (N, D), by power iteration; with the variance it gives the critical temperature."""
-    vector = centred.double().square().sum(0).sqrt() + 1e-12  # (D,)
+    vector = torch.linalg.vector_norm(centred, dim=0).double() + 1e-12  # (D,)
     value = 0.0
     for _ in range(steps):
         vector = vector / vector.norm()
-        product = centred.T @ (centred @ vector.float())  # (D,)
-        value = float(product.double() @ vector) / max(1, len(centred))
-        if not product.any():
+        image = (centred.T @ (centred @ vector.float())).double() / max(1, len(centred))  # (D,)
+        last, value = value, float(image @ vector)
+        if value - last <= STILL * value:  # it only grows
             break
-        vector = product.double()
+        vector = image
     return value
 
 
