@@ -20,6 +20,7 @@ import pyarrow as pa
 import torch
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs.config import Config
 from jobs.encode import codebook_files, worker_codebook
@@ -31,8 +32,7 @@ from tokenizer import RQGMM, Thresholds, check_gate, level_usage, neighbour_reca
 
 LIKELIHOOD_SAMPLE = 50_000
 LEAST_CERTAIN = 20  # items that a report names
-ERRORS = "dim INT, items BIGINT, squared_error DOUBLE, common BIGINT, common_squared_error DOUBLE, champion_squared_error DOUBLE"
-ERRORS_ARROW = pa.schema(
+ERRORS = pa.schema(
     [
         ("dim", pa.int32()),
         ("items", pa.int64()),
@@ -259,9 +259,9 @@ def _error_metrics(
     )
     shared = warehouse.spark.sparkContext.broadcast((codebook, rival))
     total = (
-        rows.mapInArrow(_error_summer(shared), ERRORS)
+        rows.mapInArrow(_error_summer(shared), from_arrow_schema(ERRORS))
         .groupBy()
-        .agg(*(F.sum(c).alias(c) for c in ERRORS_ARROW.names[1:]), F.max("dim").alias("dim"))
+        .agg(*(F.sum(c).alias(c) for c in ERRORS.names[1:]), F.max("dim").alias("dim"))
         .first()
     )
     shared.unpersist()
@@ -296,7 +296,7 @@ def _error_sums(batch: pa.RecordBatch, rqgmm: RQGMM, rival: RQGMM | None) -> pa.
         rival_error = float(_squared_errors(x[common], rival, batch.column("former").filter(pa.array(common))).sum())
     row = [rqgmm.dim, len(x), float(error.sum()), int(common.sum()), float(error[common].sum()), rival_error]
     return pa.RecordBatch.from_arrays(
-        [pa.array([v], kind.type) for v, kind in zip(row, ERRORS_ARROW, strict=True)], schema=ERRORS_ARROW
+        [pa.array([v], kind.type) for v, kind in zip(row, ERRORS, strict=True)], schema=ERRORS
     )
 
 
