@@ -122,8 +122,7 @@ class RQGMM:
         With a beam, the most probable of the tuples that were kept to the end: by log p(residual of the last level |
         its component) and the log weights of all.
         """
-        self._check(x)
-        scratch = Scratch()
+        x, scratch = self._checked(x), Scratch()
         encoded = self._codes if self.beam == 1 else self._searched
         return torch.cat([encoded(block, scratch) for block in torch.split(x, encode_block(x, self.components))])
 
@@ -132,7 +131,7 @@ class RQGMM:
 
         The posterior of a tuple of codes is the product over levels of p(code | residual).
         """
-        self._check(x)
+        x = self._checked(x)
         if codes is None and self.beam > 1:
             codes = self.encode(x)
         size, scratch, n = encode_block(x, self.components), Scratch(), len(x)
@@ -155,7 +154,7 @@ class RQGMM:
 
     def posteriors(self, x: Tensor, top: int) -> list[tuple[Tensor, Tensor]]:
         """Per level the `top` most probable components (N, top) and their probabilities, along the greedy path."""
-        self._check(x)
+        x = self._checked(x)
         found, residual = [], x
         for gmm in self.levels:
             probability, component = gmm.responsibilities(residual).topk(min(top, gmm.components), dim=1)
@@ -235,11 +234,13 @@ class RQGMM:
         ]
         return _Products(slopes, intercepts, taken)
 
-    def _check(self, x: Tensor) -> None:
+    def _checked(self, x: Tensor) -> Tensor:
+        """As float32, as fit takes it."""
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise DataError(
                 f"embeddings have shape {tuple(x.shape)}; expected (N, {self.dim}), the dimension of this codebook"
             )
+        return x.detach().float()
 
 
 @dataclass(frozen=True, eq=False)

@@ -69,6 +69,25 @@ def test_codes_do_not_depend_on_batches_or_order(x: torch.Tensor, rqgmm: RQGMM, 
     assert torch.equal(rqgmm.encode(x[order]), codes[order])
 
 
+def test_the_number_of_threads_changes_neither_fit_nor_codes() -> None:
+    x = torch.from_numpy(topics(5000, 48, groups=60, spread=0.5))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            rqgmm = fit_rqgmm(x, levels=2, components=64, seed=0).rqgmm
+            found.append([rqgmm.encode(x), rqgmm.assign(x).log_likelihood, *(gmm.means for gmm in rqgmm.levels)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
+
+
+def test_other_floats_are_encoded_as_float32(x: torch.Tensor, rqgmm: RQGMM) -> None:
+    assert torch.equal(rqgmm.encode(x.double()), rqgmm.encode(x))
+    assert torch.equal(rqgmm.assign(x.half()).codes, rqgmm.encode(x.half().float()))
+
+
 def test_chunks_of_the_data_do_not_change_the_fit() -> None:
     x = torch.from_numpy(topics(2 * FIT_BLOCK + 100, 8, groups=30, spread=0.4))
     whole = fit_rqgmm(x, levels=2, components=8, seed=1, iterations=8).rqgmm
