@@ -40,7 +40,7 @@ _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None in a torc
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (N, D) times the transpose of weight (K, D), plus bias (K,): (N, K), float32.
 
-    On a CPU a row of the result depends neither on its neighbours nor on the number of threads.
+    By oneDNN a row of the result depends neither on which neighbours it has (as long as there is one) nor on the threads.
     """
     if x.device.type == "cpu" and _onednn is not None:
         result: Tensor = _onednn(x, weight, bias, "none", [], "")

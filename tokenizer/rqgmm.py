@@ -352,6 +352,7 @@ def encode_block(x: Tensor, components: int) -> int:
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
+    """Blocks of one size, so that a row's codes do not depend on how many others come with it."""
     missing = rows - len(x)
     return torch.cat([x, x.new_zeros(missing, x.shape[1])]) if missing else x
 
