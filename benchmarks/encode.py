@@ -6,6 +6,7 @@ sid bench encode --json encode.json
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -47,28 +48,29 @@ def encode(
     quantizer.train(x[:20_000].numpy())
     matrix = np.ascontiguousarray(x.numpy())
 
-    means = rqgmm.levels[0].means
-    blas_means, out = means.T.contiguous(), torch.empty(encode_block(x, components), components)
+    size, means = encode_block(x, components), rqgmm.levels[0].means
+    slopes, out = means.T.contiguous(), torch.empty(size, components)
 
-    def products(count: int) -> None:
-        for block in x.split(len(out)):
+    def products(one: Callable[[torch.Tensor], object], count: int) -> None:
+        for block in x.split(size):
             for _ in range(levels * count):
-                product(block, means)
+                one(block)
 
-    def blas(count: int) -> None:
-        for block in x.split(len(out)):
-            for _ in range(levels * count):
-                torch.mm(block, blas_means, out=out[: len(block)])
+    def onednn(block: torch.Tensor) -> torch.Tensor:
+        return product(block, means)
+
+    def blas(block: torch.Tensor) -> torch.Tensor:
+        return torch.mm(block, slopes, out=out[: len(block)])
 
     works = {
         "encode": lambda: rqgmm.encode(x),
         "encode_diagonal": lambda: diagonal.encode(x),
         "assign": lambda: rqgmm.assign(x),
         "faiss_beam1": lambda: quantizer.compute_codes(matrix),
-        "products": lambda: products(1),
-        "products_diagonal": lambda: products(2),
-        "blas": lambda: blas(1),
-        "blas_diagonal": lambda: blas(2),
+        "onednn": lambda: products(onednn, 1),
+        "onednn_diagonal": lambda: products(onednn, 2),
+        "blas": lambda: products(blas, 1),
+        "blas_diagonal": lambda: products(blas, 2),
     }
     seconds = side_by_side(works, REPEATS)
     figures: dict[str, object] = {
@@ -76,8 +78,8 @@ def encode(
         "shared_variance_over_faiss_beam1": seconds["faiss_beam1"] / seconds["encode"],
         "roofline_fraction": seconds["blas_diagonal"] / seconds["encode_diagonal"],
         "shared_variance_roofline_fraction": seconds["blas"] / seconds["encode"],
-        "onednn_roofline_fraction": seconds["products_diagonal"] / seconds["encode_diagonal"],
-        "shared_variance_onednn_roofline_fraction": seconds["products"] / seconds["encode"],
+        "onednn_roofline_fraction": seconds["onednn_diagonal"] / seconds["encode_diagonal"],
+        "shared_variance_onednn_roofline_fraction": seconds["onednn"] / seconds["encode"],
         "uncertainty_cost": seconds["assign"] / seconds["encode"] - 1,
         "rows_per_second": rows / seconds["encode"],
         "rows": rows,

@@ -156,8 +156,9 @@ def _pending(embeddings: DataFrame, published: DataFrame, version: int, parent: 
 def _spread(warehouse: Warehouse, groups: Sequence[RowGroup], pending: DataFrame | None) -> DataFrame:
     """One row for each row group of the files that have `pending` items, with those; None is all. Of all, each task gets
     about as many; of a few, whose number in a group is not known, each group is a task."""
-    whole_rounds = _tasks(sum(group.rows for group in groups), warehouse.cores)
-    tasks = len(groups) if pending is not None else min(whole_rounds, len(groups))
+    tasks = len(groups)
+    if pending is None:
+        tasks = min(tasks, _tasks(sum(group.rows for group in groups), warehouse.cores))
     values = [(*astuple(group), group.file, place * tasks // len(groups)) for place, group in enumerate(groups)]
     rows = warehouse.spark.createDataFrame(values, f"{GROUPS}, file STRING, task INT")
     if pending is None:

@@ -27,9 +27,7 @@ NEGLIGIBLE_ANNEALING = 1e-3  # the same while annealing, whose steps need not be
 CACHED_ROWS = 2048  # at most, and CACHED_CELLS affinities, does a processor's cache hold with what they come from
 CACHED_CELLS = 2**18
 SPARSE = 1 / 16  # share of the responsibilities up to which sums by gathering cost less than a product
-CHEAP = (
-    2**14
-)  # components times dimensions up to which a product costs less than to look for the responsibilities that count
+CHEAP = 2**14  # components times dimensions up to which a product costs less than to look for what counts
 
 
 # torch sends float32 products to MKL, which leaves the 512-bit registers of other makers' processors unused. oneDNN, in
@@ -86,13 +84,9 @@ class DiagonalGMM:
                 f"weights {tuple(self.weights.shape)}, means {tuple(self.means.shape)}, variances {tuple(self.variances.shape)} "
                 "do not fit together; expected (K,), (K, D), (K, D)"
             )
-        least, largest = self.variances.aminmax()  # NaN where there is one
-        if not (
-            self.means.aminmax().max.isfinite()
-            and self.means.aminmax().min.isfinite()
-            and least > 0
-            and largest.isfinite()
-        ):
+        lowest, highest = self.means.aminmax()  # NaN where there is one
+        least, largest = self.variances.aminmax()
+        if not (lowest.isfinite() and highest.isfinite() and least > 0 and largest.isfinite()):
             raise DataError(
                 "means and variances must be finite and variances above 0; was the mixture fitted on NaN, Inf or huge values?"
             )
