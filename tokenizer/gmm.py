@@ -7,9 +7,12 @@ Notation is in tokenizer/README.md: N rows, D dimensions, K components.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +23,9 @@ from torch.nn.functional import embedding_bag, linear, one_hot
 from tokenizer.errors import DataError
 
 Indices = npt.NDArray[np.int64]
+Result = TypeVar("Result")
 LOG_2PI = math.log(2 * math.pi)
-LOG2_E = math.log2(math.e)
+LEAST_EXPONENT = -87.0  # exp of less is no normal float32, and many times as slow
 NEGLIGIBLE = 1e-5  # responsibilities below this share of their row's largest count as none
 NEGLIGIBLE_ANNEALING = 1e-3  # the same while annealing, whose steps need not be exact
 CACHED_ROWS = 2048  # at most, and CACHED_CELLS affinities, does a processor's cache hold with what they come from
@@ -51,8 +55,26 @@ def cached_rows(components: int) -> int:
     return min(CACHED_ROWS, max(512, CACHED_CELLS // components))
 
 
-class Scratch:
-    """Tensors that one block after the other writes over.
+def by_threads(work: Callable[[int, Tensor], Result], x: Tensor, size: int) -> list[Result]:
+    """`work(start, block)` of every block of `size` rows, which begins at row `start` of `x`; each block by one thread.
+
+    Against every operation by all threads: a core finds in its own cache what it wrote there for the operation before,
+    and what takes one thread anyway (NumPy, small tensors, Python) waits for nobody. Few blocks are worked that way.
+    """
+    blocks = torch.split(x, size)  # one, without rows, of no rows
+    starts = [number * size for number in range(len(blocks))]
+    threads = torch.get_num_threads()
+    if x.is_cuda or threads == 1 or len(blocks) < 2 * threads:
+        return [work(start, block) for start, block in zip(starts, blocks, strict=True)]
+    try:
+        with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
+            return list(pool.map(work, starts, blocks))
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets for itself holds for threads yet to come as well
+
+
+class Scratch(threading.local):
+    """Tensors that one block after the other writes over; every thread has its own.
 
     A fresh tensor of megabytes costs a page fault every 4 KiB, and the faults of one step as much as its products.
     """
@@ -181,9 +203,9 @@ def most_probable(affinity: Tensor) -> tuple[Tensor, Tensor]:
 def certainty(affinity: Tensor, best: Tensor) -> Tensor:
     """(N,): posterior of the most probable component, 1 / sum_k exp(affinity_k - best). Overwrites the affinities (N, K).
 
-    By powers of 2: exp is slow where it underflows, and softmax also divides what nobody reads.
+    A softmax would also divide what nobody reads.
     """
-    return affinity.sub_(best[:, None]).mul_(LOG2_E).exp2_().sum(dim=1).reciprocal_()
+    return affinity.sub_(best[:, None]).clamp_min_(LEAST_EXPONENT).exp_().sum(dim=1).reciprocal_()
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,6 +23,7 @@ from tokenizer.gmm import (
     GMMStatistics,
     Scratch,
     annealing_step,
+    by_threads,
     cached_rows,
     certainty,
     e_step,
@@ -124,7 +125,7 @@ class RQGMM:
         """
         x, scratch = self._checked(x), Scratch()
         encoded = self._codes if self.beam == 1 else self._searched
-        return torch.cat([encoded(block, scratch) for block in torch.split(x, encode_block(x, self.components))])
+        return torch.cat(by_threads(lambda _, block: encoded(block, scratch), x, encode_block(x, self.components)))
 
     def assign(self, x: Tensor, codes: Tensor | None = None) -> Assignment:
         """Codes with their posterior and likelihood in one pass; with `codes`, those of the given ones instead.
@@ -136,8 +137,8 @@ class RQGMM:
             codes = self.encode(x)
         size, scratch, n = encode_block(x, self.components), Scratch(), len(x)
         found = _Found(x.new_empty(n, self.n_levels, dtype=torch.int32), *x.new_empty(4, self.n_levels, n))
-        for start in range(0, n, size):
-            self._assign(x[start : start + size], codes, start, found, scratch)
+        by_threads(lambda start, block: self._assign(block, codes, start, found, scratch), x, size)
+        _check_finite(found.best)
         log_evidence = found.best - found.sure.log()  # log p(residual), but for the term of the row
         log_posterior = (found.score - log_evidence).sum(0)
         log_likelihood = (log_evidence + self._row_terms(found.energy, found.score)).sum(0)
@@ -163,12 +164,14 @@ class RQGMM:
         return found
 
     def _codes(self, x: Tensor, scratch: Scratch) -> Tensor:
-        descent, codes = self._descent(_padded(x, encode_block(x, self.components)), scratch), []
+        descent = self._descent(_padded(x, encode_block(x, self.components)), scratch)
+        scores, codes = [], []
         for _ in self.levels:
             score, code = most_probable(descent.affinity())
-            _check_finite(score)
+            scores.append(score)
             codes.append(code.int())
             descent.take(code)
+        _check_finite(torch.stack(scores))
         return torch.stack(codes, dim=1)[: len(x)]
 
     def _searched(self, x: Tensor, _: Scratch) -> Tensor:
@@ -187,7 +190,6 @@ class RQGMM:
             energy = descent.energy()
             affinity = descent.affinity()
             best, code = most_probable(affinity)
-            _check_finite(best)
             score = best
             if given is not None:
                 code[:n] = given[rows, level].long()

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import reduce
 from itertools import product
@@ -71,16 +72,27 @@ def test_codes_do_not_depend_on_batches_or_order(x: torch.Tensor, rqgmm: RQGMM, 
 
 def test_the_number_of_threads_changes_neither_fit_nor_codes() -> None:
     x = torch.from_numpy(topics(5000, 48, groups=60, spread=0.5))
+    many = x.repeat(3, 1)[:-7]  # blocks enough for every thread to have its own
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             rqgmm = fit_rqgmm(x, levels=2, components=64, seed=0).rqgmm
-            found.append([rqgmm.encode(x), rqgmm.assign(x).log_likelihood, *(gmm.means for gmm in rqgmm.levels)])
+            sure = rqgmm.assign(many)
+            found.append(
+                [rqgmm.encode(many), sure.codes, sure.confidence, sure.log_likelihood, *(g.means for g in rqgmm.levels)]
+            )
+            assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == before
     assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
+
+
+def test_no_rows_have_no_codes(x: torch.Tensor, rqgmm: RQGMM) -> None:
+    assert rqgmm.encode(x[:0]).shape == rqgmm.assign(x[:0]).codes.shape == (0, rqgmm.n_levels)
 
 
 def test_other_floats_are_encoded_as_float32(x: torch.Tensor, rqgmm: RQGMM) -> None:
