@@ -20,7 +20,7 @@ from tokenizer import RQGMM, DiagonalGMM, fit_rqgmm
 from tokenizer.gmm import product
 from tokenizer.rqgmm import encode_block
 
-REPEATS = 12
+REPEATS = 24
 
 
 def encode(

@@ -135,14 +135,18 @@ class RQGMM:
         x = self._checked(x)
         if codes is None and self.beam > 1:
             codes = self.encode(x)
-        size, scratch, n = encode_block(x, self.components), Scratch(), len(x)
-        found = _Found(x.new_empty(n, self.n_levels, dtype=torch.int32), *x.new_empty(4, self.n_levels, n))
-        by_threads(lambda start, block: self._assign(block, codes, start, found, scratch), x, size)
-        _check_finite(found.best)
-        log_evidence = found.best - found.sure.log()  # log p(residual), but for the term of the row
-        log_posterior = (found.score - log_evidence).sum(0)
-        log_likelihood = (log_evidence + self._row_terms(found.energy, found.score)).sum(0)
-        return Assignment(found.codes, log_posterior.exp().clamp(0, 1), log_likelihood)
+        scratch = Scratch()
+
+        def found(start: int, block: Tensor) -> list[Tensor]:
+            return self._found(block, None if codes is None else codes[start : start + len(block)], scratch)
+
+        blocks = by_threads(found, x, encode_block(x, self.components))
+        chosen, best, sure, score, energy = (torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True))
+        _check_finite(best)
+        log_evidence = best - sure.log()  # log p(residual), but for the term of the row
+        log_posterior = (score - log_evidence).sum(0)
+        log_likelihood = (log_evidence + self._row_terms(energy, score)).sum(0)
+        return Assignment(chosen.T.int().contiguous(), log_posterior.exp().clamp(0, 1), log_likelihood)
 
     def decode(self, codes: Tensor) -> Tensor:
         """(N, D) float32: the sum of the means of each row's components."""
@@ -182,24 +186,22 @@ class RQGMM:
             residual, codes = extended(self.levels[: level - 1], gmm, residual, codes, 1 if last else self.beam)
         return codes[: len(x), 0]
 
-    def _assign(self, x: Tensor, given: Tensor | None, start: int, found: _Found, scratch: Scratch) -> None:
-        """Fill in what is found of a block that begins at row `start`."""
+    def _found(self, x: Tensor, given: Tensor | None, scratch: Scratch) -> list[Tensor]:
+        """(L, n) each: the code, the largest affinity, its responsibility, the affinity of the code, what `_row_terms` needs."""
         n, block = len(x), _padded(x, encode_block(x, self.components))
-        rows, descent = slice(start, start + n), self._descent(block, scratch)
+        descent = self._descent(block, scratch)
+        levels = []
         for level in range(self.n_levels):
             energy = descent.energy()
             affinity = descent.affinity()
             best, code = most_probable(affinity)
             score = best
             if given is not None:
-                code[:n] = given[rows, level].long()
+                code[:n] = given[:, level].long()
                 score = affinity.gather(1, code[:, None])[:, 0]
-            found.codes[rows, level] = code[:n]
-            found.best[level, rows] = best[:n]
-            found.score[level, rows] = score[:n]
-            found.energy[level, rows] = energy[:n]
-            found.sure[level, rows] = certainty(affinity, best)[:n]
+            levels.append((code, best, certainty(affinity, best), score, energy))
             descent.take(code)
+        return [torch.stack(values)[:, :n] for values in zip(*levels, strict=True)]
 
     def _row_terms(self, energy: Tensor, score: Tensor) -> Tensor:
         """(L, N): what affinities leave out of the log-joint.
@@ -243,17 +245,6 @@ class RQGMM:
                 f"embeddings have shape {tuple(x.shape)}; expected (N, {self.dim}), the dimension of this codebook"
             )
         return x.detach().float()
-
-
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """codes (N, L); (L, N) each: largest affinity, its responsibility, affinity of the code; then what `_row_terms` needs."""
-
-    codes: Tensor
-    best: Tensor
-    sure: Tensor
-    score: Tensor
-    energy: Tensor
 
 
 @dataclass(frozen=True, eq=False)
