@@ -219,6 +219,12 @@ class GMMStatistics:
     squared_error: Tensor  # ()  sum_n |x_n - mu_code(n)|^2; with second moments its expectation under gamma
     certainty: Tensor  # ()  sum_n max_k gamma_nk
 
+    @staticmethod
+    def of_no_rows(components: int, dim: int, device: torch.device, *, second_moments: bool = False) -> GMMStatistics:
+        shapes: tuple[tuple[int, ...], ...] = ((components,), (components, dim), (components, dim), (), (), ())
+        count, sum_x, sum_xx, *scalars = (torch.zeros(s, dtype=torch.float64, device=device) for s in shapes)
+        return GMMStatistics(count, sum_x, sum_xx if second_moments else None, *scalars)
+
     def __add__(self, other: GMMStatistics) -> GMMStatistics:
         both = None if self.sum_xx is None or other.sum_xx is None else self.sum_xx + other.sum_xx
         return GMMStatistics(
@@ -277,7 +283,7 @@ def e_step(
         best, sure, *totals = _soft_sums(affinity, () if hard else rows, NEGLIGIBLE, scratch)
         log_likelihood = (best - sure.log() + gmm.row_term(x)).double().sum()  # sum of the joint = largest / its share
         if hard:
-            sure, totals = torch.ones_like(sure), _sums_by_code(code, rows, gmm.components)
+            sure, totals = torch.ones_like(sure), sums_by_code(code, rows, gmm.components)
         if not second_moments:
             mean = torch.index_select(gmm.means, 0, code, out=scratch.matrix("rows", x.shape, x))
             totals.append(torch.linalg.vector_norm(torch.sub(x, mean, out=mean), dim=1).double().square().sum())
@@ -350,7 +356,7 @@ def _soft_sums(affinity: Tensor, rows: tuple[Tensor, ...], negligible: float, sc
     share = np.exp(affinity.view(-1).numpy()[place] - best.numpy()[row])
     sure = (1 / torch.from_numpy(np.bincount(row, share, minlength=n))).float()
     weight = torch.from_numpy(share * sure.numpy()[row])
-    return [best, sure, *_gathered_sums(component, row, weight, rows, k)]
+    return [best, sure, *gathered_sums(component, row, weight, rows, k)]
 
 
 def _weighted_sums(resp: Tensor, rows: Tensor) -> Tensor:
@@ -358,15 +364,15 @@ def _weighted_sums(resp: Tensor, rows: Tensor) -> Tensor:
     return product(resp.T, rows.T) if resp.shape[1] <= rows.shape[1] else product(rows.T, resp.T).T
 
 
-def _sums_by_code(code: Tensor, rows: tuple[Tensor, ...], components: int) -> list[Tensor]:
+def sums_by_code(code: Tensor, rows: tuple[Tensor, ...], components: int) -> list[Tensor]:
     """The sums of `_soft_sums` where responsibilities are one-hot."""
     if code.is_cuda:
         resp = one_hot(code, components).float()
         return [resp.sum(0).double(), *(resp.T @ row for row in rows)]
-    return _gathered_sums(code.numpy(), np.arange(len(code)), None, rows, components)
+    return gathered_sums(code.numpy(), np.arange(len(code)), None, rows, components)
 
 
-def _gathered_sums(
+def gathered_sums(
     component: Indices, row: Indices, weight: Tensor | None, rows: tuple[Tensor, ...], components: int
 ) -> list[Tensor]:
     """[sum_m weight_m (K,), then sum_m weight_m rows[row_m] (K, D)] over the m of each component, in the order given."""

@@ -32,7 +32,9 @@ from tokenizer.gmm import (
     map_means,
     most_probable,
     product,
+    sums_by_code,
 )
+from tokenizer.joint import joint_means
 
 FIT_BLOCK = 8192  # rows of one block of the fit: statistics of blocks add, so chunks of any size give the same blocks
 CUDA_BLOCK = 16_384  # rows of a block on a GPU, which small blocks leave idle
@@ -44,9 +46,11 @@ STILL = 1e-4  # relative change of the error that counts as none
 EM_GAIN = 1e-3  # nats a row that an EM step must gain for another one (scikit-learn's default)
 OVERRELAXATION = 1.5  # means move this far along each step: near a split EM itself is slow
 ANNEALED = 0.99  # mean posterior of the most probable component at which annealing has done its work
-PRIOR_ROWS = 1.0  # rows at the level's mean that each component is thought to have besides its own
-HARD_STEPS = 10  # classification EM at the end, at most
-WARM_STEPS = 3  # hard (or EM) steps of a refit that starts from the champion (stable IDs)
+PRIOR_ROWS = 1.0  # rows that each component is thought to have besides its own, where its mean is thought to be
+HARD_STEPS = 10  # classification EM at the end of a level, at most
+JOINT_STEPS = 20  # of all levels at the end of the fit, at most
+JOINT_SWEEPS = 3  # over the levels in one of them; with 20 the fit ends at the same error
+WARM_STEPS = 3  # joint (or Lloyd, or EM) steps of a refit that starts from the champion (stable IDs)
 SPECTRUM_ROWS = 20_000  # rows of the power iteration for the critical temperature
 VARIANCE_FLOOR = 1e-12  # share of the data's mean square
 
@@ -70,6 +74,8 @@ class Assignment:
 @dataclass(frozen=True)
 class Iteration:
     """One step of a fit. Temperature 0 is a hard step; perplexity is over K; no likelihood while annealing.
+
+    Level 0 stands for all levels together: RMSE is of what the last leaves, perplexity and use are the last's.
 
     `certainty` is the mean posterior, at the step's temperature, of each row's most probable component.
     """
@@ -393,6 +399,7 @@ def fit_rqgmm(
         )
     if method == "em":
         shrinkage = 0.0
+    together = method == "annealed" and shrinkage == 1 and levels > 1
     source = _Blocks(data, components, beam, torch.device(device))
     if init is not None and init.dim != source.dim:
         raise DataError(f"init has dimension {init.dim}, the data {source.dim}; expected the same. Fit without init")
@@ -410,12 +417,17 @@ def fit_rqgmm(
             source.descend(gmm)
         for level in range(len(done) + 1, levels + 1):
             fit = _Level(source, level, components, seed, shrinkage, method, trace, on_iteration)
-            gmm = fit.warm(init.levels[level - 1]) if init is not None else fit.cold(iterations)
+            if init is None:
+                gmm = fit.cold(iterations)
+            else:
+                gmm = fit.warm(init.levels[level - 1], 0 if together else WARM_STEPS)
             done.append(gmm)
             if on_level is not None:
                 on_level(RQGMMFit(RQGMM(tuple(done), beam), tuple(trace)))
             if level < levels:
                 source.descend(gmm)
+        if together:
+            done = _together(source, done, JOINT_STEPS if init is None else WARM_STEPS, trace, on_iteration)
     finally:
         torch.set_flush_denormal(False)  # it is a state of the whole process
     return RQGMMFit(RQGMM(tuple(done), beam), tuple(trace))
@@ -432,9 +444,9 @@ class _Blocks:
         self.device = device
         if isinstance(data, Tensor) and data.ndim != 2:
             raise DataError(f"embeddings have shape {tuple(data.shape)}; expected (N, D)")
+        self._data = data
         # (N, paths, D)
         self._tensor = data.to(device, torch.float32, copy=True)[:, None] if isinstance(data, Tensor) else None
-        self._batches = None if isinstance(data, Tensor) else data
         self._beam = beam
         self._levels: list[DiagonalGMM] = []
         rows, square, largest, self.dim = 0, 0.0, 0.0, 0
@@ -467,7 +479,7 @@ class _Blocks:
                 "Lower components or fit on more items"
             )
         self.elements = self.rows * self.dim
-        self.mean_square = float(counted[1]) / self.elements
+        self.floor = max(VARIANCE_FLOOR * float(counted[1]) / self.elements, 1e-30)  # of a variance
 
     def __iter__(self) -> Iterator[Tensor]:
         for block in self._items():
@@ -476,17 +488,31 @@ class _Blocks:
     @property
     def own_rows(self) -> int:
         """Of this rank; `rows` is of all."""
-        return self._codes.shape[0] * self._codes.shape[1]
+        return self.own_items * self._codes.shape[1]
+
+    @property
+    def own_items(self) -> int:
+        return self._codes.shape[0]
 
     def _items(self) -> Iterator[Tensor]:
         """Residuals (n, paths, D) of FIT_BLOCK items after FIT_BLOCK items."""
         if self._tensor is not None:
             yield from torch.split(self._tensor, FIT_BLOCK)
             return
-        assert self._batches is not None
+        start = 0
+        for block in self._rows():
+            yield self._residual(block, start)
+            start += len(block)
+
+    def _rows(self) -> Iterator[Tensor]:
+        """The rows themselves (n, D), FIT_BLOCK after FIT_BLOCK."""
+        if isinstance(self._data, Tensor):
+            for part in torch.split(self._data, FIT_BLOCK):
+                yield part.to(self.device, torch.float32)
+            return
         waiting: list[Tensor] = []
-        held = start = width = 0
-        for batch in self._batches:
+        held = width = 0
+        for batch in self._data:
             width = width or batch.shape[-1]
             if batch.ndim != 2 or batch.shape[1] != width:
                 raise DataError(f"a batch has shape {tuple(batch.shape)}; expected (n, {width}) in every batch")
@@ -494,14 +520,15 @@ class _Blocks:
             held += len(batch)
             while held >= FIT_BLOCK:
                 joined = torch.cat(waiting) if len(waiting) > 1 else waiting[0]
-                yield self._residual(joined[:FIT_BLOCK], start)
-                waiting, held, start = [joined[FIT_BLOCK:]], held - FIT_BLOCK, start + FIT_BLOCK
+                yield self._moved(joined[:FIT_BLOCK])
+                waiting, held = [joined[FIT_BLOCK:]], held - FIT_BLOCK
         if held:
-            yield self._residual(torch.cat(waiting), start)
+            yield self._moved(torch.cat(waiting))
+
+    def _moved(self, block: Tensor) -> Tensor:
+        return block.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else block
 
     def _residual(self, block: Tensor, start: int) -> Tensor:
-        if self.device.type == "cuda":
-            block = block.pin_memory().to(self.device, non_blocking=True)
         residual = block[:, None]
         for level, gmm in enumerate(self._levels):
             residual = residual - gmm.means[self._codes[start : start + len(block), :, level].long()]
@@ -530,6 +557,33 @@ class _Blocks:
         self.rows = self.items * kept
         self.elements = self.rows * self.dim
 
+    def explained(self, levels: Sequence[DiagonalGMM]) -> tuple[list[GMMStatistics], Tensor]:
+        """Codes (N, L) that encode gives the rows of all ranks, and by level the statistics under hard responsibilities:
+        sum_x is of what the last level leaves, squared_error of what this one does."""
+        rqgmm = RQGMM(tuple(levels), self._beam).to(self.device)
+        reach = self.largest + sum(float(gmm.means.abs().amax()) for gmm in levels)
+        totals = [GMMStatistics.of_no_rows(rqgmm.components, self.dim, self.device) for _ in levels]
+        codes, start = torch.empty(self.own_items, len(levels), dtype=torch.int32), 0
+        for rows in self._rows():
+            code = rqgmm.encode(rows)
+            codes[start : start + len(rows)] = code
+            start += len(rows)
+            errors, residual = [], rows
+            for level, gmm in enumerate(rqgmm.levels):
+                residual = residual - gmm.means[code[:, level].long()]
+                errors.append(torch.linalg.vector_norm(residual, dim=1).double().square().sum())
+            unknown = torch.full_like(errors[0], math.nan)
+            for level, error in enumerate(errors):
+                count, left = (
+                    sums.double() for sums in sums_by_code(code[:, level].long(), (residual,), rqgmm.components)
+                )
+                found = GMMStatistics(count, left, None, unknown, error, count.sum())
+                totals[level] += found.on_grid(self.items, reach)
+        totals = [total.cpu() for total in totals]
+        if _distributed():
+            return [_all_ranks(total) for total in totals], torch.cat(_gathered(codes))
+        return totals, codes
+
 
 class _Level:
     """The fit of one level: start, annealing, hard steps, dead components."""
@@ -541,7 +595,6 @@ class _Level:
         self.source, self.level, self.components, self.method = source, level, components, method
         self.shrinkage, self.trace, self.told = shrinkage, trace, told
         self.generator = torch.Generator().manual_seed(seed * 1000 + level)
-        self.floor = max(VARIANCE_FLOOR * source.mean_square, 1e-30)
         self.prior = PRIOR_ROWS if method == "annealed" else 0.0
         self.count, self.scratch = 0, Scratch()
 
@@ -549,7 +602,9 @@ class _Level:
         rows = self._sample(max(SPECTRUM_ROWS, 4 * self.components))
         start = isotropic(self._seeded(rows), 1.0)
         first = self._sums(start, partial(e_step, hard=True, second_moments=False))
-        gmm = m_step(first, start, shrinkage=1.0, fitted_weights=False, floor=self.floor)  # one k-means iteration
+        gmm = m_step(
+            first, start, shrinkage=1.0, fitted_weights=False, floor=self.source.floor
+        )  # one k-means iteration
         if self.method == "em":
             return self._em(gmm, iterations)
         if self.method == "kmeans":
@@ -572,12 +627,12 @@ class _Level:
     def _annealed(self, gmm: DiagonalGMM, mean: Tensor, spread: float, steps: int) -> DiagonalGMM:
         """Means after annealing from half the critical temperature, `spread` / variance, until rows are certain."""
         variance = float(gmm.variances[0, 0])
-        if variance <= self.floor:  # the start explains its rows exactly: there is nothing to split
+        if variance <= self.source.floor:  # the start explains its rows exactly: there is nothing to split
             return gmm
         means = (mean + CONTRACTION * (gmm.means.double() - mean)).float()
         temperature, last = CRITICAL_SHARE * spread / variance, math.inf
         for _ in range(steps):
-            if temperature * variance <= self.floor:  # rows that differ by less cannot be told apart
+            if temperature * variance <= self.source.floor:  # rows that differ by less cannot be told apart
                 break
             sums = self._sums(isotropic(means, temperature * variance), annealing_step)
             self._tell(sums, temperature)
@@ -590,14 +645,14 @@ class _Level:
             last = error
         return isotropic(means, variance)
 
-    def warm(self, champion: DiagonalGMM) -> DiagonalGMM:
-        """A few steps from the champion's level; a component that has no rows moves, as no ID is lost by it."""
+    def warm(self, champion: DiagonalGMM, steps: int) -> DiagonalGMM:
+        """`steps` from the champion's level; a component that has no rows moves in any case, as no ID is lost by it."""
         if self.method == "em":
-            return self._em(champion, WARM_STEPS)
+            return self._em(champion, steps)
         start = isotropic(champion.means, 1.0)
         first = self._sums(start, partial(e_step, hard=True, second_moments=False))
         return self._hard(
-            isotropic(champion.means, max(float(first.squared_error) / self.source.elements, self.floor)), WARM_STEPS
+            isotropic(champion.means, max(float(first.squared_error) / self.source.elements, self.source.floor)), steps
         )
 
     def _hard(self, gmm: DiagonalGMM, steps: int) -> DiagonalGMM:
@@ -627,7 +682,12 @@ class _Level:
         self._tell(sums, temperature)
         self.counted = sums.count
         return m_step(
-            sums, gmm, shrinkage=self.shrinkage, fitted_weights=self.method == "em", floor=self.floor, prior=self.prior
+            sums,
+            gmm,
+            shrinkage=self.shrinkage,
+            fitted_weights=self.method == "em",
+            floor=self.source.floor,
+            prior=self.prior,
         )
 
     def _revived(self, gmm: DiagonalGMM, dead: Tensor) -> DiagonalGMM:
@@ -636,7 +696,7 @@ class _Level:
         if not len(places):
             return gmm
         worst, error = self._worst_rows(gmm, len(places))
-        wrong = error > self.floor
+        wrong = error > self.source.floor
         if not bool(wrong.any()):  # fewer distinct rows than components
             return gmm
         means = gmm.means.clone()
@@ -658,13 +718,9 @@ class _Level:
     def _sums(self, gmm: DiagonalGMM, step: Callable[..., GMMStatistics], *, moments: bool = False) -> GMMStatistics:
         """`step(gmm, block)` of all blocks of all ranks; the same bits whoever adds them in whatever order."""
         gmm = gmm.to(self.source.device)
-        k, d = self.components, self.source.dim
-        shapes: tuple[tuple[int, ...], ...] = ((k,), (k, d), (k, d), (), (), ())
-        count, sum_x, sum_xx, *scalars = (torch.zeros(shape, dtype=torch.float64) for shape in shapes)
-        total = GMMStatistics(count, sum_x, sum_xx if moments else None, *scalars)
-        for number, block in enumerate(self.source):
-            part = step(gmm, block, scratch=self.scratch).on_grid(self.source.rows, self.source.largest)
-            total = part if number == 0 else total + part
+        total = GMMStatistics.of_no_rows(self.components, self.source.dim, self.source.device, second_moments=moments)
+        for block in self.source:
+            total += step(gmm, block, scratch=self.scratch).on_grid(self.source.rows, self.source.largest)
         total = total.cpu()
         return _all_ranks(total) if _distributed() else total
 
@@ -694,22 +750,63 @@ class _Level:
 
     def _tell(self, sums: GMMStatistics, temperature: float) -> None:
         self.count += 1
-        share = sums.count / sums.count.sum()
-        entropy = -float((share * share.clamp_min(1e-300).log()).sum())
-        likelihood = float(sums.log_likelihood) / self.source.rows
-        step = Iteration(
-            level=self.level,
-            iteration=self.count,
-            temperature=temperature,
-            rmse=math.sqrt(float(sums.squared_error) / self.source.elements),
-            certainty=float(sums.certainty) / self.source.rows,
-            log_likelihood=likelihood if math.isfinite(likelihood) else None,
-            perplexity=math.exp(entropy) / self.components,
-            used=int((sums.count > 0.5).sum()),
-        )
+        step = _iteration(sums, self.level, self.count, temperature, self.source.rows)
         self.trace.append(step)
         if self.told is not None:
             self.told(step)
+
+
+def _iteration(sums: GMMStatistics, level: int, number: int, temperature: float, rows: int) -> Iteration:
+    k, d = sums.sum_x.shape
+    share = sums.count / sums.count.sum()
+    entropy = -float((share * share.clamp_min(1e-300).log()).sum())
+    likelihood = float(sums.log_likelihood) / rows
+    return Iteration(
+        level=level,
+        iteration=number,
+        temperature=temperature,
+        rmse=math.sqrt(float(sums.squared_error) / (rows * d)),
+        certainty=float(sums.certainty) / rows,
+        log_likelihood=likelihood if math.isfinite(likelihood) else None,
+        perplexity=math.exp(entropy) / k,
+        used=int((sums.count > 0.5).sum()),
+    )
+
+
+def _together(
+    source: _Blocks, levels: list[DiagonalGMM], steps: int, trace: list[Iteration], told: Callable[[Iteration], None] | None
+) -> list[DiagonalGMM]:  # fmt: skip
+    """All levels after joint M-steps, each with a new encode, until the error stands still or a component loses its rows.
+
+    The priors' rows are at the means as they were fitted, of the last level, which nothing comes after, at its mean.
+    """
+    anchors = [gmm.means.double() for gmm in levels[:-1]]
+    sums, codes = source.explained(levels)
+    for number in range(1, steps + 1):
+        means = [gmm.means.double() for gmm in levels]
+        centre = (sums[-1].sum_x.sum(0) + sums[-1].count @ means[-1]) / source.items
+        moved = joint_means(
+            [each.sum_x for each in sums], codes, means, [*anchors, centre[None]], PRIOR_ROWS, JOINT_SWEEPS
+        )
+        tried = [isotropic(mean.float(), gmm.variance or 1.0) for mean, gmm in zip(moved, levels, strict=True)]
+        found, new_codes = source.explained(tried)
+        step = _iteration(found[-1], 0, number, 0.0, source.items)
+        dead, died = (sum(int((each.count == 0).sum()) for each in all_sums) for all_sums in (sums, found))
+        gain = float(sums[-1].squared_error - found[-1].squared_error)
+        if gain <= 0 or died > dead:
+            break
+        still = gain <= STILL * float(sums[-1].squared_error)
+        levels, sums, codes = tried, found, new_codes
+        trace.append(step)
+        if told is not None:
+            told(step)
+        if still:
+            break
+    elements = source.items * source.dim
+    return [
+        isotropic(gmm.means, max(float(each.squared_error) / elements, source.floor))
+        for gmm, each in zip(levels, sums, strict=True)
+    ]
 
 
 def largest_eigenvalue(centred: Tensor, steps: int = 30) -> float:
