@@ -50,18 +50,20 @@ class Checkpoint:
         filesystem.delete_dir(place)
 
     def save(self, fit: RQGMMFit) -> None:
-        """Keep the levels done so far. The trace is written last: without it the level does not count."""
-        level = fit.rqgmm.n_levels
-        self._save_codebook(f"level-{level}", fit.rqgmm)
-        self._write(f"level-{level}.json", json.dumps([asdict(step) for step in fit.trace]))
+        """Keep the levels done so far."""
+        self._save_fit(f"level-{fit.rqgmm.n_levels}", fit)
 
     def latest(self) -> RQGMMFit | None:
         """The levels done so far, checked against their hash."""
         levels = [int(name[6:-5]) for name in self._names() if name.startswith("level-") and name.endswith(".json")]
-        if not levels:
-            return None
-        trace = tuple(Iteration(**step) for step in json.loads(self._read(f"level-{max(levels)}.json")))
-        return RQGMMFit(self._load_codebook(f"level-{max(levels)}"), trace)
+        return self._load_fit(f"level-{max(levels)}") if levels else None
+
+    def save_result(self, fit: RQGMMFit) -> None:
+        """Keep what workers fitted for the driver."""
+        self._save_fit("result", fit)
+
+    def result(self) -> RQGMMFit:
+        return self._load_fit("result")
 
     def save_start(self, champion: RQGMM) -> None:
         self._save_codebook("start", champion)
@@ -101,6 +103,15 @@ class Checkpoint:
         filesystem, place = self._place
         with filesystem.open_input_stream(f"{place}/{self.key}/{name}") as stream:
             return str(stream.read().decode())
+
+    def _save_fit(self, name: str, fit: RQGMMFit) -> None:
+        """The trace is written last: without it the codebook does not count."""
+        self._save_codebook(name, fit.rqgmm)
+        self._write(f"{name}.json", json.dumps([asdict(step) for step in fit.trace]))
+
+    def _load_fit(self, name: str) -> RQGMMFit:
+        trace = tuple(Iteration(**step) for step in json.loads(self._read(f"{name}.json")))
+        return RQGMMFit(self._load_codebook(name), trace)
 
     def _save_codebook(self, name: str, rqgmm: RQGMM) -> None:
         filesystem, place = self._place

@@ -230,11 +230,12 @@ def fit_table(
                     f"the fit lost a worker {1 + RESTARTS} times ({error}); expected {config.workers} that last. Their logs may say why "
                     "(memory?). Levels that are done are kept: run again to go on, or with fewer --set fit.workers"
                 ) from error
-        done = checkpoint.latest()
-        tell(f"a worker was lost; going on from level {(done.rqgmm.n_levels if done else 0) + 1}")
-    fitted = checkpoint.latest()
-    assert fitted is not None
-    return fitted
+        saved = checkpoint.latest()
+        done = saved.rqgmm.n_levels if saved else 0
+        tell(
+            f"a worker was lost; going on {f'from level {done + 1}' if done < config.levels else 'with all levels together'}"
+        )
+    return checkpoint.result()
 
 
 def _device(wanted: str) -> torch.device:
@@ -289,7 +290,7 @@ def _fit_worker(data: dict[str, Any], settings: dict[str, Any], device: str, pla
         dist.init_process_group("gloo")
         share = EmbeddingFiles(**{**data, "files": tuple(data["files"]), "rank": rank, "world": world})
         heard: dict[str, Any] = {"on_iteration": tell, "on_level": checkpoint.save} if rank == 0 else {}
-        fit_rqgmm(
+        fitted = fit_rqgmm(
             share.rows(),
             init=checkpoint.start(),
             resume=checkpoint.latest(),
@@ -297,6 +298,8 @@ def _fit_worker(data: dict[str, Any], settings: dict[str, Any], device: str, pla
             **heard,
             **settings,
         )
+        if rank == 0:
+            checkpoint.save_result(fitted)
         dist.barrier()
         dist.destroy_process_group()
     except LostWorker:
@@ -312,7 +315,7 @@ def _log_trace(registry: Registry, run_id: str, fitted: RQGMMFit) -> None:
 
     now = int(time.time() * 1000)
     metrics = [
-        Metric(f"level{step.level}_{name}", float(value), now, step.iteration)
+        Metric(f"level{step.level}_{name}" if step.level else f"all_levels_{name}", float(value), now, step.iteration)
         for step in fitted.trace
         for name, value in asdict(step).items()
         if name not in ("level", "iteration") and value is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,15 +17,17 @@ if TYPE_CHECKING:
 
 
 def draw_convergence(trace: Sequence[Iteration], path: Path) -> None:
-    """RMSE and temperature by iteration, one panel per level."""
-    levels = sorted({step.level for step in trace})
+    """RMSE and temperature by iteration, one panel per level and one for the steps of all levels together."""
+    levels = sorted({step.level for step in trace}, key=lambda level: level or math.inf)
     figure = _figure(4.2 * len(levels), 3.4)
     axes = figure.subplots(1, len(levels), squeeze=False)[0]
     for axis, level in zip(axes, levels, strict=True):
         steps = [step for step in trace if step.level == level]
         iterations = [step.iteration for step in steps]
         axis.plot(iterations, [step.rmse for step in steps], color="tab:blue", label="RMSE")
-        axis.set(title=f"level {level}", xlabel="iteration", ylabel="RMSE of the residual")
+        axis.set(title=f"level {level}" if level else "all levels", xlabel="iteration", ylabel="RMSE of the residual")
+        if level == 0:
+            continue
         right = axis.twinx()
         temperatures = [step.temperature if step.temperature > 0 else np.nan for step in steps]
         right.plot(iterations, temperatures, color="tab:red", linestyle="--", label="temperature")

@@ -42,7 +42,8 @@ class Terminal:
         self._line(f"{name}: {facts}")
 
     def iteration(self, step: Iteration) -> None:
-        text = f"fit: level {step.level}, iteration {step.iteration}, RMSE {step.rmse:.5f}"
+        place = f"level {step.level}" if step.level else "all levels"
+        text = f"fit: {place}, iteration {step.iteration}, RMSE {step.rmse:.5f}"
         if self._status is not None:
             self._status.update(text)
         elif step.iteration % 20 == 0:

@@ -50,7 +50,8 @@ PRIOR_ROWS = 1.0  # rows that each component is thought to have besides its own,
 HARD_STEPS = 10  # classification EM at the end of a level, at most
 JOINT_STEPS = 20  # of all levels at the end of the fit, at most
 JOINT_SWEEPS = 3  # over the levels in one of them; with 20 the fit ends at the same error
-WARM_STEPS = 3  # joint (or Lloyd, or EM) steps of a refit that starts from the champion (stable IDs)
+WARM_STEPS = 3  # Lloyd or EM steps of a refit that starts from the champion (stable IDs)
+WARM_JOINT_STEPS = 1  # joint ones: of three, the first brings most of what there is to gain, for half the codes moved
 SPECTRUM_ROWS = 20_000  # rows of the power iteration for the critical temperature
 VARIANCE_FLOOR = 1e-12  # share of the data's mean square
 
@@ -376,7 +377,7 @@ def fit_rqgmm(
         data: float tensor (N, D), or a re-iterable of float batches that may be larger than memory. Where
             torch.distributed is initialised each rank passes its own rows: with ranks in order, and each one's rows
             starting at a multiple of FIT_BLOCK, any number of ranks gives the codebook of one.
-        init: start from this codebook with a few hard (or EM) steps, so that codes move only where the data moved.
+        init: start from this codebook with a joint step (or a few Lloyd or EM steps), so that codes move only where the data moved.
         iterations: annealing steps (or EM, or Lloyd steps) per level, at most. Annealing ends when rows are certain of
             their component (ANNEALED), EM when the likelihood stands still (EM_GAIN), hard and Lloyd steps when the error does.
         method: "annealed" is ours; "em" the paper's own (diagonal EM from k-means, fitted weights, no annealing);
@@ -413,7 +414,7 @@ def fit_rqgmm(
     # Cold responsibilities underflow, and arithmetic on denormals is many times slower.
     torch.set_flush_denormal(True)
     try:
-        for gmm in done:
+        for gmm in done[: levels - 1]:
             source.descend(gmm)
         for level in range(len(done) + 1, levels + 1):
             fit = _Level(source, level, components, seed, shrinkage, method, trace, on_iteration)
@@ -427,7 +428,7 @@ def fit_rqgmm(
             if level < levels:
                 source.descend(gmm)
         if together:
-            done = _together(source, done, JOINT_STEPS if init is None else WARM_STEPS, trace, on_iteration)
+            done = _together(source, done, JOINT_STEPS if init is None else WARM_JOINT_STEPS, trace, on_iteration)
     finally:
         torch.set_flush_denormal(False)  # it is a state of the whole process
     return RQGMMFit(RQGMM(tuple(done), beam), tuple(trace))

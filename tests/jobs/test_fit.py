@@ -104,7 +104,10 @@ def test_the_method_is_a_setting(tmp_path: Path, many: EmbeddingFiles, method: M
     assert own_variances == (method == "em")
 
 
-def test_a_fit_goes_on_from_its_last_level(tmp_path: Path, many: EmbeddingFiles) -> None:
+@pytest.mark.parametrize(("killed_at", "repeated"), [(3, {3, 0}), (0, {0})])
+def test_a_fit_goes_on_from_its_last_level(
+    tmp_path: Path, many: EmbeddingFiles, killed_at: int, repeated: set[int]
+) -> None:
     config = FitConfig(components=8, levels=3)
     whole = fit.fit_table(config, many, checkpoint(tmp_path / "whole"))
 
@@ -112,14 +115,14 @@ def test_a_fit_goes_on_from_its_last_level(tmp_path: Path, many: EmbeddingFiles)
         pass
 
     def killed(step: Iteration) -> None:
-        if step.level == 3:
+        if step.level == killed_at:
             raise Killed
 
     with pytest.raises(Killed):
         fit.fit_table(config, many, checkpoint(tmp_path / "killed"), killed)
     steps: list[Iteration] = []
     resumed = fit.fit_table(config, many, checkpoint(tmp_path / "killed"), steps.append)
-    assert {step.level for step in steps} == {3}
+    assert {step.level for step in steps} == repeated
     assert same(whole.rqgmm, resumed.rqgmm)
     assert whole.trace == resumed.trace
 
