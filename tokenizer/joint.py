@@ -15,6 +15,8 @@ from torch import Tensor
 
 from tokenizer.gmm import Indices, gathered_sums
 
+ROWS_AT_ONCE = 2**18  # whose pairs are sorted: pairs are few, rows need not be
+
 
 def joint_means(
     residual_sums: Sequence[Tensor], codes: Tensor, means: Sequence[Tensor], anchors: Sequence[Tensor], prior: float, sweeps: int
@@ -44,5 +46,10 @@ def joint_means(
 
 def _pairs(a: Tensor, b: Tensor, components: int) -> tuple[Indices, Indices, Tensor]:
     """The pairs of components (M,), (M,) that rows have at two levels, and how many rows have each, float64."""
-    pair, count = torch.unique(a.long() * components + b, return_counts=True)
-    return (pair // components).numpy(), (pair % components).numpy(), count.double()
+    parts = [
+        torch.unique(some_a.long() * components + some_b, return_counts=True)
+        for some_a, some_b in zip(torch.split(a, ROWS_AT_ONCE), torch.split(b, ROWS_AT_ONCE), strict=True)
+    ]
+    pair, place = torch.unique(torch.cat([part for part, _ in parts]), return_inverse=True)
+    count = torch.zeros(len(pair), dtype=torch.float64).index_add_(0, place, torch.cat([n for _, n in parts]).double())
+    return (pair // components).numpy(), (pair % components).numpy(), count

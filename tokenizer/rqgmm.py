@@ -49,6 +49,7 @@ ANNEALED = 0.99  # mean posterior of the most probable component at which anneal
 PRIOR_ROWS = 1.0  # rows that each component is thought to have besides its own, where its mean is thought to be
 HARD_STEPS = 10  # classification EM at the end of a level, at most
 JOINT_STEPS = 20  # of all levels at the end of the fit, at most
+JOINT_GAIN = 1e-3  # share of the squared error that one must take away: less is not worth the codes that it moves
 JOINT_SWEEPS = 3  # over the levels in one of them; with 20 the fit ends at the same error
 WARM_STEPS = 3  # Lloyd or EM steps of a refit that starts from the champion (stable IDs)
 WARM_JOINT_STEPS = 1  # joint ones: of three, the first brings most of what there is to gain, for half the codes moved
@@ -564,7 +565,9 @@ class _Blocks:
         rqgmm = RQGMM(tuple(levels), self._beam).to(self.device)
         reach = self.largest + sum(float(gmm.means.abs().amax()) for gmm in levels)
         totals = [GMMStatistics.of_no_rows(rqgmm.components, self.dim, self.device) for _ in levels]
-        codes, start = torch.empty(self.own_items, len(levels), dtype=torch.int32), 0
+        if self._codes.shape[1:] != (1, len(levels)):
+            self._codes = self._codes.new_empty(self.own_items, 1, len(levels))
+        codes, start = self._codes[:, 0], 0
         for rows in self._rows():
             code = rqgmm.encode(rows)
             codes[start : start + len(rows)] = code
@@ -581,6 +584,7 @@ class _Blocks:
                 found = GMMStatistics(count, left, None, unknown, error, count.sum())
                 totals[level] += found.on_grid(self.items, reach)
         totals = [total.cpu() for total in totals]
+        codes = codes.cpu()
         if _distributed():
             return [_all_ranks(total) for total in totals], torch.cat(_gathered(codes))
         return totals, codes
@@ -777,37 +781,35 @@ def _iteration(sums: GMMStatistics, level: int, number: int, temperature: float,
 def _together(
     source: _Blocks, levels: list[DiagonalGMM], steps: int, trace: list[Iteration], told: Callable[[Iteration], None] | None
 ) -> list[DiagonalGMM]:  # fmt: skip
-    """All levels after joint M-steps, each with a new encode, until the error stands still or a component loses its rows.
+    """All levels after joint M-steps, each with a new encode, until one gains little or a component loses its rows.
 
     The priors' rows are at the means as they were fitted, of the last level, which nothing comes after, at its mean.
     """
+    elements = source.items * source.dim
+
+    def level(means: Tensor, sums: GMMStatistics) -> DiagonalGMM:
+        return isotropic(means.float(), max(float(sums.squared_error) / elements, source.floor))
+
     anchors = [gmm.means.double() for gmm in levels[:-1]]
     sums, codes = source.explained(levels)
     for number in range(1, steps + 1):
         means = [gmm.means.double() for gmm in levels]
         centre = (sums[-1].sum_x.sum(0) + sums[-1].count @ means[-1]) / source.items
         moved = joint_means(
-            [each.sum_x for each in sums], codes, means, [*anchors, centre[None]], PRIOR_ROWS, JOINT_SWEEPS
+            [own.sum_x for own in sums], codes, means, [*anchors, centre[None]], PRIOR_ROWS, JOINT_SWEEPS
         )
-        tried = [isotropic(mean.float(), gmm.variance or 1.0) for mean, gmm in zip(moved, levels, strict=True)]
-        found, new_codes = source.explained(tried)
-        step = _iteration(found[-1], 0, number, 0.0, source.items)
-        dead, died = (sum(int((each.count == 0).sum()) for each in all_sums) for all_sums in (sums, found))
-        gain = float(sums[-1].squared_error - found[-1].squared_error)
-        if gain <= 0 or died > dead:
+        tried = [level(mean, own) for mean, own in zip(moved, sums, strict=True)]
+        found, codes = source.explained(tried)
+        dead, died = (sum(int((own.count == 0).sum()) for own in either) for either in (sums, found))
+        error = float(sums[-1].squared_error)
+        gain = error - float(found[-1].squared_error)
+        if gain <= JOINT_GAIN * error or died > dead:
             break
-        still = gain <= STILL * float(sums[-1].squared_error)
-        levels, sums, codes = tried, found, new_codes
-        trace.append(step)
+        levels, sums = tried, found
+        trace.append(step := _iteration(sums[-1], 0, number, 0.0, source.items))
         if told is not None:
             told(step)
-        if still:
-            break
-    elements = source.items * source.dim
-    return [
-        isotropic(gmm.means, max(float(each.squared_error) / elements, source.floor))
-        for gmm, each in zip(levels, sums, strict=True)
-    ]
+    return [level(gmm.means, own) for gmm, own in zip(levels, sums, strict=True)]
 
 
 def largest_eigenvalue(centred: Tensor, steps: int = 30) -> float:
