@@ -24,10 +24,13 @@ def draw_convergence(trace: Sequence[Iteration], path: Path) -> None:
     for axis, level in zip(axes, levels, strict=True):
         steps = [step for step in trace if step.level == level]
         iterations = [step.iteration for step in steps]
-        axis.plot(iterations, [step.rmse for step in steps], color="tab:blue", label="RMSE")
-        axis.set(title=f"level {level}" if level else "all levels", xlabel="iteration", ylabel="RMSE of the residual")
-        if level == 0:
+        errors = [step.rmse for step in steps]
+        if level == 0:  # a few steps, of hardly a percent
+            axis.plot(iterations, errors, color="tab:blue", marker="o")
+            axis.set(title="all levels", xlabel="joint step", ylabel="RMSE of the residual", xticks=iterations)
             continue
+        axis.plot(iterations, errors, color="tab:blue", label="RMSE")
+        axis.set(title=f"level {level}", xlabel="iteration", ylabel="RMSE of the residual")
         right = axis.twinx()
         temperatures = [step.temperature if step.temperature > 0 else np.nan for step in steps]
         right.plot(iterations, temperatures, color="tab:red", linestyle="--", label="temperature")

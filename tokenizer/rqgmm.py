@@ -77,7 +77,8 @@ class Assignment:
 class Iteration:
     """One step of a fit. Temperature 0 is a hard step; perplexity is over K; no likelihood while annealing.
 
-    Level 0 stands for all levels together: RMSE is of what the last leaves, perplexity and use are the last's.
+    Level 0 stands for all levels together, its iteration 0 for where the levels one by one have led: RMSE is of what the last
+    leaves, perplexity and use are the last's.
 
     `certainty` is the mean posterior, at the step's temperature, of each row's most probable component.
     """
@@ -790,8 +791,14 @@ def _together(
     def level(means: Tensor, sums: GMMStatistics) -> DiagonalGMM:
         return isotropic(means.float(), max(float(sums.squared_error) / elements, source.floor))
 
+    def tell(number: int) -> None:
+        trace.append(_iteration(sums[-1], 0, number, 0.0, source.items))
+        if told is not None:
+            told(trace[-1])
+
     anchors = [gmm.means.double() for gmm in levels[:-1]]
     sums, codes = source.explained(levels)
+    tell(0)
     for number in range(1, steps + 1):
         means = [gmm.means.double() for gmm in levels]
         centre = (sums[-1].sum_x.sum(0) + sums[-1].count @ means[-1]) / source.items
@@ -806,9 +813,7 @@ def _together(
         if gain <= JOINT_GAIN * error or died > dead:
             break
         levels, sums = tried, found
-        trace.append(step := _iteration(sums[-1], 0, number, 0.0, source.items))
-        if told is not None:
-            told(step)
+        tell(number)
     return [level(gmm.means, own) for gmm, own in zip(levels, sums, strict=True)]
 
 

@@ -95,13 +95,11 @@ def test_all_levels_together_explain_the_rows_better_than_one_after_the_other(
     assert together < 0.995 * alone
     errors = [step.rmse for step in fit.trace if step.level == 0]
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] == pytest.approx(together, rel=1e-5)
+    assert (errors[0], errors[-1]) == pytest.approx((alone, together), rel=1e-5)
     codes = fit.rqgmm.encode(x)
     assert all(len(codes[:, level].unique()) == components for level in range(3))
     residual = x
-    for level, gmm in enumerate(
-        fit.rqgmm.levels
-    ):  # the posterior's variance is that of the codebook as it is in the end
+    for level, gmm in enumerate(fit.rqgmm.levels):  # their variances are those of the means as they are in the end
         residual = residual - gmm.means[codes[:, level].long()]
         assert gmm.variance == pytest.approx(float(residual.square().mean()), rel=1e-4)
 
