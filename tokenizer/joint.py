@@ -8,7 +8,7 @@ solve a least-squares problem. All it needs of the rows are sums of residuals an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import permutations
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -30,7 +30,10 @@ def joint_means(
     """
     levels, k = len(means), means[0].shape[0]
     rows = [torch.bincount(codes[:, level], minlength=k).double()[:, None] for level in range(levels)]  # (K, 1) each
-    pairs = {(a, b): _pairs(codes[:, a], codes[:, b], k) for a, b in permutations(range(levels), 2)}
+    pairs = {}
+    for a, b in combinations(range(levels), 2):
+        first, second, together = _pairs(codes[:, a], codes[:, b], k)
+        pairs[a, b], pairs[b, a] = (first, second, together), (second, first, together)
     pulls = [prior * (anchor.double() - mean.double()) for anchor, mean in zip(anchors, means, strict=True)]
     moves = [torch.zeros_like(mean, dtype=torch.float64) for mean in means]
     for _ in range(sweeps):

@@ -608,9 +608,8 @@ class _Level:
         rows = self._sample(max(SPECTRUM_ROWS, 4 * self.components))
         start = isotropic(self._seeded(rows), 1.0)
         first = self._sums(start, partial(e_step, hard=True, second_moments=False))
-        gmm = m_step(
-            first, start, shrinkage=1.0, fitted_weights=False, floor=self.source.floor
-        )  # one k-means iteration
+        # One k-means iteration.
+        gmm = m_step(first, start, shrinkage=1.0, fitted_weights=False, floor=self.source.floor)
         if self.method == "em":
             return self._em(gmm, iterations)
         if self.method == "kmeans":
