@@ -12,7 +12,8 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Annotated
 
@@ -27,7 +28,7 @@ from sklearn.mixture import GaussianMixture
 
 from benchmarks.opponents import rq_gmm, rq_kmeans
 from tokenizer import FIT_BLOCK, DiagonalGMM, GMMStatistics, e_step, fit_rqgmm, m_step
-from tokenizer.gmm import Scratch, annealing_step, isotropic, map_means
+from tokenizer.gmm import Scratch, annealing_step, by_threads, isotropic, map_means
 
 ITERATIONS = 10
 REPEATS = 3
@@ -129,10 +130,9 @@ class EM:
 
 
 def sum_of_blocks(x: torch.Tensor, step: Callable[[torch.Tensor], GMMStatistics]) -> GMMStatistics:
-    first, *others = (step(block) for block in x.split(FIT_BLOCK))
-    for other in others:
-        first = first + other
-    return first
+    """As a fit adds them."""
+    blocks = x.split(FIT_BLOCK)
+    return reduce(add, by_threads(step, blocks, len(blocks), x.device))
 
 
 MEMORY = """

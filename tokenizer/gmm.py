@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TypeVar
@@ -23,6 +24,7 @@ from torch.nn.functional import embedding_bag, linear, one_hot
 from tokenizer.errors import DataError
 
 Indices = npt.NDArray[np.int64]
+Block = TypeVar("Block")
 Result = TypeVar("Result")
 LOG_2PI = math.log(2 * math.pi)
 LEAST_EXPONENT = -87.0  # exp of less is no normal float32, and many times as slow
@@ -55,20 +57,28 @@ def cached_rows(components: int) -> int:
     return min(CACHED_ROWS, max(512, CACHED_CELLS // components))
 
 
-def by_threads(work: Callable[[int, Tensor], Result], x: Tensor, size: int) -> list[Result]:
-    """`work(start, block)` of every block of `size` rows, which begins at row `start` of `x`; each block by one thread.
+def by_threads(
+    work: Callable[[Block], Result], blocks: Iterable[Block], count: int, device: torch.device
+) -> Iterator[Result]:
+    """`work(block)` of `count` blocks in their order, each by one thread; as many are taken ahead as keep all threads busy.
 
     Against every operation by all threads: a core finds in its own cache what it wrote there for the operation before,
     and what takes one thread anyway (NumPy, small tensors, Python) waits for nobody. Few blocks are worked that way.
     """
-    blocks = torch.split(x, size)  # one, without rows, of no rows
-    starts = [number * size for number in range(len(blocks))]
     threads = torch.get_num_threads()
-    if x.is_cuda or threads == 1 or len(blocks) < 2 * threads:
-        return [work(start, block) for start, block in zip(starts, blocks, strict=True)]
+    if device.type != "cpu" or threads == 1 or count < 2 * threads:
+        yield from map(work, blocks)
+        return
+    begun: deque[Future[Result]] = deque()
     try:
+        torch.set_num_threads(1)
         with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
-            return list(pool.map(work, starts, blocks))
+            for block in blocks:
+                if len(begun) > threads:
+                    yield begun.popleft().result()
+                begun.append(pool.submit(work, block))
+            while begun:
+                yield begun.popleft().result()
     finally:
         torch.set_num_threads(threads)  # what a thread sets for itself holds for threads yet to come as well
 
@@ -200,12 +210,22 @@ def most_probable(affinity: Tensor) -> tuple[Tensor, Tensor]:
     return affinity.gather(1, code[:, None])[:, 0], code
 
 
+def shares(affinity: Tensor, best: Tensor) -> Tensor:
+    """(N, K): exp(affinity_k - best), responsibilities but for their sum. Overwrites the affinities (N, K)."""
+    affinity.sub_(best[:, None]).clamp_min_(LEAST_EXPONENT)
+    if affinity.is_cuda:
+        return affinity.exp_()
+    exponentials = affinity.numpy()
+    np.exp(exponentials, out=exponentials)  # torch's is MKL's, and takes twice as long on processors of other makers
+    return affinity
+
+
 def certainty(affinity: Tensor, best: Tensor) -> Tensor:
-    """(N,): posterior of the most probable component, 1 / sum_k exp(affinity_k - best). Overwrites the affinities (N, K).
+    """(N,): posterior of the most probable component. Overwrites the affinities (N, K).
 
     A softmax would also divide what nobody reads.
     """
-    return affinity.sub_(best[:, None]).clamp_min_(LEAST_EXPONENT).exp_().sum(dim=1).reciprocal_()
+    return shares(affinity, best).sum(dim=1).reciprocal_()
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,14 +354,17 @@ def _soft_sums(affinity: Tensor, rows: tuple[Tensor, ...], negligible: float, sc
     """[largest affinity (N,), its responsibility (N,), sum_n gamma_nk (K,), then sum_n gamma_nk row_n (K, D) of each of `rows`].
 
     Responsibilities below the share `negligible` of their row's largest may count as none. Once rows are certain of a few
-    components each, only those are normalised and gathered: no exponential of the others, and no product.
+    components each, only those are normalised and gathered: no exponential of the others, and no product. May overwrite the
+    affinities (N, K).
     """
     n, k = affinity.shape
     best = affinity.amax(dim=1)
 
     def products() -> list[Tensor]:
-        resp = torch.softmax(affinity, dim=1, out=scratch.matrix("resp", (n, k), affinity))
-        return [best, resp.amax(dim=1), resp.sum(0).double(), *(_weighted_sums(resp, row) for row in rows)]
+        share = shares(affinity, best)
+        sure = share.sum(dim=1).reciprocal_()
+        resp = share.mul_(sure[:, None])
+        return [best, sure, resp.sum(0).double(), *(_weighted_sums(resp, row) for row in rows)]
 
     # On a GPU products are cheap, and sums by index would depend on the order of threads.
     if affinity.is_cuda or k * sum(row.shape[1] for row in rows) < CHEAP:

@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
+from operator import add
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ from tokenizer.errors import DataError, LostWorker
 from tokenizer.gmm import (
     DiagonalGMM,
     GMMStatistics,
+    Result,
     Scratch,
     annealing_step,
     by_threads,
@@ -134,7 +136,8 @@ class RQGMM:
         """
         x, scratch = self._checked(x), Scratch()
         encoded = self._codes if self.beam == 1 else self._searched
-        return torch.cat(by_threads(lambda _, block: encoded(block, scratch), x, encode_block(x, self.components)))
+        blocks = torch.split(x, encode_block(x, self.components))
+        return torch.cat(list(by_threads(lambda block: encoded(block, scratch), blocks, len(blocks), x.device)))
 
     def assign(self, x: Tensor, codes: Tensor | None = None) -> Assignment:
         """Codes with their posterior and likelihood in one pass; with `codes`, those of the given ones instead.
@@ -144,13 +147,13 @@ class RQGMM:
         x = self._checked(x)
         if codes is None and self.beam > 1:
             codes = self.encode(x)
-        scratch = Scratch()
-
-        def found(start: int, block: Tensor) -> list[Tensor]:
-            return self._found(block, None if codes is None else codes[start : start + len(block)], scratch)
-
-        blocks = by_threads(found, x, encode_block(x, self.components))
-        chosen, best, sure, score, energy = (torch.cat(parts, dim=1) for parts in zip(*blocks, strict=True))
+        size, scratch = encode_block(x, self.components), Scratch()
+        blocks = torch.split(x, size)
+        given = [None] * len(blocks) if codes is None else torch.split(codes, size)
+        found = by_threads(
+            lambda part: self._found(*part, scratch), zip(blocks, given, strict=True), len(blocks), x.device
+        )
+        chosen, best, sure, score, energy = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
         _check_finite(best)
         log_evidence = best - sure.log()  # log p(residual), but for the term of the row
         log_posterior = (score - log_evidence).sum(0)
@@ -485,8 +488,17 @@ class _Blocks:
         self.floor = max(VARIANCE_FLOOR * float(counted[1]) / self.elements, 1e-30)  # of a variance
 
     def __iter__(self) -> Iterator[Tensor]:
-        for block in self._items():
-            yield from torch.split(block.flatten(0, 1), FIT_BLOCK)
+        """Residuals (n, D), of every path; FIT_BLOCK rows at most."""
+        for place, items in _placed(self._items()):
+            yield from torch.split(self._residual(place, items).flatten(0, 1), FIT_BLOCK)
+
+    def by_threads(self, work: Callable[[slice, Tensor], Result]) -> Iterator[Result]:
+        """`work(place, residuals (n, paths, D))` of FIT_BLOCK items after FIT_BLOCK items; `place` is theirs in the data."""
+        return self._by_threads(lambda place, items: work(place, self._residual(place, items)), self._items())
+
+    def _by_threads(self, work: Callable[[slice, Tensor], Result], blocks: Iterable[Tensor]) -> Iterator[Result]:
+        count = math.ceil(self.own_items / FIT_BLOCK)
+        return by_threads(lambda part: work(*part), _placed(blocks), count, self.device)
 
     @property
     def own_rows(self) -> int:
@@ -497,15 +509,9 @@ class _Blocks:
     def own_items(self) -> int:
         return self._codes.shape[0]
 
-    def _items(self) -> Iterator[Tensor]:
-        """Residuals (n, paths, D) of FIT_BLOCK items after FIT_BLOCK items."""
-        if self._tensor is not None:
-            yield from torch.split(self._tensor, FIT_BLOCK)
-            return
-        start = 0
-        for block in self._rows():
-            yield self._residual(block, start)
-            start += len(block)
+    def _items(self) -> Iterable[Tensor]:
+        """FIT_BLOCK items after FIT_BLOCK items, as `_residual` takes them."""
+        return self._rows() if self._tensor is None else torch.split(self._tensor, FIT_BLOCK)
 
     def _rows(self) -> Iterator[Tensor]:
         """The rows themselves (n, D), FIT_BLOCK after FIT_BLOCK."""
@@ -531,10 +537,13 @@ class _Blocks:
     def _moved(self, block: Tensor) -> Tensor:
         return block.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else block
 
-    def _residual(self, block: Tensor, start: int) -> Tensor:
-        residual = block[:, None]
+    def _residual(self, place: slice, items: Tensor) -> Tensor:
+        """(n, paths, D)"""
+        if self._tensor is not None:
+            return items
+        residual = items[:, None]
         for level, gmm in enumerate(self._levels):
-            residual = residual - gmm.means[self._codes[start : start + len(block), :, level].long()]
+            residual = residual - gmm.means[self._codes[place, :, level].long()]
         return residual
 
     def descend(self, gmm: DiagonalGMM) -> None:
@@ -546,13 +555,14 @@ class _Blocks:
         left = self._tensor
         if left is not None and kept != paths:
             left = left.new_empty(n, kept, self.dim)
-        start = 0
-        for block in self._items():
-            place = slice(start, start + len(block))
-            residual, codes[place] = extended(self._levels, gmm, block, self._codes[place], self._beam)
+
+        def go_on(place: slice, residual: Tensor) -> None:
+            residual, codes[place] = extended(self._levels, gmm, residual, self._codes[place], self._beam)
             if left is not None:
                 left[place] = residual
-            start = place.stop
+
+        for _ in self.by_threads(go_on):
+            pass
         self._codes, self._tensor = codes, left
         self._levels.append(gmm)
         # A residual is at most the element and the mean it lost: the bound that exact sums need.
@@ -568,27 +578,38 @@ class _Blocks:
         totals = [GMMStatistics.of_no_rows(rqgmm.components, self.dim, self.device) for _ in levels]
         if self._codes.shape[1:] != (1, len(levels)):
             self._codes = self._codes.new_empty(self.own_items, 1, len(levels))
-        codes, start = self._codes[:, 0], 0
-        for rows in self._rows():
-            code = rqgmm.encode(rows)
-            codes[start : start + len(rows)] = code
-            start += len(rows)
+        codes = self._codes[:, 0]
+
+        def leave(place: slice, rows: Tensor) -> list[GMMStatistics]:
+            codes[place] = code = rqgmm.encode(rows)
             errors, residual = [], rows
             for level, gmm in enumerate(rqgmm.levels):
                 residual = residual - gmm.means[code[:, level].long()]
                 errors.append(torch.linalg.vector_norm(residual, dim=1).double().square().sum())
             unknown = torch.full_like(errors[0], math.nan)
+            found = []
             for level, error in enumerate(errors):
                 count, left = (
                     sums.double() for sums in sums_by_code(code[:, level].long(), (residual,), rqgmm.components)
                 )
-                found = GMMStatistics(count, left, None, unknown, error, count.sum())
-                totals[level] += found.on_grid(self.items, reach)
+                found.append(GMMStatistics(count, left, None, unknown, error, count.sum()).on_grid(self.items, reach))
+            return found
+
+        for found in self._by_threads(leave, self._rows()):
+            totals = [total + more for total, more in zip(totals, found, strict=True)]
         totals = [total.cpu() for total in totals]
         codes = codes.cpu()
         if _distributed():
             return [_all_ranks(total) for total in totals], torch.cat(_gathered(codes))
         return totals, codes
+
+
+def _placed(blocks: Iterable[Tensor]) -> Iterator[tuple[slice, Tensor]]:
+    """Blocks with the place of each in their sequence of rows."""
+    start = 0
+    for block in blocks:
+        yield slice(start, start + len(block)), block
+        start += len(block)
 
 
 class _Level:
@@ -724,9 +745,15 @@ class _Level:
         """`step(gmm, block)` of all blocks of all ranks; the same bits whoever adds them in whatever order."""
         gmm = gmm.to(self.source.device)
         total = GMMStatistics.of_no_rows(self.components, self.source.dim, self.source.device, second_moments=moments)
-        for block in self.source:
-            total += step(gmm, block, scratch=self.scratch).on_grid(self.source.rows, self.source.largest)
-        total = total.cpu()
+
+        def sums(_: slice, residual: Tensor) -> GMMStatistics:
+            parts = torch.split(residual.flatten(0, 1), FIT_BLOCK)
+            found = (
+                step(gmm, part, scratch=self.scratch).on_grid(self.source.rows, self.source.largest) for part in parts
+            )
+            return reduce(add, found)
+
+        total = reduce(add, self.source.by_threads(sums), total).cpu()
         return _all_ranks(total) if _distributed() else total
 
     def _sample(self, wanted: int) -> Tensor:
