@@ -369,12 +369,13 @@ def _soft_sums(affinity: Tensor, rows: tuple[Tensor, ...], negligible: float, sc
     # On a GPU products are cheap, and sums by index would depend on the order of threads.
     if affinity.is_cuda or k * sum(row.shape[1] for row in rows) < CHEAP:
         return products()
-    kept = torch.ge(
-        affinity, (best + math.log(negligible))[:, None], out=scratch.matrix("kept", (n, k), affinity, torch.bool)
-    )
-    if int(kept.count_nonzero()) > SPARSE * n * k:
+    kept = scratch.matrix("kept", (n, k), affinity, torch.bool).numpy()
+    np.greater_equal(
+        affinity.numpy(), (best + math.log(negligible)).numpy()[:, None], out=kept
+    )  # twice as fast as torch's
+    if np.count_nonzero(kept) > SPARSE * n * k:
         return products()
-    place = np.flatnonzero(kept.numpy())
+    place = np.flatnonzero(kept)
     row, component = np.divmod(place, k)
     share = np.exp(affinity.view(-1).numpy()[place] - best.numpy()[row])
     sure = (1 / torch.from_numpy(np.bincount(row, share, minlength=n))).float()
