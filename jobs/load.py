@@ -1,16 +1,19 @@
 """load: raw vectors -> `item_embeddings` (fused, packed) and `rejected_embeddings` (with reasons).
 
-Every input row ends in exactly one of the two. Parquet is read by the tasks themselves with pyarrow (any float width,
-and no vector crosses the JVM before it is packed); a Delta source is read by Spark.
+Every input row ends in exactly one of the two. Parquet is read by the tasks themselves with pyarrow (any float width),
+twice: first every row is judged, and only verdicts and hashes reach Spark; then those whose vector the table lacks are
+packed and written. A night on which little changed moves few vectors. Of a Delta source Spark makes Parquet first.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from typing import Any
@@ -18,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
@@ -29,17 +33,30 @@ from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SchemaError, Wareh
 
 ROWS_PER_BATCH = 4096
 ROWS_TO_INFER_DIMENSION = 1000
+BYTES_A_FILE = 2**27
 EXCERPT_CHARACTERS = 120
 CHECKED = pa.schema(
     [
         ("item_id", pa.string()),
         ("embedding", pa.binary()),
-        ("dim", pa.int32()),
         ("modalities", pa.list_(pa.string())),
         ("content_hash", pa.string()),
         ("reason", pa.string()),
         ("detail", pa.string()),
         ("excerpt", pa.string()),
+    ]
+)
+# Where a row stands in the source: which of its row groups, and which row of that.
+JUDGED = pa.schema(
+    [*(field for field in CHECKED if field.name != "embedding"), ("row_group", pa.int32()), ("row", pa.int32())]
+)
+STORED = pa.schema(
+    [
+        *(CHECKED.field(name) for name in ("item_id", "embedding")),
+        ("dim", pa.int32()),
+        *(CHECKED.field(name) for name in ("modalities", "content_hash")),
+        ("first_seen", pa.date32()),
+        ("run_date", pa.date32()),
     ]
 )
 
@@ -113,19 +130,30 @@ def run(config: Config, warehouse: Warehouse, run_date: date) -> LoadResult:
     warehouse.create(ITEM_EMBEDDINGS)
     if warehouse.property(ITEM_EMBEDDINGS, "sid.fusion") is None:
         warehouse.set_property(ITEM_EMBEDDINGS, "sid.fusion", fusion.to_json())
-    with warehouse.staged(_checked_rows(source, fusion, warehouse), "load") as checked:
-        good, rejected = split_duplicates(checked)
-        rejected = _numbered(rejected, run_date).cache()
-        reasons = {row["reason"]: row["count"] for row in rejected.groupBy("reason").count().collect()}
-        rows_in, rows_rejected = checked.count(), sum(reasons.values())
-        if rows_in == 0:
+    try:
+        with (
+            _as_parquet(source, warehouse) as files,
+            warehouse.staged(_judged(files, fusion, warehouse), "load") as judged,
+        ):
+            rows_in = judged.count()
+            if rows_in == 0:
+                raise SchemaError(
+                    f"load.source {source.path} has no rows; expected at least one item. Is the export finished?"
+                )
+            good, rejected = split_duplicates(judged)
+            rejected = _numbered(rejected, run_date).cache()
+            reasons = {row["reason"]: row["count"] for row in rejected.groupBy("reason").count().collect()}
+            rows_rejected = sum(reasons.values())
+            if rows_rejected or warehouse.exists(REJECTED_EMBEDDINGS):
+                warehouse.replace(REJECTED_EMBEDDINGS, rejected, f"run_date = '{run_date}'")
+            rejected.unpersist()
+            new, changed = _store(good, files, fusion, warehouse, run_date)
+    except PySparkException as error:
+        if open_source(config, warehouse).fingerprint != source.fingerprint:
             raise SchemaError(
-                f"load.source {source.path} has no rows; expected at least one item. Is the export finished?"
-            )
-        if rows_rejected or warehouse.exists(REJECTED_EMBEDDINGS):
-            warehouse.replace(REJECTED_EMBEDDINGS, rejected, f"run_date = '{run_date}'")
-        rejected.unpersist()
-        new, changed = _store(good, warehouse, run_date)
+                f"load.source {source.path} changed while it was read; expected it to stay as it is until load ends. Run it again"
+            ) from error
+        raise
     result = LoadResult(rows_in, rows_in - rows_rejected, rows_rejected, new, changed, reasons, version=-1)
     warehouse.set_property(
         ITEM_EMBEDDINGS, "sid.last_load", json.dumps({"fingerprint": source.fingerprint, "result": asdict(result)})
@@ -216,9 +244,8 @@ def _dimensions(config: Config, source: Source, columns: list[str], warehouse: W
             .select(*unknown).limit(ROWS_TO_INFER_DIMENSION).toArrow()
         )  # fmt: skip
     else:
-        batches = _read_row_groups(iter(source.row_groups), source.path, unknown)
         first, rows = [], 0
-        for batch in batches:
+        for batch in (b for place in source.row_groups for b in _batches(source.path, *place, unknown)):
             first.append(batch)
             rows += batch.num_rows
             if rows >= ROWS_TO_INFER_DIMENSION:
@@ -248,47 +275,96 @@ def _dimensions(config: Config, source: Source, columns: list[str], warehouse: W
     return {column: dims[column] for column in columns}
 
 
+@contextmanager
+def _as_parquet(source: Source, warehouse: Warehouse) -> Iterator[Source]:
+    """The source itself, or for the time being Parquet files of the rows of a Delta table."""
+    if source.format == "parquet":
+        yield source
+        return
+    frame = warehouse.spark.read.format("delta").option("versionAsOf", source.version).load(source.path)
+    with warehouse.staging("source") as folder:
+        frame.write.mode("overwrite").parquet(folder)
+        yield replace(source, path=folder, row_groups=open_parquet(folder).row_groups)
+
+
 # ---- rows: read and check (runs in the tasks) ----
 
 
-def _checked_rows(source: Source, fusion: Fusion, warehouse: Warehouse) -> DataFrame:
-    spark, spark_schema = warehouse.spark, from_arrow_schema(CHECKED)
+def _judged(source: Source, fusion: Fusion, warehouse: Warehouse) -> DataFrame:
+    """Every row of the source, without its vector: a hash of that, or why the row is rejected."""
+    root, columns = source.path, [fusion.item_id, *fusion.dims]
+
+    def judge(groups: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for group in _rows_of(groups):
+            start = 0
+            for batch in _batches(root, group["path"], group["index"], columns):
+                end = start + len(batch)
+                place = {
+                    "row_group": pa.array(np.full(len(batch), group["row_group"], np.int32)),
+                    "row": pa.array(np.arange(start, end, dtype=np.int32)),
+                }
+                yield _with(check_rows(batch, fusion), place, JUDGED)
+                start = end
+
+    groups = len(source.row_groups)
+    work = _row_groups(source, warehouse, range(groups)).repartitionById(max(1, groups), F.col("task"))
+    return work.mapInArrow(judge, from_arrow_schema(JUDGED))
+
+
+def _packed(work: DataFrame, root: str, fusion: Fusion, run_date: date) -> DataFrame:
+    """The rows of `item_embeddings` for the `pending` ones of each row group of `work`, which are in their order there."""
     columns = [fusion.item_id, *fusion.dims]
-    if source.format == "delta":
-        frame = spark.read.format("delta").option("versionAsOf", source.version).load(source.path).select(*columns)
-        return frame.mapInArrow(_checker(fusion), spark_schema)
-    places = [(path, group, task) for task, (path, group) in enumerate(source.row_groups)] or [("", -1, 0)]
-    frame = spark.createDataFrame(places, "path STRING, row_group INT, task INT")
-    frame = frame.repartitionById(len(places), F.col("task")).drop("task")
-    return frame.mapInArrow(_reader(source.path, columns, _checker(fusion)), spark_schema)
+
+    def pack_pending(groups: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        for group in _rows_of(groups):
+            pending, start = group["pending"], 0
+            rows = np.array([one["row"] for one in pending])
+            for batch in _batches(root, group["path"], group["index"], columns):
+                here = slice(*np.searchsorted(rows, (start, start + len(batch))))
+                if here.start < here.stop:
+                    # All of the batch is checked, as how wide packed numbers are is seen in a batch.
+                    checked = check_rows(batch, fusion).take(pa.array(rows[here] - start))
+                    yield _stored(checked, pending[here], fusion, run_date)
+                start += len(batch)
+
+    return work.mapInArrow(pack_pending, from_arrow_schema(STORED))
 
 
-def _reader(
-    root: str, columns: list[str], check: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]
-) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    def read(places: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        pairs = (
-            (row["path"], row["row_group"]) for batch in places for row in batch.to_pylist() if row["row_group"] >= 0
-        )
-        return check(_read_row_groups(pairs, root, columns))
+def _stored(checked: pa.RecordBatch, pending: list[dict[str, Any]], fusion: Fusion, run_date: date) -> pa.RecordBatch:
+    for name in ("item_id", "content_hash"):
+        if checked.column(name).to_pylist() != [one[name] for one in pending]:
+            raise SchemaError(f"a row has another {name} than when it was judged; expected the source to stay as it is")
+    added = {
+        "dim": pa.array(np.full(len(pending), fusion.dim, np.int32)),
+        "first_seen": pa.array([one["first_seen"] or run_date for one in pending], pa.date32()),
+        "run_date": pa.array([run_date] * len(pending), pa.date32()),
+    }
+    return _with(checked, added, STORED)
 
-    return read
+
+def _with(batch: pa.RecordBatch, added: Mapping[str, pa.Array], schema: pa.Schema) -> pa.RecordBatch:
+    columns = [added[name] if name in added else batch.column(name) for name in schema.names]
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _read_row_groups(places: Iterator[tuple[str, int]], root: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def _row_groups(source: Source, warehouse: Warehouse, task_of: Sequence[int | None]) -> DataFrame:
+    """The row groups of the source that have a task, each with it."""
+    places = [
+        (path, index, number, task)
+        for number, ((path, index), task) in enumerate(zip(source.row_groups, task_of, strict=True))
+        if task is not None
+    ]
+    return warehouse.spark.createDataFrame(places, "path STRING, index INT, row_group INT, task INT")
+
+
+def _rows_of(batches: Iterator[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
+    return (row for batch in batches for row in batch.to_pylist())
+
+
+def _batches(root: str, path: str, row_group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
     filesystem, _ = filesystem_of(root)
-    for path, group in places:
-        yield from pq.ParquetFile(path, filesystem=filesystem).iter_batches(
-            ROWS_PER_BATCH, row_groups=[group], columns=columns
-        )
-
-
-def _checker(fusion: Fusion) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    def check(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            yield check_rows(batch, fusion)
-
-    return check
+    file = pq.ParquetFile(path, filesystem=filesystem)
+    return iter(file.iter_batches(ROWS_PER_BATCH, row_groups=[row_group], columns=columns))
 
 
 def check_rows(batch: pa.RecordBatch, fusion: Fusion) -> pa.RecordBatch:
@@ -316,32 +392,41 @@ def check_rows(batch: pa.RecordBatch, fusion: Fusion) -> pa.RecordBatch:
         lambda _: "null",
     )
 
-    fused = np.concatenate(blocks, axis=1)
+    fused = np.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
     if fusion.normalize:
         with np.errstate(invalid="ignore", divide="ignore"):  # rejected rows only; good ones have a norm
-            fused = fused / np.linalg.norm(fused, axis=1, keepdims=True)
-    packed: list[bytes | None] = [None] * n
-    hashes: list[str | None] = [None] * n
-    names = list(fusion.dims)
-    modalities: list[list[str] | None] = [None] * n
-    rows = np.flatnonzero([why is None for why in verdicts.reason])
-    for row, data in zip(rows, pack(fused[rows].astype(np.float32), fusion.dtype), strict=True):
-        packed[row] = data
-        modalities[row] = [name for name, here in zip(names, present[row], strict=True) if here]
-        hashes[row] = hashlib.blake2b(data, digest_size=16, person=b"embedding").hexdigest()
+            fused /= np.linalg.norm(fused, axis=1, keepdims=True)
+    good = np.array([why is None for why in verdicts.reason], bool)
+    packed = pack(fused.astype(np.float32), fusion.dtype, good)
     return pa.RecordBatch.from_arrays(
         [
             pa.array(ids, pa.string()),
-            pa.array(packed, pa.binary()),
-            pa.array([fusion.dim] * n, pa.int32()),
-            pa.array(modalities, pa.list_(pa.string())),
-            pa.array(hashes, pa.string()),
+            packed,
+            _names(present, list(fusion.dims), good),
+            pa.array(_content_hashes(packed, good), pa.string()),
             pa.array(verdicts.reason, pa.string()),
             pa.array(verdicts.detail, pa.string()),
             pa.array(verdicts.excerpt, pa.string()),
         ],
         schema=CHECKED,
     )
+
+
+def _content_hashes(packed: pa.Array, good: Any) -> list[str | None]:
+    data, width = memoryview(packed.buffers()[2]), packed.buffers()[2].size // max(1, len(packed))
+    hashes: list[str | None] = [None] * len(packed)
+    for row in np.flatnonzero(good).tolist():
+        vector = data[row * width : (row + 1) * width]
+        hashes[row] = hashlib.blake2b(vector, digest_size=16, person=b"embedding").hexdigest()
+    return hashes
+
+
+def _names(present: Any, names: list[str], good: Any) -> pa.Array:
+    """The names of the modalities that each row has; null where it is not good."""
+    present = present & good[:, None]
+    ends = np.cumsum(present.sum(1), dtype=np.int32)
+    values = pa.array(names, pa.string()).take(pa.array(np.nonzero(present)[1]))
+    return pa.ListArray.from_arrays(np.concatenate([[0], ends]).astype(np.int32), values, mask=pa.array(~good))
 
 
 class _Verdicts:
@@ -440,43 +525,42 @@ def _excerpt(value: Any) -> str:
 # ---- tables ----
 
 
-def split_duplicates(checked: DataFrame) -> tuple[DataFrame, DataFrame]:
+def split_duplicates(judged: DataFrame) -> tuple[DataFrame, DataFrame]:
     """Good rows with one row per item id, and rejected rows.
 
-    Identical copies of an item: one is kept. Different vectors under one id: all are rejected, since which is right
-    is not ours to guess. Only the offenders are shuffled, not the vectors of the catalogue.
+    Identical copies of an item: the first is kept. Different vectors under one id: all are rejected, since which is right
+    is not ours to guess.
     """
-    valid = checked.where(F.col("reason").isNull())
-    offenders = (
-        valid.groupBy("item_id")
-        .agg(F.count(F.lit(1)).alias("copies"), F.countDistinct("content_hash").alias("vectors"))
-        .where("copies > 1")
+    valid, place = judged.where(F.col("reason").isNull()), F.struct("row_group", "row")
+    items = valid.groupBy("item_id").agg(
+        F.count(F.lit(1)).alias("copies"),
+        F.min("content_hash").alias("content_hash"),
+        F.max("content_hash").alias("largest_hash"),
+        F.min(place).alias("first"),
     )
-    marked = valid.join(F.broadcast(offenders), "item_id", how="left")
-    single = marked.where(F.col("copies").isNull())
-    several = marked.where(F.col("copies").isNotNull()).withColumn(
-        "copy", F.row_number().over(Window.partitionBy("item_id").orderBy("content_hash"))
+    good = items.where("content_hash = largest_hash").select(
+        "item_id", "content_hash", F.col("first.row_group").alias("row_group"), F.col("first.row").alias("row")
     )
-    kept = several.where("vectors = 1 AND copy = 1")
+    offenders = items.where("copies > 1").select("item_id", "copies", "first")
+    several = valid.join(F.broadcast(offenders), "item_id").withColumn(
+        "vectors", F.size(F.collect_set("content_hash").over(Window.partitionBy("item_id")))
+    )
     conflicting = F.col("vectors") > 1
-    refused = (
-        several.where("vectors > 1 OR copy > 1")
-        .withColumn("reason", F.when(conflicting, "duplicate_conflicting").otherwise("duplicate_identical"))
-        .withColumn(
-            "detail",
-            F.when(
-                conflicting,
-                F.format_string(
-                    "item id occurs %d times with %d different vectors; expected one row per item", "copies", "vectors"
-                ),
-            ).otherwise(F.format_string("item id occurs %d times with the same vector; the first is kept", "copies")),
+    refused = several.where(conflicting | (place != F.col("first"))).select(
+        "item_id",
+        F.when(conflicting, "duplicate_conflicting").otherwise("duplicate_identical").alias("reason"),
+        F.when(
+            conflicting,
+            F.format_string(
+                "item id occurs %d times with %d different vectors; expected one row per item", "copies", "vectors"
+            ),
         )
-        .withColumn("excerpt", F.col("content_hash"))
+        .otherwise(F.format_string("item id occurs %d times with the same vector; the first is kept", "copies"))
+        .alias("detail"),
+        F.col("content_hash").alias("excerpt"),
     )
-    columns = checked.columns
-    good = single.select(*columns).unionByName(kept.select(*columns))
-    bad = checked.where(F.col("reason").isNotNull()).unionByName(refused.select(*columns))
-    return good, bad
+    bad = judged.where(F.col("reason").isNotNull()).select("item_id", "reason", "detail", "excerpt")
+    return good, bad.unionByName(refused)
 
 
 def _numbered(rejected: DataFrame, run_date: date) -> DataFrame:
@@ -491,28 +575,43 @@ def _numbered(rejected: DataFrame, run_date: date) -> DataFrame:
     )
 
 
-def _store(good: DataFrame, warehouse: Warehouse, run_date: date) -> tuple[int, int]:
+def _store(good: DataFrame, source: Source, fusion: Fusion, warehouse: Warehouse, run_date: date) -> tuple[int, int]:
     """Upsert the rows whose content changed; returns (new, changed)."""
-    stored = warehouse.read(ITEM_EMBEDDINGS).select(
-        "item_id", F.col("content_hash").alias("stored_hash"), F.col("first_seen").alias("stored_first_seen")
+    stored = warehouse.read(ITEM_EMBEDDINGS).select("item_id", F.col("content_hash").alias("stored_hash"), "first_seen")
+    pending = (
+        good.join(stored, "item_id", how="left").where("stored_hash IS NULL OR stored_hash <> content_hash").cache()
     )
-    today = F.lit(run_date).cast("date")
-    pending = good.join(stored, "item_id", how="left").where("stored_hash IS NULL OR stored_hash <> content_hash")
-    counted = pending.agg(
-        F.count(F.when(F.col("stored_hash").isNull(), 1)).alias("new"),
-        F.count(F.when(F.col("stored_hash").isNotNull(), 1)).alias("changed"),
-    ).first()
-    assert counted is not None
-    new, changed = int(counted["new"]), int(counted["changed"])
-    rows = pending.select(
-        "item_id", "embedding", "dim", "modalities", "content_hash",
-        F.coalesce("stored_first_seen", today).alias("first_seen"), today.alias("run_date"),
-    )  # fmt: skip
-    if changed:
-        warehouse.merge(ITEM_EMBEDDINGS, rows, update=True)
-    elif new:  # a MERGE would shuffle their vectors to find what is known already: none of them is stored
-        warehouse.append(ITEM_EMBEDDINGS, rows)
-    return new, changed
+    try:
+        counts = pending.groupBy("row_group").agg(F.count(F.lit(1)), F.count("stored_hash")).collect()
+        rows, changed = (sum(int(group[column]) for group in counts) for column in (1, 2))
+        if not rows:
+            return 0, 0
+        files = math.ceil(rows * fusion.dim * 4 / BYTES_A_FILE)
+        tasks = max(files, warehouse.cores)
+        groups = _row_groups(source, warehouse, _tasks({group[0]: group[1] for group in counts}, source, tasks))
+        by_group = pending.groupBy("row_group").agg(
+            F.sort_array(F.collect_list(F.struct("row", "item_id", "content_hash", "first_seen"))).alias("pending")
+        )
+        work = by_group.join(F.broadcast(groups), "row_group").repartitionById(tasks, F.col("task"))
+        packed = _packed(work, source.path, fusion, run_date)
+        if changed:
+            with warehouse.staged(packed, "changed") as staged:  # a MERGE reads its source twice
+                warehouse.merge(ITEM_EMBEDDINGS, staged, update=True)
+        else:  # a MERGE would shuffle the vectors to find what is known already: none of them is stored
+            warehouse.append(ITEM_EMBEDDINGS, packed if files == tasks else packed.repartition(files))
+        return rows - changed, changed
+    finally:
+        pending.unpersist()
+
+
+def _tasks(rows: Mapping[int, int], source: Source, tasks: int) -> list[int | None]:
+    """For each row group its task, so that all get about as many of the `rows` (by row group), in order; None without rows."""
+    total, before = sum(rows.values()), 0
+    found: list[int | None] = []
+    for group in range(len(source.row_groups)):
+        found.append(before * tasks // total if group in rows else None)
+        before += rows.get(group, 0)
+    return found
 
 
 def _digest(values: list[Any]) -> str:

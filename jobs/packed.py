@@ -37,10 +37,13 @@ def unpack(column: pa.Array, dim: int) -> Float32:
     return flat.reshape(n, dim).astype(np.float32, copy=False)
 
 
-def pack(x: Float32, dtype: str) -> list[bytes]:
-    """Rows of (N, D) as bytes, `dtype` float32 or float16."""
+def pack(x: Float32, dtype: str, valid: npt.NDArray[np.bool_] | None = None) -> pa.Array:
+    """Rows of (N, D) as a binary array, `dtype` float32 or float16; null where not `valid`. No row is copied by itself."""
     stored = np.ascontiguousarray(x, {"float32": "<f4", "float16": "<f2"}[dtype])
-    return [row.tobytes() for row in stored]
+    n, width = len(stored), stored.shape[1] * stored.itemsize
+    offsets = pa.array(np.arange(n + 1) * width).cast(pa.int32())  # refuses to pass 2 GiB
+    bitmap = None if valid is None else pa.array(valid).buffers()[1]
+    return pa.Array.from_buffers(pa.binary(), n, [bitmap, offsets.buffers()[1], pa.py_buffer(stored)])
 
 
 def as_float_arrays(embeddings: DataFrame) -> DataFrame:

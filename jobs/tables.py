@@ -250,15 +250,21 @@ class Warehouse:
         self.spark.sql(f"ALTER TABLE delta.`{self.path(table)}` SET TBLPROPERTIES ('{name}' = '{quoted}')")
 
     @contextmanager
-    def staged(self, rows: DataFrame, name: str) -> Iterator[DataFrame]:
-        """`rows` computed once and kept as Parquet for the duration: MERGE reads its source twice, counts read it again."""
+    def staging(self, name: str) -> Iterator[str]:
+        """A folder for the duration."""
         folder = f"{self.root}/_staging/{name}"
         try:
-            rows.write.mode("overwrite").parquet(folder)
-            yield self.spark.read.schema(rows.schema).parquet(folder)
+            yield folder
         finally:
             path = self.spark._jvm.org.apache.hadoop.fs.Path(folder)  # type: ignore[union-attr]
             path.getFileSystem(self.spark._jsc.hadoopConfiguration()).delete(path, True)
+
+    @contextmanager
+    def staged(self, rows: DataFrame, name: str) -> Iterator[DataFrame]:
+        """`rows` computed once and kept as Parquet for the duration: MERGE reads its source twice, counts read it again."""
+        with self.staging(name) as folder:
+            rows.write.mode("overwrite").parquet(folder)
+            yield self.spark.read.schema(rows.schema).parquet(folder)
 
 
 def check_columns(frame: DataFrame, table: Table) -> None:

@@ -110,7 +110,7 @@ def test_without_normalisation_lengths_are_left_alone() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_pack_and_unpack_agree(dtype: str) -> None:
     x = topics(7, 5)
-    column = pa.array(pack(x, dtype), pa.binary())
+    column = pack(x, dtype)
     np.testing.assert_allclose(
         unpack(column, 5), x, rtol=0 if dtype == "float32" else 1e-3, atol=0 if dtype == "float32" else 1e-3
     )
@@ -119,7 +119,7 @@ def test_pack_and_unpack_agree(dtype: str) -> None:
 
 def test_unpack_refuses_rows_of_another_length() -> None:
     with pytest.raises(SchemaError, match=r"hold \[20\] bytes; expected 16 \(float32\) or 8"):
-        unpack(pa.array(pack(topics(2, 5), "float32"), pa.binary()), 4)
+        unpack(pack(topics(2, 5), "float32"), 4)
 
 
 # ---- with Spark ----
@@ -175,6 +175,44 @@ def test_a_second_run_changes_nothing_and_a_changed_vector_is_replaced(
     assert days["12"] == (NEXT_DAY, NEXT_DAY)
 
 
+def test_a_source_that_changes_while_it_is_read_is_named(
+    tmp_path: Path, warehouse: Warehouse, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_vectors(tmp_path / "v.parquet", list(range(5)), text_embedding=topics(5, 4))
+
+    def judged(frame: Any, split: Any = load.split_duplicates) -> Any:
+        write_vectors(path, list(range(5)), text_embedding=-topics(5, 4))  # other vectors, before those are packed
+        return split(frame)
+
+    monkeypatch.setattr(load, "split_duplicates", judged)
+    with pytest.raises(SchemaError, match=r"v\.parquet changed while it was read"):
+        load.run(settings(f"load.source={path}"), warehouse, DAY)
+    assert stored(warehouse) == []
+    monkeypatch.undo()
+    assert load.run(settings(f"load.source={path}"), warehouse, DAY).new == 5
+
+
+def test_rows_of_many_row_groups_are_stored_where_they_changed(
+    tmp_path: Path, warehouse: Warehouse, settings: Settings
+) -> None:
+    x, ids = topics(50, 4), [f"i{row:02}" for row in range(50)]
+
+    def write(rows: np.ndarray) -> Path:
+        vectors = pa.array(list(rows), pa.list_(pa.float32()))
+        pq.write_table(pa.table({"item_id": ids, "text_embedding": vectors}), tmp_path / "v.parquet", row_group_size=7)
+        return tmp_path / "v.parquet"
+
+    config = settings(f"load.source={write(x)}")
+    assert load.run(config, warehouse, DAY).new == 50
+    x[[0, 6, 7, 33, 49]] *= -1  # first and last of a group, one of the last
+    write(x)
+    assert load.run(config, warehouse, NEXT_DAY).changed == 5
+    rows = warehouse.read(ITEM_EMBEDDINGS).orderBy("item_id").collect()
+    assert [n for n, row in enumerate(rows) if row["run_date"] == NEXT_DAY] == [0, 6, 7, 33, 49]
+    found = np.stack([np.frombuffer(row["embedding"], "<f4") for row in rows])
+    np.testing.assert_allclose(found, x / np.linalg.norm(x, axis=1, keepdims=True), rtol=1e-6)
+
+
 def test_every_input_form_gives_the_same_table(tmp_path: Path, warehouse: Warehouse, settings: Settings) -> None:
     x = topics(10, 4).astype(np.float16)
     ids = [f"item-{n}" for n in range(10)]
@@ -184,9 +222,9 @@ def test_every_input_form_gives_the_same_table(tmp_path: Path, warehouse: Wareho
         ),
         "single": pa.array([list(row) for row in x.astype(np.float32)], pa.large_list(pa.float32())),
         "double": pa.array([list(row) for row in x.astype(np.float64)], pa.list_(pa.float64(), 4)),
-        "packed": pa.array(pack(x.astype(np.float32), "float32"), pa.binary()),
-        "packed, one size": pa.array(pack(x.astype(np.float32), "float32"), pa.binary(16)),
-        "packed half": pa.array(pack(x.astype(np.float32), "float16"), pa.binary()),
+        "packed": pack(x.astype(np.float32), "float32"),
+        "packed, one size": pack(x.astype(np.float32), "float32").cast(pa.binary(16)),
+        "packed half": pack(x.astype(np.float32), "float16"),
         "packed double": pa.array([row.astype("<f8").tobytes() for row in x], pa.large_binary()),
     }
     untold = ("packed half", "packed double")  # four bytes are a float32 unless one says otherwise

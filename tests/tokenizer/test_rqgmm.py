@@ -70,7 +70,7 @@ def test_codes_do_not_depend_on_batches_or_order(x: torch.Tensor, rqgmm: RQGMM, 
     assert torch.equal(rqgmm.encode(x[order]), codes[order])
 
 
-def test_the_number_of_threads_changes_neither_fit_nor_codes() -> None:
+def test_the_number_of_threads_changes_neither_fit_nor_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.from_numpy(topics(5000, 48, groups=60, spread=0.5))
     many = x.repeat(3, 1)[:-7]  # blocks enough for every thread to have its own
     before = torch.get_num_threads()
@@ -78,10 +78,14 @@ def test_the_number_of_threads_changes_neither_fit_nor_codes() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            rqgmm = fit_rqgmm(x, levels=2, components=64, seed=0).rqgmm
+            rqgmm = fit_rqgmm(x, levels=2, components=64, seed=0).rqgmm  # one block, by all threads
             sure = rqgmm.assign(many)
+            with monkeypatch.context() as patch:
+                patch.setattr("tokenizer.rqgmm.FIT_BLOCK", 512)  # ten, each by one thread
+                fits = [fit_rqgmm(data, levels=2, components=64, seed=0, beam=b).rqgmm for data in (x, x.split(777)) for b in (1, 2)]  # fmt: skip
             found.append(
-                [rqgmm.encode(many), sure.codes, sure.confidence, sure.log_likelihood, *(g.means for g in rqgmm.levels)]
+                [rqgmm.encode(many), sure.codes, sure.confidence, sure.log_likelihood]
+                + [level.means for fitted in (rqgmm, *fits) for level in fitted.levels]
             )
             assert torch.get_num_threads() == threads
     finally:
