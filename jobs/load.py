@@ -598,7 +598,7 @@ def _store(good: DataFrame, source: Source, fusion: Fusion, warehouse: Warehouse
             with warehouse.staged(packed, "changed") as staged:  # a MERGE reads its source twice
                 warehouse.merge(ITEM_EMBEDDINGS, staged, update=True)
         else:  # a MERGE would shuffle the vectors to find what is known already: none of them is stored
-            warehouse.append(ITEM_EMBEDDINGS, packed if files == tasks else packed.repartition(files))
+            warehouse.append(ITEM_EMBEDDINGS, packed.repartition(1) if files == 1 else packed)
         return rows - changed, changed
     finally:
         pending.unpersist()
