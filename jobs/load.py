@@ -34,6 +34,7 @@ from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SchemaError, Wareh
 ROWS_PER_BATCH = 4096
 ROWS_TO_INFER_DIMENSION = 1000
 BYTES_A_FILE = 2**27
+UNCHANGED = "expected the source to stay as it is until load ends. Run it again"
 EXCERPT_CHARACTERS = 120
 CHECKED = pa.schema(
     [
@@ -132,7 +133,7 @@ def run(config: Config, warehouse: Warehouse, run_date: date) -> LoadResult:
         warehouse.set_property(ITEM_EMBEDDINGS, "sid.fusion", fusion.to_json())
     try:
         with (
-            _as_parquet(source, warehouse) as files,
+            _as_parquet(source, fusion, warehouse) as files,
             warehouse.staged(_judged(files, fusion, warehouse), "load") as judged,
         ):
             rows_in = judged.count()
@@ -149,10 +150,9 @@ def run(config: Config, warehouse: Warehouse, run_date: date) -> LoadResult:
             rejected.unpersist()
             new, changed = _store(good, files, fusion, warehouse, run_date)
     except PySparkException as error:
-        if open_source(config, warehouse).fingerprint != source.fingerprint:
-            raise SchemaError(
-                f"load.source {source.path} changed while it was read; expected it to stay as it is until load ends. Run it again"
-            ) from error
+        # Of a Delta table one version is read, which does not change.
+        if source.format == "parquet" and open_source(config, warehouse).fingerprint != source.fingerprint:
+            raise SchemaError(f"load.source {source.path} changed while it was read; {UNCHANGED}") from error
         raise
     result = LoadResult(rows_in, rows_in - rows_rejected, rows_rejected, new, changed, reasons, version=-1)
     warehouse.set_property(
@@ -276,14 +276,14 @@ def _dimensions(config: Config, source: Source, columns: list[str], warehouse: W
 
 
 @contextmanager
-def _as_parquet(source: Source, warehouse: Warehouse) -> Iterator[Source]:
+def _as_parquet(source: Source, fusion: Fusion, warehouse: Warehouse) -> Iterator[Source]:
     """The source itself, or for the time being Parquet files of the rows of a Delta table."""
     if source.format == "parquet":
         yield source
         return
     frame = warehouse.spark.read.format("delta").option("versionAsOf", source.version).load(source.path)
     with warehouse.staging("source") as folder:
-        frame.write.mode("overwrite").parquet(folder)
+        frame.select(fusion.item_id, *fusion.dims).write.mode("overwrite").parquet(folder)
         yield replace(source, path=folder, row_groups=open_parquet(folder).row_groups)
 
 
@@ -295,7 +295,7 @@ def _judged(source: Source, fusion: Fusion, warehouse: Warehouse) -> DataFrame:
     root, columns = source.path, [fusion.item_id, *fusion.dims]
 
     def judge(groups: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for group in _rows_of(groups):
+        for group in (row for batch in groups for row in batch.to_pylist()):
             start = 0
             for batch in _batches(root, group["path"], group["index"], columns):
                 end = start + len(batch)
@@ -316,28 +316,34 @@ def _packed(work: DataFrame, root: str, fusion: Fusion, run_date: date) -> DataF
     columns = [fusion.item_id, *fusion.dims]
 
     def pack_pending(groups: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for group in _rows_of(groups):
-            pending, start = group["pending"], 0
-            rows = np.array([one["row"] for one in pending])
-            for batch in _batches(root, group["path"], group["index"], columns):
-                here = slice(*np.searchsorted(rows, (start, start + len(batch))))
-                if here.start < here.stop:
-                    # All of the batch is checked, as how wide packed numbers are is seen in a batch.
-                    checked = check_rows(batch, fusion).take(pa.array(rows[here] - start))
-                    yield _stored(checked, pending[here], fusion, run_date)
-                start += len(batch)
+        for group in (batch.slice(row, 1) for batch in groups for row in range(len(batch))):
+            path, index, pending = (group.column(name)[0] for name in ("path", "index", "pending"))
+            yield from pack_group(path.as_py(), index.as_py(), pending.values)
+
+    def pack_group(path: str, index: int, pending: pa.StructArray) -> Iterator[pa.RecordBatch]:
+        rows, start = pending.field("row").to_numpy(), 0
+        for batch in _batches(root, path, index, columns):
+            first, end = np.searchsorted(rows, (start, start + len(batch))).tolist()
+            if first < end:
+                # All of the batch is checked, as how wide packed numbers are is seen in a batch.
+                checked = check_rows(batch, fusion).take(pa.array(rows[first:end] - start))
+                yield _stored(checked, pending.slice(first, end - first), fusion, run_date)
+            start += len(batch)
+        if rows[-1] >= start:
+            raise SchemaError(f"a row group has {start} rows, fewer than when it was judged; {UNCHANGED}")
 
     return work.mapInArrow(pack_pending, from_arrow_schema(STORED))
 
 
-def _stored(checked: pa.RecordBatch, pending: list[dict[str, Any]], fusion: Fusion, run_date: date) -> pa.RecordBatch:
+def _stored(checked: pa.RecordBatch, pending: pa.StructArray, fusion: Fusion, run_date: date) -> pa.RecordBatch:
     for name in ("item_id", "content_hash"):
-        if checked.column(name).to_pylist() != [one[name] for one in pending]:
-            raise SchemaError(f"a row has another {name} than when it was judged; expected the source to stay as it is")
+        if not checked.column(name).equals(pending.field(name)):
+            raise SchemaError(f"a row has another {name} than when it was judged; {UNCHANGED}")
+    n, today = len(checked), pa.scalar(run_date, pa.date32())
     added = {
-        "dim": pa.array(np.full(len(pending), fusion.dim, np.int32)),
-        "first_seen": pa.array([one["first_seen"] or run_date for one in pending], pa.date32()),
-        "run_date": pa.array([run_date] * len(pending), pa.date32()),
+        "dim": pa.array(np.full(n, fusion.dim, np.int32)),
+        "first_seen": pending.field("first_seen").fill_null(today),
+        "run_date": pa.repeat(today, n),
     }
     return _with(checked, added, STORED)
 
@@ -355,10 +361,6 @@ def _row_groups(source: Source, warehouse: Warehouse, task_of: Sequence[int | No
         if task is not None
     ]
     return warehouse.spark.createDataFrame(places, "path STRING, index INT, row_group INT, task INT")
-
-
-def _rows_of(batches: Iterator[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
-    return (row for batch in batches for row in batch.to_pylist())
 
 
 def _batches(root: str, path: str, row_group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -542,7 +544,7 @@ def split_duplicates(judged: DataFrame) -> tuple[DataFrame, DataFrame]:
         "item_id", "content_hash", F.col("first.row_group").alias("row_group"), F.col("first.row").alias("row")
     )
     offenders = items.where("copies > 1").select("item_id", "copies", "first")
-    several = valid.join(F.broadcast(offenders), "item_id").withColumn(
+    several = valid.join(offenders, "item_id").withColumn(
         "vectors", F.size(F.collect_set("content_hash").over(Window.partitionBy("item_id")))
     )
     conflicting = F.col("vectors") > 1
@@ -586,7 +588,7 @@ def _store(good: DataFrame, source: Source, fusion: Fusion, warehouse: Warehouse
         rows, changed = (sum(int(group[column]) for group in counts) for column in (1, 2))
         if not rows:
             return 0, 0
-        files = math.ceil(rows * fusion.dim * 4 / BYTES_A_FILE)
+        files = math.ceil(rows * fusion.dim * np.dtype(fusion.dtype).itemsize / BYTES_A_FILE)
         tasks = max(files, warehouse.cores)
         groups = _row_groups(source, warehouse, _tasks({group[0]: group[1] for group in counts}, source, tasks))
         by_group = pending.groupBy("row_group").agg(

@@ -557,9 +557,14 @@ class _Blocks:
             left = left.new_empty(n, kept, self.dim)
 
         def go_on(place: slice, residual: Tensor) -> None:
-            residual, codes[place] = extended(self._levels, gmm, residual, self._codes[place], self._beam)
-            if left is not None:
-                left[place] = residual
+            items = max(1, FIT_BLOCK // paths)  # every thread holds this many rows with their affinities
+            for part in range(0, len(residual), items):
+                own = slice(place.start + part, min(place.start + part + items, place.stop))
+                found, codes[own] = extended(
+                    self._levels, gmm, residual[part : part + items], self._codes[own], self._beam
+                )
+                if left is not None:
+                    left[own] = found
 
         for _ in self.by_threads(go_on):
             pass
@@ -579,6 +584,7 @@ class _Blocks:
         if self._codes.shape[1:] != (1, len(levels)):
             self._codes = self._codes.new_empty(self.own_items, 1, len(levels))
         codes = self._codes[:, 0]
+        _ = rqgmm._products  # once, by all threads
 
         def leave(place: slice, rows: Tensor) -> list[GMMStatistics]:
             codes[place] = code = rqgmm.encode(rows)
