@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import from_arrow_schema
+from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 
 from jobs.config import Config, ConfigError
 from jobs.packed import Float32, pack
@@ -51,15 +51,7 @@ CHECKED = pa.schema(
 JUDGED = pa.schema(
     [*(field for field in CHECKED if field.name != "embedding"), ("row_group", pa.int32()), ("row", pa.int32())]
 )
-STORED = pa.schema(
-    [
-        *(CHECKED.field(name) for name in ("item_id", "embedding")),
-        ("dim", pa.int32()),
-        *(CHECKED.field(name) for name in ("modalities", "content_hash")),
-        ("first_seen", pa.date32()),
-        ("run_date", pa.date32()),
-    ]
-)
+STORED = to_arrow_schema(ITEM_EMBEDDINGS.schema)
 
 
 @dataclass(frozen=True)
@@ -180,8 +172,6 @@ def open_source(config: Config, warehouse: Warehouse) -> Source:
         assert latest is not None
         version = int(latest["version"])
         frame = warehouse.spark.read.format("delta").option("versionAsOf", version).load(load.source)
-        from pyspark.sql.pandas.types import to_arrow_schema
-
         return Source(
             load.source,
             "delta",
@@ -332,7 +322,7 @@ def _packed(work: DataFrame, root: str, fusion: Fusion, run_date: date) -> DataF
         if rows[-1] >= start:
             raise SchemaError(f"a row group has {start} rows, fewer than when it was judged; {UNCHANGED}")
 
-    return work.mapInArrow(pack_pending, from_arrow_schema(STORED))
+    return work.mapInArrow(pack_pending, ITEM_EMBEDDINGS.schema)
 
 
 def _stored(checked: pa.RecordBatch, pending: pa.StructArray, fusion: Fusion, run_date: date) -> pa.RecordBatch:

@@ -370,9 +370,8 @@ def _soft_sums(affinity: Tensor, rows: tuple[Tensor, ...], negligible: float, sc
     if affinity.is_cuda or k * sum(row.shape[1] for row in rows) < CHEAP:
         return products()
     kept = scratch.matrix("kept", (n, k), affinity, torch.bool).numpy()
-    np.greater_equal(
-        affinity.numpy(), (best + math.log(negligible)).numpy()[:, None], out=kept
-    )  # twice as fast as torch's
+    # By NumPy, twice as fast as torch.
+    np.greater_equal(affinity.numpy(), (best + math.log(negligible)).numpy()[:, None], out=kept)
     if np.count_nonzero(kept) > SPARSE * n * k:
         return products()
     place = np.flatnonzero(kept)
