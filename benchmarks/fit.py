@@ -105,11 +105,9 @@ class Annealing:
 
     def run(self) -> None:
         means = self.start
-        torch.set_flush_denormal(True)
         for temperature in self.temperatures:
             step = partial(annealing_step, isotropic(means, temperature * self.variance), scratch=self.scratch)
             means = map_means(sum_of_blocks(self.x, step), means, prior=1.0).float()
-        torch.set_flush_denormal(False)
 
 
 class EM:

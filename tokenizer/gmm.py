@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TypeVar
@@ -27,7 +28,7 @@ Indices = npt.NDArray[np.int64]
 Block = TypeVar("Block")
 Result = TypeVar("Result")
 LOG_2PI = math.log(2 * math.pi)
-LEAST_EXPONENT = -87.0  # exp of less is no normal float32, and many times as slow
+LEAST_EXPONENT = -87.0  # exp of less is no normal float32
 NEGLIGIBLE = 1e-5  # responsibilities below this share of their row's largest count as none
 NEGLIGIBLE_ANNEALING = 1e-3  # the same while annealing, whose steps need not be exact
 CACHED_ROWS = 2048  # at most, and CACHED_CELLS affinities, does a processor's cache hold with what they come from
@@ -57,6 +58,29 @@ def cached_rows(components: int) -> int:
     return min(CACHED_ROWS, max(512, CACHED_CELLS // components))
 
 
+@contextmanager
+def without_denormals() -> Iterator[None]:
+    """Numbers too small for a normal float32 are zero: exponentials of cold responsibilities underflow, and arithmetic on
+    denormals is many times slower. A state of the thread, and of those that it begins."""
+    zero_already = float(torch.tensor(1e-39) * 1) == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(zero_already)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Operations by one thread: sums that several share depend on how many they are."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)  # what a thread sets for itself holds for threads yet to come as well
+
+
 def by_threads(
     work: Callable[[Block], Result], blocks: Iterable[Block], count: int, device: torch.device
 ) -> Iterator[Result]:
@@ -66,21 +90,18 @@ def by_threads(
     and what takes one thread anyway (NumPy, small tensors, Python) waits for nobody. Few blocks are worked that way.
     """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or count < 2 * threads:
-        yield from map(work, blocks)
-        return
-    begun: deque[Future[Result]] = deque()
-    try:
-        torch.set_num_threads(1)
-        with ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
+    with without_denormals():
+        if device.type != "cpu" or threads == 1 or count < 2 * threads:
+            yield from map(work, blocks)
+            return
+        begun: deque[Future[Result]] = deque()
+        with one_thread(), ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
             for block in blocks:
                 if len(begun) > threads:
                     yield begun.popleft().result()
                 begun.append(pool.submit(work, block))
             while begun:
                 yield begun.popleft().result()
-    finally:
-        torch.set_num_threads(threads)  # what a thread sets for itself holds for threads yet to come as well
 
 
 class Scratch(threading.local):
@@ -98,7 +119,17 @@ class Scratch(threading.local):
         held = self._held.get(name)
         if held is None or len(held) < rows or held.shape[1] != columns or held.device != like.device:
             held = self._held[name] = torch.empty(rows, columns, dtype=dtype, device=like.device)
-        return held[:rows]
+        return held if len(held) == rows else held[:rows]
+
+
+def with_squares(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """(N, 2 D): x (N, D) beside its squares, the sufficient statistics of a Gaussian with diagonal covariance."""
+    n, d = x.shape
+    out = x.new_empty(n, 2 * d) if out is None else out
+    if x.data_ptr() != out.data_ptr():
+        out[:, :d] = x
+    torch.square(x, out=out[:, d:])
+    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,18 +202,22 @@ class DiagonalGMM:
         """Of an isotropic mixture with flat weights: log weight and the constant of the density, the same for all."""
         return math.log(float(self.weights[0])) - 0.5 * self.dim * (math.log(float(self.variances[0, 0])) + LOG_2PI)
 
-    def affinity(self, x: Tensor, squares: Tensor | None = None) -> Tensor:
+    @cached_property
+    def _natural(self) -> Tensor:
+        """(K, 2 D): slope beside curvature, the natural parameters that go with x and its squares."""
+        return torch.cat(self._linear[:2], dim=1)
+
+    def affinity(self, x: Tensor, moments: Tensor | None = None) -> Tensor:
         """(N, K): the log-joint up to a term of each row, which changes neither argmax nor posterior.
 
-        `squares` (N, D) saves computing x^2 again.
+        `moments`, x with its squares (N, 2 D), saves computing them again.
         """
-        slope, curvature, intercept = self._linear
+        slope, _, intercept = self._linear
         if self.shift is not None:
-            x, squares = x - self.shift, None
-        score = product(x, slope, intercept)
-        if not self.tied:
-            score += product(x.square() if squares is None else squares, curvature)
-        return score
+            x, moments = x - self.shift, None
+        if self.tied:
+            return product(x, slope, intercept)
+        return product(with_squares(x) if moments is None else moments, self._natural, intercept)
 
     def row_term(self, x: Tensor) -> Tensor:
         """(N,): what `affinity` leaves out of the log-joint."""
@@ -190,7 +225,7 @@ class DiagonalGMM:
             return x.new_zeros(len(x))
         if self.shift is not None:
             x = x - self.shift
-        return x.square() @ self._linear[1][0]
+        return product(x.square(), self._linear[1])[:, 0]
 
     def log_joint(self, x: Tensor) -> Tensor:
         """(N, K): log pi_k + log N(x_n | mu_k, diag var_k)."""
@@ -201,23 +236,24 @@ class DiagonalGMM:
         return self.affinity(x).softmax(dim=1)
 
 
-def most_probable(affinity: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each row (N, K), and its index; the lowest where several are."""
+def most_probable(affinity: Tensor) -> Tensor:
+    """(N,): index of the largest of each row (N, K); the lowest where several are."""
     if affinity.is_cuda:
-        best, code = affinity.max(dim=1)
-        return best, code
-    code = torch.from_numpy(affinity.numpy().argmax(axis=1))  # vectorised, as torch's is not: 8 times as fast
-    return affinity.gather(1, code[:, None])[:, 0], code
+        return affinity.argmax(dim=1)
+    return torch.from_numpy(affinity.numpy().argmax(axis=1))  # vectorised, as torch's is not: 8 times as fast
 
 
-def shares(affinity: Tensor, best: Tensor) -> Tensor:
-    """(N, K): exp(affinity_k - best), responsibilities but for their sum. Overwrites the affinities (N, K)."""
-    affinity.sub_(best[:, None]).clamp_min_(LEAST_EXPONENT)
-    if affinity.is_cuda:
-        return affinity.exp_()
-    exponentials = affinity.numpy()
-    np.exp(exponentials, out=exponentials)  # torch's is MKL's, and takes twice as long on processors of other makers
-    return affinity
+def value_at(affinity: Tensor, code: Tensor) -> Tensor:
+    """(N,): of each row (N, K) the one at the index `code` (N,)."""
+    return affinity.gather(1, code[:, None])[:, 0]
+
+
+def _exponentials(x: Tensor) -> Tensor:
+    """exp(x), in the place of x."""
+    if x.is_cuda:
+        return x.exp_()
+    np.exp(x.numpy(), out=x.numpy())  # torch's is MKL's, and takes twice as long on processors of other makers
+    return x
 
 
 def certainty(affinity: Tensor, best: Tensor) -> Tensor:
@@ -225,7 +261,7 @@ def certainty(affinity: Tensor, best: Tensor) -> Tensor:
 
     A softmax would also divide what nobody reads.
     """
-    return shares(affinity, best).sum(dim=1).reciprocal_()
+    return _exponentials(affinity.sub_(best[:, None])).sum(dim=1).reciprocal_()
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,12 +331,12 @@ def e_step(
     scratch = scratch or Scratch()
 
     def sums(x: Tensor) -> list[Tensor]:
-        squares = torch.square(x, out=scratch.matrix("rows", x.shape, x)) if second_moments else None
-        rows = (x,) if squares is None else (x, squares)
-        affinity = gmm.affinity(x, squares)  # (N, K)
+        n, d = x.shape
+        rows = with_squares(x, scratch.matrix("moments", (n, 2 * d), x)) if second_moments else x
+        affinity = gmm.affinity(x, rows if second_moments else None)  # (N, K)
         if hard or not second_moments:
-            code = most_probable(affinity)[1]
-        best, sure, *totals = _soft_sums(affinity, () if hard else rows, NEGLIGIBLE, scratch)
+            code = most_probable(affinity)
+        best, sure, *totals = _soft_sums(affinity, None if hard else rows, NEGLIGIBLE, scratch)
         log_likelihood = (best - sure.log() + gmm.row_term(x)).double().sum()  # sum of the joint = largest / its share
         if hard:
             sure, totals = torch.ones_like(sure), sums_by_code(code, rows, gmm.components)
@@ -309,13 +345,14 @@ def e_step(
             totals.append(torch.linalg.vector_norm(torch.sub(x, mean, out=mean), dim=1).double().square().sum())
         return [log_likelihood, sure.double().sum(), *totals]
 
-    log_likelihood, certainty, count, sum_x, last = (total.double() for total in _added(sums, x, gmm.components))
+    log_likelihood, certainty, count, weighted, *error = (total.double() for total in _added(sums, x, gmm.components))
     if not second_moments:
-        return GMMStatistics(count, sum_x, None, log_likelihood, last, certainty)
+        return GMMStatistics(count, weighted, None, log_likelihood, error[0], certainty)
     means = gmm.means.double()
+    sum_x, sum_xx = weighted[:, : gmm.dim], weighted[:, gmm.dim :]
     # sum_nk gamma_nk |x_n - mu_k|^2
-    squared_error = last.sum() + count @ means.square().sum(1) - 2 * (means * sum_x).sum()
-    return GMMStatistics(count, sum_x, last, log_likelihood, squared_error.clamp_min(0), certainty)
+    squared_error = sum_xx.sum() + count @ means.square().sum(1) - 2 * (means * sum_x).sum()
+    return GMMStatistics(count, sum_x, sum_xx, log_likelihood, squared_error.clamp_min(0), certainty)
 
 
 def annealing_step(gmm: DiagonalGMM, x: Tensor, scratch: Scratch | None = None) -> GMMStatistics:
@@ -330,8 +367,8 @@ def annealing_step(gmm: DiagonalGMM, x: Tensor, scratch: Scratch | None = None) 
 
     def sums(x: Tensor) -> list[Tensor]:
         score = gmm.affinity(x)  # (N, K)
-        best, sure, *totals = _soft_sums(score, (x,), NEGLIGIBLE_ANNEALING, scratch)
-        squared = torch.linalg.vector_norm(x if gmm.shift is None else x - gmm.shift).double().square()
+        best, sure, *totals = _soft_sums(score, x, NEGLIGIBLE_ANNEALING, scratch)
+        squared = torch.linalg.vector_norm(x if gmm.shift is None else x - gmm.shift, dim=1).double().square().sum()
         error = squared - 2 * variance * (best.double() - gmm.log_normaliser).sum()
         return [error, sure.double().sum(), *totals]
 
@@ -350,8 +387,8 @@ def _added(sums: Callable[[Tensor], list[Tensor]], x: Tensor, components: int) -
     return totals
 
 
-def _soft_sums(affinity: Tensor, rows: tuple[Tensor, ...], negligible: float, scratch: Scratch) -> list[Tensor]:
-    """[largest affinity (N,), its responsibility (N,), sum_n gamma_nk (K,), then sum_n gamma_nk row_n (K, D) of each of `rows`].
+def _soft_sums(affinity: Tensor, rows: Tensor | None, negligible: float, scratch: Scratch) -> list[Tensor]:
+    """[largest affinity (N,), its responsibility (N,), sum_n gamma_nk (K,), and sum_n gamma_nk row_n (K, F) if given rows (N, F)].
 
     Responsibilities below the share `negligible` of their row's largest may count as none. Once rows are certain of a few
     components each, only those are normalised and gathered: no exponential of the others, and no product. May overwrite the
@@ -361,13 +398,13 @@ def _soft_sums(affinity: Tensor, rows: tuple[Tensor, ...], negligible: float, sc
     best = affinity.amax(dim=1)
 
     def products() -> list[Tensor]:
-        share = shares(affinity, best)
+        share = _exponentials(affinity.sub_(best[:, None]).clamp_min_(LEAST_EXPONENT))
         sure = share.sum(dim=1).reciprocal_()
         resp = share.mul_(sure[:, None])
-        return [best, sure, resp.sum(0).double(), *(_weighted_sums(resp, row) for row in rows)]
+        return [best, sure, resp.sum(0).double(), *([] if rows is None else [_weighted_sums(resp, rows)])]
 
     # On a GPU products are cheap, and sums by index would depend on the order of threads.
-    if affinity.is_cuda or k * sum(row.shape[1] for row in rows) < CHEAP:
+    if rows is None or affinity.is_cuda or k * rows.shape[1] < CHEAP:
         return products()
     kept = scratch.matrix("kept", (n, k), affinity, torch.bool).numpy()
     # By NumPy, twice as fast as torch.
@@ -387,27 +424,27 @@ def _weighted_sums(resp: Tensor, rows: Tensor) -> Tensor:
     return product(resp.T, rows.T) if resp.shape[1] <= rows.shape[1] else product(rows.T, resp.T).T
 
 
-def sums_by_code(code: Tensor, rows: tuple[Tensor, ...], components: int) -> list[Tensor]:
+def sums_by_code(code: Tensor, rows: Tensor, components: int) -> list[Tensor]:
     """The sums of `_soft_sums` where responsibilities are one-hot."""
     if code.is_cuda:
         resp = one_hot(code, components).float()
-        return [resp.sum(0).double(), *(resp.T @ row for row in rows)]
+        return [resp.sum(0).double(), resp.T @ rows]
     return gathered_sums(code.numpy(), np.arange(len(code)), None, rows, components)
 
 
 def gathered_sums(
-    component: Indices, row: Indices, weight: Tensor | None, rows: tuple[Tensor, ...], components: int
+    component: Indices, row: Indices, weight: Tensor | None, rows: Tensor, components: int
 ) -> list[Tensor]:
-    """[sum_m weight_m (K,), then sum_m weight_m rows[row_m] (K, D)] over the m of each component, in the order given."""
+    """[sum_m weight_m (K,), sum_m weight_m rows[row_m] (K, F)] over the m of each component, in the order given."""
     order = np.argsort(component.astype(np.min_scalar_type(components - 1)), kind="stable")
     members = np.bincount(component, minlength=components)
     begin = torch.from_numpy(np.cumsum(members) - members)
     member = torch.from_numpy(row[order])
     if weight is None:
-        return [torch.from_numpy(members), *(embedding_bag(member, x, begin, mode="sum") for x in rows)]
+        return [torch.from_numpy(members), embedding_bag(member, rows, begin, mode="sum")]
     count = torch.from_numpy(np.bincount(component, weight.numpy(), minlength=components))
     weight = weight[torch.from_numpy(order)]
-    return [count, *(embedding_bag(member, x, begin, mode="sum", per_sample_weights=weight) for x in rows)]
+    return [count, embedding_bag(member, rows, begin, mode="sum", per_sample_weights=weight)]
 
 
 def map_means(stats: GMMStatistics, previous: Tensor, *, prior: float = 0.0) -> Tensor:

@@ -42,7 +42,7 @@ def joint_means(
             for other in range(levels):
                 if other != level:
                     component, others, together = pairs[level, other]
-                    left -= gathered_sums(component, others, together, (moves[other],), k)[1]
+                    left -= gathered_sums(component, others, together, moves[other], k)[1]
             moves[level] = (left + pulls[level]) / (rows[level] + prior)
     return [mean.double() + move for mean, move in zip(means, moves, strict=True)]
 

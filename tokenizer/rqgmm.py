@@ -33,12 +33,16 @@ from tokenizer.gmm import (
     m_step,
     map_means,
     most_probable,
+    one_thread,
     product,
     sums_by_code,
+    value_at,
+    with_squares,
 )
 from tokenizer.joint import joint_means
 
 FIT_BLOCK = 8192  # rows of one block of the fit: statistics of blocks add, so chunks of any size give the same blocks
+BLOCKS_OF_TASK = 4  # of encode, at most, that a thread takes at once
 CUDA_BLOCK = 16_384  # rows of a block on a GPU, which small blocks leave idle
 CONTRACTION = 1 / 4  # means start this far from the level's mean towards the k-means centres
 CRITICAL_SHARE = 1 / 2  # first temperature, as a share of the critical one at which the first split happens
@@ -136,8 +140,7 @@ class RQGMM:
         """
         x, scratch = self._checked(x), Scratch()
         encoded = self._codes if self.beam == 1 else self._searched
-        blocks = torch.split(x, encode_block(x, self.components))
-        return torch.cat(list(by_threads(lambda block: encoded(block, scratch), blocks, len(blocks), x.device)))
+        return torch.cat(by_blocks(lambda place: encoded(x[place], scratch), x, self.components)).int()
 
     def assign(self, x: Tensor, codes: Tensor | None = None) -> Assignment:
         """Codes with their posterior and likelihood in one pass; with `codes`, those of the given ones instead.
@@ -147,13 +150,13 @@ class RQGMM:
         x = self._checked(x)
         if codes is None and self.beam > 1:
             codes = self.encode(x)
-        size, scratch = encode_block(x, self.components), Scratch()
-        blocks = torch.split(x, size)
-        given = [None] * len(blocks) if codes is None else torch.split(codes, size)
-        found = by_threads(
-            lambda part: self._found(*part, scratch), zip(blocks, given, strict=True), len(blocks), x.device
-        )
-        chosen, best, sure, score, energy = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+        scratch = Scratch()
+
+        def found(place: slice) -> list[Tensor]:
+            return self._found(x[place], None if codes is None else codes[place], scratch)
+
+        parts = by_blocks(found, x, self.components)
+        chosen, best, sure, score, energy = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         _check_finite(best)
         log_evidence = best - sure.log()  # log p(residual), but for the term of the row
         log_posterior = (score - log_evidence).sum(0)
@@ -180,14 +183,14 @@ class RQGMM:
         return found
 
     def _codes(self, x: Tensor, scratch: Scratch) -> Tensor:
-        descent = self._descent(_padded(x, encode_block(x, self.components)), scratch)
-        scores, codes = [], []
+        block = _padded(x, encode_block(x, self.components))
+        descent = self._descent(block, scratch)
+        codes = []
         for _ in self.levels:
-            score, code = most_probable(descent.affinity())
-            scores.append(score)
-            codes.append(code.int())
-            descent.take(code)
-        _check_finite(torch.stack(scores))
+            affinity = descent.affinity()
+            codes.append(most_probable(affinity))
+            descent.take(codes[-1])
+        _check_finite(value_at(affinity, codes[-1]))  # of the last level: what is not finite stays so
         return torch.stack(codes, dim=1)[: len(x)]
 
     def _searched(self, x: Tensor, _: Scratch) -> Tensor:
@@ -206,11 +209,11 @@ class RQGMM:
         for level in range(self.n_levels):
             energy = descent.energy()
             affinity = descent.affinity()
-            best, code = most_probable(affinity)
-            score = best
+            code = most_probable(affinity)
+            score = best = value_at(affinity, code)
             if given is not None:
                 code[:n] = given[:, level].long()
-                score = affinity.gather(1, code[:, None])[:, 0]
+                score = value_at(affinity, code)
             levels.append((code, best, certainty(affinity, best), score, energy))
             descent.take(code)
         return [torch.stack(values)[:, :n] for values in zip(*levels, strict=True)]
@@ -305,17 +308,22 @@ class _ByResiduals:
         """(n,): the level's row term itself."""
         return self.levels[0].row_term(self.residual)
 
+    def _moments(self) -> Tensor:
+        """(n, 2 D): what `with_squares` makes of a level's residual, which `take` has put in its place already."""
+        n, d = self.residual.shape
+        return self.scratch.matrix("moments", (n, 2 * d), self.residual)
+
     def affinity(self) -> Tensor:
         gmm, x = self.levels[0], self.residual
-        squares = None if gmm.tied else torch.square(x, out=self.scratch.matrix("rows", x.shape, x))
-        return gmm.affinity(x, squares)
+        return gmm.affinity(x, None if gmm.tied else with_squares(x, self._moments()))
 
     def take(self, code: Tensor) -> None:
         gmm, x = self.levels.pop(0), self.residual
         if not self.levels:  # nobody asks for what the last level leaves
             return
         mean = torch.index_select(gmm.means, 0, code, out=self.scratch.matrix("rows", x.shape, x))
-        self.residual = torch.sub(x, mean, out=self.scratch.matrix("residual", x.shape, x))
+        left = self.scratch.matrix("residual", x.shape, x) if self.levels[0].tied else self._moments()[:, : gmm.dim]
+        self.residual = torch.sub(x, mean, out=left)
 
 
 def _check_finite(score: Tensor) -> None:
@@ -341,7 +349,8 @@ def extended(
         )  # (n, paths)
         joint = (gmm.affinity(flat) + (gmm.row_term(flat) + weight.flatten())[:, None]).view(n, -1)
     if beam == 1:
-        best, place = (found[:, None] for found in most_probable(joint))
+        place = most_probable(joint)[:, None]
+        best = joint.gather(1, place)
     else:
         best, place = joint.topk(min(beam, joint.shape[1]), dim=1)
     _check_finite(best[:, 0])
@@ -354,6 +363,16 @@ def extended(
 def encode_block(x: Tensor, components: int) -> int:
     """Rows of one block of encode."""
     return CUDA_BLOCK if x.is_cuda else cached_rows(components)
+
+
+def by_blocks(work: Callable[[slice], Result], x: Tensor, components: int) -> list[Result]:
+    """`work(place)` of the blocks of x in their order by all threads, a few blocks a task: a thread that ends one stops another."""
+    size = encode_block(x, components)
+    places = [slice(start, min(start + size, len(x))) for start in range(0, max(1, len(x)), size)]
+    few = max(1, min(BLOCKS_OF_TASK, len(places) // (4 * torch.get_num_threads())))
+    tasks = [places[start : start + few] for start in range(0, len(places), few)]
+    found = by_threads(lambda task: [work(place) for place in task], tasks, len(tasks), x.device)
+    return [result for results in found for result in results]
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
@@ -416,26 +435,19 @@ def fit_rqgmm(
             f"the fit to resume has {resume.rqgmm.components} components of dimension {resume.rqgmm.dim}, this one {components} of "
             f"{source.dim}; expected the same fit. Start anew without resume"
         )
-    # Cold responsibilities underflow, and arithmetic on denormals is many times slower.
-    torch.set_flush_denormal(True)
-    try:
-        for gmm in done[: levels - 1]:
+    for gmm in done[: levels - 1]:
+        source.descend(gmm)
+    for level in range(len(done) + 1, levels + 1):
+        fit = _Level(source, level, components, seed, shrinkage, method, trace, on_iteration)
+        warm_steps = 0 if together else WARM_STEPS
+        gmm = fit.cold(iterations) if init is None else fit.warm(init.levels[level - 1], warm_steps)
+        done.append(gmm)
+        if on_level is not None:
+            on_level(RQGMMFit(RQGMM(tuple(done), beam), tuple(trace)))
+        if level < levels:
             source.descend(gmm)
-        for level in range(len(done) + 1, levels + 1):
-            fit = _Level(source, level, components, seed, shrinkage, method, trace, on_iteration)
-            if init is None:
-                gmm = fit.cold(iterations)
-            else:
-                gmm = fit.warm(init.levels[level - 1], 0 if together else WARM_STEPS)
-            done.append(gmm)
-            if on_level is not None:
-                on_level(RQGMMFit(RQGMM(tuple(done), beam), tuple(trace)))
-            if level < levels:
-                source.descend(gmm)
-        if together:
-            done = _together(source, done, JOINT_STEPS if init is None else WARM_JOINT_STEPS, trace, on_iteration)
-    finally:
-        torch.set_flush_denormal(False)  # it is a state of the whole process
+    if together:
+        done = _together(source, done, JOINT_STEPS if init is None else WARM_JOINT_STEPS, trace, on_iteration)
     return RQGMMFit(RQGMM(tuple(done), beam), tuple(trace))
 
 
@@ -465,7 +477,7 @@ class _Blocks:
                 raise DataError("embeddings hold NaN or Inf; expected finite numbers. Reject such rows before fitting")
             self.dim = block.shape[1]
             rows += len(block)
-            square += float(torch.linalg.vector_norm(block).double().square())
+            square += float(torch.linalg.vector_norm(block, dim=1).double().square().sum())
             largest = max(largest, float(block.abs().amax()))
         # (N, paths, levels). In one piece: small pieces kept from each block would cut up the memory that blocks come from.
         self._codes = torch.zeros(rows, 1, 0, dtype=torch.int32, device=device)
@@ -596,7 +608,7 @@ class _Blocks:
             found = []
             for level, error in enumerate(errors):
                 count, left = (
-                    sums.double() for sums in sums_by_code(code[:, level].long(), (residual,), rqgmm.components)
+                    sums.double() for sums in sums_by_code(code[:, level].long(), residual, rqgmm.components)
                 )
                 found.append(GMMStatistics(count, left, None, unknown, error, count.sum()).on_grid(self.items, reach))
             return found
@@ -739,7 +751,7 @@ class _Level:
         gmm = gmm.to(self.source.device)
         rows, errors = gmm.means.new_empty(0, gmm.dim), gmm.means.new_empty(0)
         for block in self.source:
-            code = most_probable(gmm.affinity(block))[1]
+            code = most_probable(gmm.affinity(block))
             error = (block - gmm.means[code]).square().sum(1)
             rows, errors = _distinct_top(torch.cat([rows, block]), torch.cat([errors, error]), wanted)
         rows, errors = rows.cpu(), errors.cpu()
@@ -851,16 +863,17 @@ def _together(
 
 def largest_eigenvalue(centred: Tensor, steps: int = 30) -> float:
     """Of the covariance of centred rows (N, D), by power iteration; with the variance it gives the critical temperature."""
-    vector = torch.linalg.vector_norm(centred, dim=0).double() + 1e-12  # (D,)
-    value = 0.0
-    for _ in range(steps):
-        vector = vector / vector.norm()
-        image = (centred.T @ (centred @ vector.float())).double() / max(1, len(centred))  # (D,)
-        last, value = value, float(image @ vector)
-        if value - last <= STILL * value:  # it only grows
-            break
-        vector = image
-    return value
+    with one_thread():
+        vector = torch.linalg.vector_norm(centred, dim=0).double() + 1e-12  # (D,)
+        value = 0.0
+        for _ in range(steps):
+            vector = vector / vector.norm()
+            image = (centred.T @ (centred @ vector.float())).double() / max(1, len(centred))  # (D,)
+            last, value = value, float(image @ vector)
+            if value - last <= STILL * value:  # it only grows
+                break
+            vector = image
+        return value
 
 
 def _distinct_top(rows: Tensor, errors: Tensor, wanted: int) -> tuple[Tensor, Tensor]:

@@ -78,13 +78,19 @@ def test_the_number_of_threads_changes_neither_fit_nor_codes(monkeypatch: pytest
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            rqgmm = fit_rqgmm(x, levels=2, components=64, seed=0).rqgmm  # one block, by all threads
+            fit = fit_rqgmm(x, levels=2, components=64, seed=0)  # one block, by all threads
+            rqgmm = fit.rqgmm
             sure = rqgmm.assign(many)
             with monkeypatch.context() as patch:
                 patch.setattr("tokenizer.rqgmm.FIT_BLOCK", 512)  # ten, each by one thread
                 fits = [fit_rqgmm(data, levels=2, components=64, seed=0, beam=b).rqgmm for data in (x, x.split(777)) for b in (1, 2)]  # fmt: skip
             found.append(
-                [rqgmm.encode(many), sure.codes, sure.confidence, sure.log_likelihood]
+                [
+                    torch.tensor(
+                        [[step.temperature, step.rmse, step.certainty] for step in fit.trace], dtype=torch.float64
+                    )
+                ]
+                + [rqgmm.encode(many), sure.codes, sure.confidence, sure.log_likelihood]
                 + [level.means for fitted in (rqgmm, *fits) for level in fitted.levels]
             )
             assert torch.get_num_threads() == threads
