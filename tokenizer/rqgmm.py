@@ -42,7 +42,6 @@ from tokenizer.gmm import (
 from tokenizer.joint import joint_means
 
 FIT_BLOCK = 8192  # rows of one block of the fit: statistics of blocks add, so chunks of any size give the same blocks
-BLOCKS_OF_TASK = 4  # of encode, at most, that a thread takes at once
 CUDA_BLOCK = 16_384  # rows of a block on a GPU, which small blocks leave idle
 CONTRACTION = 1 / 4  # means start this far from the level's mean towards the k-means centres
 CRITICAL_SHARE = 1 / 2  # first temperature, as a share of the critical one at which the first split happens
@@ -140,7 +139,7 @@ class RQGMM:
         """
         x, scratch = self._checked(x), Scratch()
         encoded = self._codes if self.beam == 1 else self._searched
-        return torch.cat(by_blocks(lambda place: encoded(x[place], scratch), x, self.components)).int()
+        return torch.cat(_by_blocks(lambda place: encoded(x[place], scratch), x, self.components)).int()
 
     def assign(self, x: Tensor, codes: Tensor | None = None) -> Assignment:
         """Codes with their posterior and likelihood in one pass; with `codes`, those of the given ones instead.
@@ -152,11 +151,13 @@ class RQGMM:
             codes = self.encode(x)
         scratch = Scratch()
 
-        def found(place: slice) -> list[Tensor]:
+        def found(place: slice) -> tuple[Tensor, Tensor]:
             return self._found(x[place], None if codes is None else codes[place], scratch)
 
-        parts = by_blocks(found, x, self.components)
-        chosen, best, sure, score, energy = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
+        chosen, numbers = (
+            torch.cat(parts, dim=-1) for parts in zip(*_by_blocks(found, x, self.components), strict=True)
+        )
+        best, sure, score, energy = numbers
         _check_finite(best)
         log_evidence = best - sure.log()  # log p(residual), but for the term of the row
         log_posterior = (score - log_evidence).sum(0)
@@ -201,11 +202,11 @@ class RQGMM:
             residual, codes = extended(self.levels[: level - 1], gmm, residual, codes, 1 if last else self.beam)
         return codes[: len(x), 0]
 
-    def _found(self, x: Tensor, given: Tensor | None, scratch: Scratch) -> list[Tensor]:
-        """(L, n) each: the code, the largest affinity, its responsibility, the affinity of the code, what `_row_terms` needs."""
+    def _found(self, x: Tensor, given: Tensor | None, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        """codes (L, n), and (4, L, n): the largest affinity, its responsibility, the affinity of the code, what `_row_terms` needs."""
         n, block = len(x), _padded(x, encode_block(x, self.components))
         descent = self._descent(block, scratch)
-        levels = []
+        codes, numbers = [], []
         for level in range(self.n_levels):
             energy = descent.energy()
             affinity = descent.affinity()
@@ -214,9 +215,11 @@ class RQGMM:
             if given is not None:
                 code[:n] = given[:, level].long()
                 score = value_at(affinity, code)
-            levels.append((code, best, certainty(affinity, best), score, energy))
+            codes.append(code)
+            numbers.append((best, certainty(affinity, best), score, energy))
             descent.take(code)
-        return [torch.stack(values)[:, :n] for values in zip(*levels, strict=True)]
+        columns = [column for kind in zip(*numbers, strict=True) for column in kind]
+        return torch.stack(codes)[:, :n], torch.stack(columns).view(4, self.n_levels, -1)[..., :n]
 
     def _row_terms(self, energy: Tensor, score: Tensor) -> Tensor:
         """(L, N): what affinities leave out of the log-joint.
@@ -365,14 +368,11 @@ def encode_block(x: Tensor, components: int) -> int:
     return CUDA_BLOCK if x.is_cuda else cached_rows(components)
 
 
-def by_blocks(work: Callable[[slice], Result], x: Tensor, components: int) -> list[Result]:
-    """`work(place)` of the blocks of x in their order by all threads, a few blocks a task: a thread that ends one stops another."""
+def _by_blocks(work: Callable[[slice], Result], x: Tensor, components: int) -> list[Result]:
+    """`work(place)` of the blocks of x in their order, each by one thread."""
     size = encode_block(x, components)
     places = [slice(start, min(start + size, len(x))) for start in range(0, max(1, len(x)), size)]
-    few = max(1, min(BLOCKS_OF_TASK, len(places) // (4 * torch.get_num_threads())))
-    tasks = [places[start : start + few] for start in range(0, len(places), few)]
-    found = by_threads(lambda task: [work(place) for place in task], tasks, len(tasks), x.device)
-    return [result for results in found for result in results]
+    return list(by_threads(work, places, len(places), x.device))
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
