@@ -28,7 +28,6 @@ Indices = npt.NDArray[np.int64]
 Block = TypeVar("Block")
 Result = TypeVar("Result")
 LOG_2PI = math.log(2 * math.pi)
-LEAST_EXPONENT = -87.0  # exp of less is no normal float32
 NEGLIGIBLE = 1e-5  # responsibilities below this share of their row's largest count as none
 NEGLIGIBLE_ANNEALING = 1e-3  # the same while annealing, whose steps need not be exact
 CACHED_ROWS = 2048  # at most, and CACHED_CELLS affinities, does a processor's cache hold with what they come from
@@ -88,6 +87,7 @@ def by_threads(
 
     Against every operation by all threads: a core finds in its own cache what it wrote there for the operation before,
     and what takes one thread anyway (NumPy, small tensors, Python) waits for nobody. Few blocks are worked that way.
+    Either way without denormals.
     """
     threads = torch.get_num_threads()
     with without_denormals():
@@ -123,7 +123,10 @@ class Scratch(threading.local):
 
 
 def with_squares(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """(N, 2 D): x (N, D) beside its squares, the sufficient statistics of a Gaussian with diagonal covariance."""
+    """(N, 2 D): x (N, D) beside its squares, the sufficient statistics of a Gaussian with diagonal covariance.
+
+    x may lie in its place in `out` already.
+    """
     n, d = x.shape
     out = x.new_empty(n, 2 * d) if out is None else out
     if x.data_ptr() != out.data_ptr():
@@ -248,12 +251,14 @@ def value_at(affinity: Tensor, code: Tensor) -> Tensor:
     return affinity.gather(1, code[:, None])[:, 0]
 
 
-def _exponentials(x: Tensor) -> Tensor:
-    """exp(x), in the place of x."""
-    if x.is_cuda:
-        return x.exp_()
-    np.exp(x.numpy(), out=x.numpy())  # torch's is MKL's, and takes twice as long on processors of other makers
-    return x
+def shares(affinity: Tensor, best: Tensor) -> Tensor:
+    """(N, K): exp(affinity_k - best), responsibilities but for their sum. Overwrites the affinities (N, K)."""
+    affinity.sub_(best[:, None])
+    if affinity.is_cuda:
+        return affinity.exp_()
+    exponentials = affinity.numpy()
+    np.exp(exponentials, out=exponentials)  # torch's is MKL's, and takes twice as long on processors of other makers
+    return affinity
 
 
 def certainty(affinity: Tensor, best: Tensor) -> Tensor:
@@ -261,7 +266,7 @@ def certainty(affinity: Tensor, best: Tensor) -> Tensor:
 
     A softmax would also divide what nobody reads.
     """
-    return _exponentials(affinity.sub_(best[:, None])).sum(dim=1).reciprocal_()
+    return shares(affinity, best).sum(dim=1).reciprocal_()
 
 
 @dataclass(frozen=True, eq=False)
@@ -398,7 +403,7 @@ def _soft_sums(affinity: Tensor, rows: Tensor | None, negligible: float, scratch
     best = affinity.amax(dim=1)
 
     def products() -> list[Tensor]:
-        share = _exponentials(affinity.sub_(best[:, None]).clamp_min_(LEAST_EXPONENT))
+        share = shares(affinity, best)
         sure = share.sum(dim=1).reciprocal_()
         resp = share.mul_(sure[:, None])
         return [best, sure, resp.sum(0).double(), *([] if rows is None else [_weighted_sums(resp, rows)])]

@@ -186,12 +186,14 @@ class RQGMM:
     def _codes(self, x: Tensor, scratch: Scratch) -> Tensor:
         block = _padded(x, encode_block(x, self.components))
         descent = self._descent(block, scratch)
-        codes = []
+        scores, codes = [], []
         for _ in self.levels:
             affinity = descent.affinity()
-            codes.append(most_probable(affinity))
-            descent.take(codes[-1])
-        _check_finite(value_at(affinity, codes[-1]))  # of the last level: what is not finite stays so
+            code = most_probable(affinity)
+            scores.append(value_at(affinity, code))
+            codes.append(code)
+            descent.take(code)
+        _check_finite(torch.stack(scores))
         return torch.stack(codes, dim=1)[: len(x)]
 
     def _searched(self, x: Tensor, _: Scratch) -> Tensor:
@@ -369,7 +371,7 @@ def encode_block(x: Tensor, components: int) -> int:
 
 
 def _by_blocks(work: Callable[[slice], Result], x: Tensor, components: int) -> list[Result]:
-    """`work(place)` of the blocks of x in their order, each by one thread."""
+    """`work(place)` of the blocks of encode in x, in their order, by all threads."""
     size = encode_block(x, components)
     places = [slice(start, min(start + size, len(x))) for start in range(0, max(1, len(x)), size)]
     return list(by_threads(work, places, len(places), x.device))

@@ -101,6 +101,20 @@ def test_the_number_of_threads_changes_neither_fit_nor_codes(monkeypatch: pytest
     assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e37], ids=str)
+def test_what_is_not_finite_at_any_level_is_refused(value: float) -> None:
+    """1e37 overflows in the first level's products, and not in the second's."""
+    rqgmm = RQGMM(
+        tuple(isotropic(torch.linspace(-size, size, 4)[:, None].expand(4, 6).clone(), 0.01) for size in (1.0, 1e-3))
+    )
+    assert rqgmm.encode(torch.ones(20, 6)).shape == (20, 2)
+    broken = torch.ones(20, 6)
+    broken[7, 3] = value
+    for encoded in (rqgmm.encode, rqgmm.assign, replace(rqgmm, beam=2).encode):
+        with pytest.raises(DataError, match="NaN, Inf or numbers too large"):
+            encoded(broken)
+
+
 def test_no_rows_have_no_codes(x: torch.Tensor, rqgmm: RQGMM) -> None:
     assert rqgmm.encode(x[:0]).shape == rqgmm.assign(x[:0]).codes.shape == (0, rqgmm.n_levels)
 
