@@ -16,6 +16,7 @@ import torch
 import typer
 
 from benchmarks.fit import clustered, side_by_side
+from benchmarks.opponents import faiss_kernels
 from tokenizer import RQGMM, DiagonalGMM, fit_rqgmm
 from tokenizer.gmm import product
 from tokenizer.rqgmm import encode_block
@@ -66,6 +67,7 @@ def encode(
         "encode": lambda: rqgmm.encode(x),
         "encode_diagonal": lambda: diagonal.encode(x),
         "assign": lambda: rqgmm.assign(x),
+        "assign_diagonal": lambda: diagonal.assign(x),
         "faiss_beam1": lambda: quantizer.compute_codes(matrix),
         "onednn": lambda: products(onednn, 1),
         "onednn_diagonal": lambda: products(onednn, 2),
@@ -81,12 +83,14 @@ def encode(
         "onednn_roofline_fraction": seconds["onednn_diagonal"] / seconds["encode_diagonal"],
         "shared_variance_onednn_roofline_fraction": seconds["onednn"] / seconds["encode"],
         "uncertainty_cost": seconds["assign"] / seconds["encode"] - 1,
+        "diagonal_uncertainty_cost": seconds["assign_diagonal"] / seconds["encode_diagonal"] - 1,
         "rows_per_second": rows / seconds["encode"],
         "rows": rows,
         "dim": dim,
         "levels": levels,
         "components": components,
         "threads": torch.get_num_threads(),
+        "faiss_kernels": faiss_kernels(),
     }
     for name, value in figures.items():
         typer.echo(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")

@@ -26,7 +26,7 @@ import typer
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from benchmarks.opponents import rq_gmm, rq_kmeans
+from benchmarks.opponents import faiss_kernels, rq_gmm, rq_kmeans
 from tokenizer import FIT_BLOCK, DiagonalGMM, GMMStatistics, e_step, fit_rqgmm, m_step
 from tokenizer.gmm import Scratch, annealing_step, by_threads, isotropic, map_means
 
@@ -207,6 +207,7 @@ def fit(
         "dim": dim,
         "components": components,
         "threads": torch.get_num_threads(),
+        "faiss_kernels": faiss_kernels(),
     }
     if rss:
         with tempfile.TemporaryDirectory() as scratch:

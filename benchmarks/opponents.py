@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import faiss
 import numpy as np
 import torch
+from threadpoolctl import threadpool_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +23,12 @@ Decode = Callable[[Tensor, Tensor], Tensor]  # codes (N, L), rows (N, D) -> (N, 
 class Fitted:
     encode: Encode
     decode: Decode
+
+
+def faiss_kernels() -> str:
+    """The processor whose kernels faiss's BLAS uses, by its own name."""
+    loaded = (found for found in threadpool_info() if "faiss" in found["filepath"])
+    return next((str(found["architecture"]) for found in loaded if "architecture" in found), "unknown")
 
 
 def rq_gmm(x: Tensor, levels: int, components: int, seed: int) -> Fitted:

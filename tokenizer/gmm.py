@@ -52,6 +52,17 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return linear(x, weight, bias)
 
 
+def factor(weight: Tensor) -> Tensor:
+    """weight (K, D) for many products: in the order that oneDNN puts it in each time, unless so small that once costs more.
+
+    No other operation can read the result.
+    """
+    if weight.device.type != "cpu" or _onednn is None or weight.numel() < CHEAP:
+        return weight
+    result: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), CACHED_ROWS)
+    return result
+
+
 def cached_rows(components: int) -> int:
     """Rows of a block that a CPU works off at once."""
     return min(CACHED_ROWS, max(512, CACHED_CELLS // components))
@@ -206,21 +217,22 @@ class DiagonalGMM:
         return math.log(float(self.weights[0])) - 0.5 * self.dim * (math.log(float(self.variances[0, 0])) + LOG_2PI)
 
     @cached_property
-    def _natural(self) -> Tensor:
-        """(K, 2 D): slope beside curvature, the natural parameters that go with x and its squares."""
-        return torch.cat(self._linear[:2], dim=1)
+    def _factor(self) -> Tensor:
+        """What `affinity` multiplies x with, slope (K, D); or x and its squares, slope beside curvature (K, 2 D)."""
+        slope, curvature, _ = self._linear
+        return factor(slope if self.tied else torch.cat([slope, curvature], dim=1))
 
     def affinity(self, x: Tensor, moments: Tensor | None = None) -> Tensor:
         """(N, K): the log-joint up to a term of each row, which changes neither argmax nor posterior.
 
         `moments`, x with its squares (N, 2 D), saves computing them again.
         """
-        slope, _, intercept = self._linear
+        intercept = self._linear[2]
         if self.shift is not None:
             x, moments = x - self.shift, None
         if self.tied:
-            return product(x, slope, intercept)
-        return product(with_squares(x) if moments is None else moments, self._natural, intercept)
+            return product(x, self._factor, intercept)
+        return product(with_squares(x) if moments is None else moments, self._factor, intercept)
 
     def row_term(self, x: Tensor) -> Tensor:
         """(N,): what `affinity` leaves out of the log-joint."""

@@ -137,9 +137,13 @@ class RQGMM:
         With a beam, the most probable of the tuples that were kept to the end: by log p(residual of the last level |
         its component) and the log weights of all.
         """
-        x, scratch = self._checked(x), Scratch()
-        encoded = self._codes if self.beam == 1 else self._searched
-        return torch.cat(_by_blocks(lambda place: encoded(x[place], scratch), x, self.components)).int()
+        x = self._checked(x)
+        if self.beam > 1:
+            return torch.cat(_by_blocks(lambda place: self._searched(x[place]), x, self.components))
+        scratch = Scratch()
+        codes, scores = _joined(_by_blocks(lambda place: self._codes(x[place], scratch), x, self.components))
+        _check_finite(scores)
+        return codes.T.int().contiguous()
 
     def assign(self, x: Tensor, codes: Tensor | None = None) -> Assignment:
         """Codes with their posterior and likelihood in one pass; with `codes`, those of the given ones instead.
@@ -154,9 +158,7 @@ class RQGMM:
         def found(place: slice) -> tuple[Tensor, Tensor]:
             return self._found(x[place], None if codes is None else codes[place], scratch)
 
-        chosen, numbers = (
-            torch.cat(parts, dim=-1) for parts in zip(*_by_blocks(found, x, self.components), strict=True)
-        )
+        chosen, numbers = _joined(_by_blocks(found, x, self.components))
         best, sure, score, energy = numbers
         _check_finite(best)
         log_evidence = best - sure.log()  # log p(residual), but for the term of the row
@@ -183,7 +185,8 @@ class RQGMM:
             residual = residual - gmm.means[component[:, 0]]
         return found
 
-    def _codes(self, x: Tensor, scratch: Scratch) -> Tensor:
+    def _codes(self, x: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
+        """codes and their affinities, (L, n) each."""
         block = _padded(x, encode_block(x, self.components))
         descent = self._descent(block, scratch)
         scores, codes = [], []
@@ -193,10 +196,9 @@ class RQGMM:
             scores.append(value_at(affinity, code))
             codes.append(code)
             descent.take(code)
-        _check_finite(torch.stack(scores))
-        return torch.stack(codes, dim=1)[: len(x)]
+        return torch.stack(codes)[:, : len(x)], torch.stack(scores)[:, : len(x)]
 
-    def _searched(self, x: Tensor, _: Scratch) -> Tensor:
+    def _searched(self, x: Tensor) -> Tensor:
         residual = _padded(x, encode_block(x, self.components))[:, None, :]  # (n, paths, D)
         codes = residual.new_zeros(len(residual), 1, 0, dtype=torch.int32)  # (n, paths, levels so far)
         for level, gmm in enumerate(self.levels, start=1):
@@ -251,12 +253,11 @@ class RQGMM:
                 return None
             if gmm.shift is not None:
                 return None
-        slopes, intercepts = ([gmm._linear[part] for gmm in self.levels] for part in (0, 2))
         taken = [
-            [-(before.means.double() @ slope.double().T).float() for before in self.levels[:level]]
-            for level, slope in enumerate(slopes)
+            [-(before.means.double() @ gmm._linear[0].double().T).float() for before in self.levels[:level]]
+            for level, gmm in enumerate(self.levels)
         ]
-        return _Products(slopes, intercepts, taken)
+        return _Products([gmm._factor for gmm in self.levels], [gmm._linear[2] for gmm in self.levels], taken)
 
     def _checked(self, x: Tensor) -> Tensor:
         """As float32, as fit takes it."""
@@ -269,7 +270,7 @@ class RQGMM:
 
 @dataclass(frozen=True, eq=False)
 class _Products:
-    """By level: slope (K, D), intercept (K,), and what the means of each level before take from its scores, (K, K) each."""
+    """By level: slope (K, D) as a `factor`, intercept (K,), and what the means of each level before take from its scores, (K, K) each."""
 
     slopes: list[Tensor]
     intercepts: list[Tensor]
@@ -375,6 +376,12 @@ def _by_blocks(work: Callable[[slice], Result], x: Tensor, components: int) -> l
     size = encode_block(x, components)
     places = [slice(start, min(start + size, len(x))) for start in range(0, max(1, len(x)), size)]
     return list(by_threads(work, places, len(places), x.device))
+
+
+def _joined(blocks: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Both results of all blocks, whose last dimension is of rows."""
+    first, second = (torch.cat(parts, dim=-1) for parts in zip(*blocks, strict=True))
+    return first, second
 
 
 def _padded(x: Tensor, rows: int) -> Tensor:
