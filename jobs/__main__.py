@@ -73,7 +73,7 @@ def opened(config: Config, run_date: str, *, write: bool = True) -> Iterator[Wor
             yield Work(config, day, Warehouse(session.spark, root), registry, pictures, session.start_seconds)
 
 
-def tell(result: Any, json_file: Path | None) -> None:
+def tell(result: Any, json_file: Path | None = None) -> None:
     """Print a stage's result as `key: value` lines, and write it as JSON where asked."""
     facts = {key: _plain(value) for key, value in asdict(result).items()}
     for key, value in facts.items():

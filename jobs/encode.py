@@ -64,8 +64,18 @@ class EncodeResult:
     nothing_to_do: bool = False
 
 
-def run(config: Config, warehouse: Warehouse, registry: Registry, model: ModelVersion, run_date: date) -> EncodeResult:
-    """Bring `semantic_ids` of codebook `model` up to the newest `item_embeddings`, in one commit."""
+def run(
+    config: Config,
+    warehouse: Warehouse,
+    registry: Registry,
+    model: ModelVersion,
+    run_date: date,
+    chosen: DataFrame | None = None,
+) -> EncodeResult:
+    """Bring `semantic_ids` of codebook `model` up to the newest `item_embeddings`, in one commit.
+
+    `chosen` confines it to the items whose `item_id` it has.
+    """
     began = time.monotonic()
     embeddings_version = warehouse.version(ITEM_EMBEDDINGS)
     embeddings = warehouse.read(ITEM_EMBEDDINGS, embeddings_version)
@@ -86,7 +96,9 @@ def run(config: Config, warehouse: Warehouse, registry: Registry, model: ModelVe
         seconds = time.monotonic() - began
         return EncodeResult(model.version, count, version, embeddings_version, seconds, nothing_to_do=not count)
 
-    if new_version and parent < 0:  # every item is a newcomer: no join, one pass from the files to the table
+    if (
+        new_version and parent < 0 and chosen is None
+    ):  # every item is a newcomer: no join, one pass from the files to the table
         groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
         count = sum(group.rows for group in groups)
         if not count:
@@ -94,7 +106,7 @@ def run(config: Config, warehouse: Warehouse, registry: Registry, model: ModelVe
         by_codes = encoded(groups, None).repartition(_tasks(count, warehouse.cores), "joined")
         rows = _published(by_codes, None, model, run_date)
         return result(count, warehouse.replace(SEMANTIC_IDS, rows, everything))
-    pending = _pending(embeddings, published, model.version, parent).cache()
+    pending = _pending(embeddings, published, model.version, parent, chosen).cache()
     try:
         if pending.isEmpty():
             return result(0, warehouse.version(SEMANTIC_IDS))
@@ -126,10 +138,14 @@ def _tasks(rows: int, cores: int) -> int:
 # ---- what is to be encoded, by row group ----
 
 
-def _pending(embeddings: DataFrame, published: DataFrame, version: int, parent: int) -> DataFrame:
+def _pending(
+    embeddings: DataFrame, published: DataFrame, version: int, parent: int, chosen: DataFrame | None
+) -> DataFrame:
     """Items to encode by file, each with the codes it has now: of this version (kept for good), or of the parent version."""
     own = published.where(F.col("codebook_version") == version).select("item_id", "content_hash")
     items = embeddings.select("item_id", "content_hash", F.col("_metadata.file_name").alias("file"))
+    if chosen is not None:
+        items = items.join(chosen, "item_id", how="left_semi")
     versions = published.where(F.col("codebook_version").isin(version, parent)).select(
         "item_id",
         F.col("content_hash").alias("published_hash"),

@@ -113,7 +113,8 @@ def run(
     }
     least_certain = tuple(
         UncertainItem(**row.asDict())
-        for row in ids.orderBy("confidence", "item_id").limit(LEAST_CERTAIN)
+        # Held ones last: their codes are an earlier codebook's, so that of this one's the posterior is near 0 by intent.
+        for row in ids.orderBy("held", "confidence", "item_id").limit(LEAST_CERTAIN)
         .select("item_id", "semantic_id", "confidence", "log_likelihood").collect()
     )  # fmt: skip
     baseline = {"rmse": metrics["champion_rmse"]} if "champion_rmse" in metrics else None

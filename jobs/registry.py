@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CODEBOOK_MODEL = "semantic-id-codebook"
 CTR_MODEL = "dmqn-ctr"
 CANDIDATE, CHAMPION = "candidate", "champion"
+ROLLED_BACK_TAG = "rolled_back"  # on a codebook that a rollback left: which release did it, and when
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,13 @@ class Registry:
     def set_alias(self, name: str, alias: str, version: int) -> None:
         self.client.set_registered_model_alias(name, alias, str(version))
 
+    def set_tag(self, model: ModelVersion, tag: str, value: str | None) -> None:
+        """On a registered version; None removes it."""
+        if value is not None:
+            self.client.set_model_version_tag(model.name, str(model.version), tag, value)
+        elif tag in model.tags:
+            self.client.delete_model_version_tag(model.name, str(model.version), tag)
+
     def download(self, model: ModelVersion, folder: Path) -> Path:
         """The artefacts of a version as a local folder."""
         import mlflow
@@ -109,7 +117,8 @@ def open_registry(config: Config, root: str) -> Registry:
     logging.getLogger("alembic").setLevel(logging.WARNING)
     import mlflow
 
-    uri = config.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = config.mlflow.tracking_uri or given or ""
     artefacts = None
     if not uri:
         if "://" in root:
@@ -120,6 +129,8 @@ def open_registry(config: Config, root: str) -> Registry:
         uri = f"sqlite:///{root}/mlflow.db"
         artefacts = f"{root}/mlflow_artifacts"
     mlflow.set_tracking_uri(uri)
+    if given is None:  # MLflow has put it there, and the next warehouse of this process would take it for the user's
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     client = mlflow.MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name(config.mlflow.experiment)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 from pyspark.sql import functions as F
 
+from jobs.registry import ModelVersion
 from jobs.tables import RELEASES, Warehouse
+
+PROMOTED, ROLLED_BACK = "promoted", "rolled back"  # how a release came about
 
 
 @dataclass(frozen=True)
 class Release:
-    """One promoted state: a codebook and the table versions it was judged on."""
+    """One promoted state: a codebook and the table versions it was judged on. `previous` is what readers followed before."""
 
     release_id: int
     codebook_version: int
@@ -25,9 +28,31 @@ class Release:
     nothing_to_do: bool = False
 
 
+def releases(warehouse: Warehouse) -> list[Release]:
+    """Every release, the current one first; none before the first promotion."""
+    if not warehouse.exists(RELEASES):
+        return []
+    return [Release(**row.asDict()) for row in warehouse.read(RELEASES).orderBy(F.desc("release_id")).collect()]
+
+
 def current_release(warehouse: Warehouse) -> Release | None:
     """The newest release, or None before the first promotion."""
-    if not warehouse.exists(RELEASES):
-        return None
-    row = warehouse.read(RELEASES).orderBy(F.desc("release_id")).first()
-    return None if row is None else Release(**row.asDict())
+    return next(iter(releases(warehouse)), None)
+
+
+def write_release(
+    warehouse: Warehouse, current: Release | None, model: ModelVersion, table_versions: Mapping[str, int], status: str
+) -> Release:
+    """Append the release that readers follow from now on."""
+    release = Release(
+        release_id=current.release_id + 1 if current else 1,
+        codebook_version=model.version,
+        codebook_hash=model.tags["codebook_hash"],
+        table_versions=table_versions,
+        previous=current.release_id if current else None,
+        status=status,
+        at=datetime.now(UTC),
+    )
+    row = {name: getattr(release, name) for name in RELEASES.schema.names}
+    warehouse.append(RELEASES, warehouse.rows(RELEASES, [row]))
+    return release

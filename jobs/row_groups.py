@@ -47,6 +47,13 @@ def row_groups(uris: Sequence[str]) -> list[RowGroup]:
         return [group for groups in pool.map(of_file, uris) for group in groups]
 
 
+def missing(uris: Sequence[str]) -> list[str]:
+    """Those that are no files any more."""
+    places = [filesystem_of(uri) for uri in uris]
+    found = places[0][0].get_file_info([path for _, path in places]) if places else []
+    return [uri for uri, info in zip(uris, found, strict=True) if not info.is_file]
+
+
 def _open(uri: str) -> pq.ParquetFile:
     filesystem, path = filesystem_of(uri)
     return pq.ParquetFile(path, filesystem=filesystem)

@@ -1,4 +1,4 @@
-"""`sid`: the stages, and what is made of them: demo, nightly, promote, status, explain, bench.
+"""`sid`: the stages, and what is made of them: demo, nightly, promote, rollback, backfill, status, explain, bench.
 
 Exit codes: 0 done or nothing to do · 2 wrong settings · 3 the gate did not pass · 4 wrong data or tables ·
 5 the machine or the warehouse cannot be used.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ from jobs.__main__ import (
 from jobs.__main__ import (
     app as stages,
 )
-from jobs.config import Config, ConfigError
+from jobs.config import Config, ConfigError, parse_date
 
 WRONG_SETTINGS, GATE_DID_NOT_PASS, WRONG_DATA, UNUSABLE = 2, 3, 4, 5
 DEMO_WAREHOUSE = "warehouse/demo"
@@ -120,7 +121,49 @@ def promote(
             raise ConfigError(
                 f"codebook version {model.version} has no quality report; expected one. Run `sid evaluate --codebook {model.version}`"
             )
-        tell(move(work.warehouse, work.registry, model, verdict), json_file)
+        tell(move(work.warehouse, work.registry, model, verdict, again=version.isdigit()), json_file)
+
+
+@app.command()
+def rollback(
+    to: Annotated[int | None, typer.Option("--to", help="Release to go back to; by default the newest of another codebook.")] = None,
+    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None,
+) -> None:  # fmt: skip
+    """Make an earlier release the current one again: its codebook the champion, its tables those that readers follow."""
+    from pipelines.promote import rollback as move
+
+    with opened(resolved(config, settings, warehouse), "") as work:
+        tell(move(work.warehouse, work.registry, to), json_file)
+
+
+@app.command()
+def backfill(
+    name: Annotated[str, typer.Option("--codebook", help="Codebook version, or the alias candidate or champion.")],
+    items: Annotated[str, typer.Option("--items", help="Parquet with a column item_id, or text with one id a line.")] = "",
+    since: Annotated[str, typer.Option("--since", help="Items new or changed on this day or later, YYYY-MM-DD.")] = "",
+    everything: Annotated[bool, typer.Option("--all", help="Every item.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
+    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", run_date: RunDate = "", json_file: JsonFile = None,
+) -> None:  # fmt: skip
+    """Semantic IDs of a codebook version for a list of items, for what changed since a day, or for all; says first what it will do."""
+    from jobs import encode
+    from pipelines.backfill import chosen_items, listed_items, plan
+    from pipelines.report import write_json
+
+    if (bool(items), bool(since), everything).count(True) != 1:
+        raise ConfigError("which items? Expected one of --items FILE, --since DAY and --all")
+    listed, day = listed_items(items) if items else None, parse_date(since) if since else None
+    with opened(resolved(config, settings, warehouse), run_date, write=not dry_run) as work:
+        model = codebook(work.registry, name)
+        chosen = chosen_items(work.warehouse, listed, day)
+        planned = plan(work.warehouse, model, chosen)
+        tell(planned)
+        result = None
+        if not dry_run:
+            result = encode.run(work.config, work.warehouse, work.registry, model, work.run_date, chosen)
+            tell(result)
+    if json_file is not None:
+        write_json(json_file, {"plan": asdict(planned), "result": asdict(result) if result else None})
 
 
 @app.command()
@@ -204,12 +247,12 @@ def _exit_code(error: Exception) -> int | None:
     from jobs.engine import EnvironmentProblem
     from jobs.fit import FitFailed
     from jobs.tables import SchemaError, WarehouseError
-    from pipelines.promote import GateFailed, PromotionConflict
+    from pipelines.promote import GateFailed, NoWayBack, PromotionConflict
     from tokenizer import TokenizerError
 
     codes: list[tuple[Any, int]] = [
         (GateFailed, GATE_DID_NOT_PASS),
-        ((SchemaError, TokenizerError, PromotionConflict), WRONG_DATA),
+        ((SchemaError, TokenizerError, PromotionConflict, NoWayBack), WRONG_DATA),
         ((WarehouseError, EnvironmentProblem, FitFailed), UNUSABLE),
     ]
     return next((code for kinds, code in codes if isinstance(error, kinds)), None)

@@ -8,7 +8,7 @@ from pyspark.sql import functions as F
 from rich.table import Table as Grid
 
 from jobs.evaluate import report
-from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, Registry
+from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, ROLLED_BACK_TAG, Registry
 from jobs.releases import current_release
 from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, TABLES, Warehouse
 from pipelines.report import page
@@ -23,10 +23,12 @@ def status_facts(warehouse: Warehouse, registry: Registry) -> dict[str, Any]:
     newest = report(warehouse, candidate.version) if candidate else None
     facts: dict[str, Any] = {
         "release": release.release_id if release else None,
+        "release_status": release.status if release else None,
         "released_at": release.at.isoformat(timespec="seconds") if release else None,
         "champion_version": champion.version if champion else None,
         "codebook_hash": champion.tags["codebook_hash"] if champion else None,
         "candidate_version": candidate.version if candidate else None,
+        "candidate_rolled_back": candidate.tags.get(ROLLED_BACK_TAG) if candidate else None,
         "verdict": None if newest is None else ("passed" if newest.passed else "failed"),
         "reasons": [] if newest is None else list(newest.reasons),
         "ctr_version": ctr.version if ctr else None,
@@ -44,11 +46,12 @@ def print_status(facts: dict[str, Any]) -> None:
         console.print("No release yet: run `sid nightly`, or the stages and `sid promote`.")
     else:
         console.print(
-            f"Release {facts['release']} of {facts['released_at']} UTC: codebook version {facts['champion_version']}, hash {facts['codebook_hash'][:12]}"
+            f"Release {facts['release']} of {facts['released_at']} UTC, {facts['release_status']}: codebook version {facts['champion_version']}, hash {facts['codebook_hash'][:12]}"
         )
     if facts["candidate_version"] not in (None, facts["champion_version"]):
+        left = f", rolled back {facts['candidate_rolled_back']}" if facts["candidate_rolled_back"] else ""
         console.print(
-            f"Candidate: codebook version {facts['candidate_version']}, verdict {facts['verdict'] or 'none yet'} {'; '.join(facts['reasons'])}"
+            f"Candidate: codebook version {facts['candidate_version']}{left}, verdict {facts['verdict'] or 'none yet'} {'; '.join(facts['reasons'])}"
         )
     grid = Grid(box=None, padding=(0, 2))
     for column, justify in (("table", "left"), ("rows", "right"), ("version", "right")):

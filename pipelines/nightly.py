@@ -22,7 +22,7 @@ from jobs.evaluate import EvaluateResult
 from jobs.fit import FitResult
 from jobs.load import LoadResult
 from jobs.registry import CHAMPION, CODEBOOK_MODEL, ModelVersion, Registry
-from jobs.releases import Release
+from jobs.releases import ROLLED_BACK, Release, releases
 from jobs.tables import SEMANTIC_IDS, Warehouse
 from jobs.train import TrainResult
 from pipelines.promote import GateFailed, promote
@@ -132,7 +132,14 @@ def refit_reason(config: Config, warehouse: Warehouse, champion: ModelVersion | 
         return f"the champion is {champion.tags['shape']}, the settings ask for {config.fit.levels}x{config.fit.components}"
     if fit.method_of(champion) != config.fit.method:
         return f"the champion was fitted by {fit.method_of(champion)}, the settings ask for {config.fit.method}"
-    due = date.fromisoformat(champion.tags["run_date"]) + timedelta(days=config.nightly.refit_every_days)
+    # Who rolled back has as long as a codebook lasts to find out why, before a refit from the same data comes.
+    since = max(
+        [
+            date.fromisoformat(champion.tags["run_date"]),
+            *(release.at.date() for release in releases(warehouse) if release.status == ROLLED_BACK),
+        ]
+    )
+    due = since + timedelta(days=config.nightly.refit_every_days)
     if night.run_date >= due:
         return f"the champion of {champion.tags['run_date']} was due for a refit on {due}"
     drop = likelihood_drop(warehouse, champion, night.run_date)

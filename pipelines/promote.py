@@ -1,17 +1,23 @@
 """promote: the alias `champion` moves to a codebook version if its verdict passed on the tables as they are now.
+rollback: it moves back, with the table versions of the earlier release.
 
 The `releases` row is written last, so whoever follows the current release never sees half a night.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from datetime import UTC, datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pyspark.errors import AnalysisException
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
 
 from jobs.evaluate import EvaluateResult
-from jobs.registry import CHAMPION, CODEBOOK_MODEL, ModelVersion, Registry
-from jobs.releases import Release, current_release
-from jobs.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, Warehouse
+from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, ROLLED_BACK_TAG, ModelVersion, Registry
+from jobs.releases import PROMOTED, ROLLED_BACK, Release, current_release, releases, write_release
+from jobs.row_groups import missing
+from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
 
 
 class GateFailed(RuntimeError):
@@ -22,13 +28,40 @@ class PromotionConflict(RuntimeError):
     """The champion or the tables moved since the verdict."""
 
 
-def promote(warehouse: Warehouse, registry: Registry, model: ModelVersion, verdict: EvaluateResult) -> Release:
+class NoWayBack(RuntimeError):
+    """There is no earlier release to go back to, or what it was made of is gone."""
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """The release that a rollback wrote, and what it means for who runs it."""
+
+    release_id: int
+    codebook_version: int
+    codebook_hash: str
+    table_versions: Mapping[str, int]
+    left_version: int | None  # of the codebook that was champion, where another one is now; no night promotes it again
+    ctr_version: int | None  # trained on this codebook: the candidate again
+    items_without_id: int  # that came since; the next night encodes them
+    nothing_to_do: bool = False
+
+
+def promote(
+    warehouse: Warehouse, registry: Registry, model: ModelVersion, verdict: EvaluateResult, *, again: bool = False
+) -> Release:
     """Make `model` the champion and release the tables it was judged on. Call with the writer lock held.
 
+    `again` takes a codebook that was rolled back, which only a person should ask for.
+
     Raises:
-        GateFailed: the verdict is negative.
+        GateFailed: the verdict is negative, or the codebook was rolled back.
         PromotionConflict: the champion is not the one the verdict compared with, or a table has changed since.
     """
+    if ROLLED_BACK_TAG in model.tags and not again:
+        raise GateFailed(
+            f"codebook version {model.version} was rolled back ({model.tags[ROLLED_BACK_TAG]}), expected another one. The champion "
+            f"stays; new items or settings give a new fit, `sid promote {model.version}` takes this one all the same"
+        )
     if not verdict.passed:
         raise GateFailed(
             f"codebook version {model.version} did not pass the gate: {'; '.join(verdict.reasons)}. The champion stays; "
@@ -53,15 +86,108 @@ def promote(warehouse: Warehouse, registry: Registry, model: ModelVersion, verdi
         )
     # Killed between these two writes, the next run finds the alias in place and writes the row.
     registry.set_alias(CODEBOOK_MODEL, CHAMPION, model.version)
-    release = Release(
-        release_id=current.release_id + 1 if current else 1,
+    registry.set_tag(model, ROLLED_BACK_TAG, None)
+    return write_release(warehouse, current, model, present, PROMOTED)
+
+
+def rollback(warehouse: Warehouse, registry: Registry, to: int | None = None) -> Rollback:
+    """Make an earlier release the current one again: its codebook the champion, its table versions those that readers follow.
+
+    Without `to`, the newest release of another codebook that was not itself rolled back. Nothing is encoded or judged, and
+    no ID changes. Call with the writer lock held.
+
+    Raises:
+        NoWayBack: there is no such release, or its codebook or its tables are gone.
+    """
+    current, target = _way_back(registry, releases(warehouse), to)
+    model = _intact(warehouse, registry, target)
+    ctr = registry.find(CTR_MODEL, "codebook_hash", target.codebook_hash)
+    left = None
+    if target is not current:
+        # Killed between these writes, the same command finds the release as it was and does them again.
+        if current.codebook_version != target.codebook_version:
+            left = current.codebook_version
+            if (left_model := registry.version(CODEBOOK_MODEL, left)) is not None:
+                registry.set_tag(left_model, ROLLED_BACK_TAG, f"from release {current.release_id}")
+        registry.set_tag(model, ROLLED_BACK_TAG, None)
+        registry.set_alias(CODEBOOK_MODEL, CHAMPION, model.version)
+        if ctr is not None:
+            registry.set_alias(CTR_MODEL, CANDIDATE, ctr.version)
+        current = write_release(warehouse, current, model, target.table_versions, ROLLED_BACK)
+    items = warehouse.read(ITEM_EMBEDDINGS).count()
+    return Rollback(
+        release_id=current.release_id,
         codebook_version=model.version,
-        codebook_hash=model.tags["codebook_hash"],
-        table_versions=present,
-        previous=current.release_id if current else None,
-        status="promoted",
-        at=datetime.now(UTC),
+        codebook_hash=target.codebook_hash,
+        table_versions=target.table_versions,
+        left_version=left,
+        ctr_version=ctr.version if ctr else None,
+        items_without_id=items - _released_ids(warehouse, target).count(),
+        nothing_to_do=target is current,
     )
-    row = {name: getattr(release, name) for name in RELEASES.schema.names}
-    warehouse.append(RELEASES, warehouse.rows(RELEASES, [row]))
-    return release
+
+
+def _way_back(registry: Registry, every: Sequence[Release], to: int | None) -> tuple[Release, Release]:
+    """The current release and the one to go back to; twice the current one where that has been done."""
+    if not every:
+        raise NoWayBack("this warehouse has no release; expected one to go back from. Run `sid nightly` first")
+    current = every[0]
+    if to is None:
+        if current.status == ROLLED_BACK:
+            return current, current
+        for release in every:
+            model = registry.version(CODEBOOK_MODEL, release.codebook_version)
+            left = model is not None and ROLLED_BACK_TAG in model.tags
+            if release.codebook_version != current.codebook_version and not left:
+                return current, release
+        raise NoWayBack(
+            f"no release before release {current.release_id} has another codebook than version {current.codebook_version} that was "
+            "not rolled back itself; expected one. Name a release with --to, or promote another codebook: `sid promote VERSION`"
+        )
+    target = next((release for release in every if release.release_id == to), None)
+    if target is None:
+        raise NoWayBack(f"there is no release {to}; expected one of 1 to {current.release_id}")
+    same = (target.codebook_version, target.table_versions) == (current.codebook_version, current.table_versions)
+    return current, current if same else target
+
+
+def _intact(warehouse: Warehouse, registry: Registry, release: Release) -> ModelVersion:
+    """The codebook of a release, after a look at what the release pins."""
+    version, wanted = release.codebook_version, release.codebook_hash
+    again = (
+        f"Encode and release anew instead: `sid backfill --codebook {version} --all`, `sid evaluate --codebook {version}`, "
+        f"`sid promote {version}`"
+    )
+    model = registry.version(CODEBOOK_MODEL, version)
+    if model is None or model.tags["codebook_hash"] != wanted:
+        raise NoWayBack(
+            f"release {release.release_id} is of codebook version {version} with hash {wanted[:12]}, the registry has "
+            f"{model.tags['codebook_hash'][:12] if model else 'no such version'}; expected the same. Name another release with --to"
+        )
+    for table in (ITEM_EMBEDDINGS, SEMANTIC_IDS):
+        pinned = release.table_versions[table.name]
+        try:
+            files = warehouse.files(table, pinned)
+        except AnalysisException as error:
+            raise NoWayBack(
+                f"{table.name} has no version {pinned} any more ({error.getCondition()}), which release {release.release_id} "
+                f"pins; expected it in the table's history. {again}"
+            ) from error
+        if gone := missing(files):
+            raise NoWayBack(
+                f"{len(gone)} of {len(files)} files of {table.name} version {pinned}, which release {release.release_id} pins, are "
+                f"gone; was the table vacuumed? {again}"
+            )
+    found = {
+        row["codebook_hash"] for row in _released_ids(warehouse, release).select("codebook_hash").distinct().collect()
+    }
+    if found != {wanted}:
+        raise NoWayBack(
+            f"release {release.release_id} has IDs of hashes {sorted(found)}, its codebook has {wanted}; expected that one alone. {again}"
+        )
+    return model
+
+
+def _released_ids(warehouse: Warehouse, release: Release) -> DataFrame:
+    ids = warehouse.read(SEMANTIC_IDS, release.table_versions[SEMANTIC_IDS.name])
+    return ids.where(F.col("codebook_version") == release.codebook_version)

@@ -1,0 +1,103 @@
+"""backfill: semantic IDs of one codebook version for chosen items: a list of them, those that changed since a day, or all.
+
+A plan says first what will be done. `encode` leaves items alone that have their ID, so the same backfill again, after a
+kill too, does what is left; the IDs of one run come in one commit. Which release readers follow does not change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import date
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from jobs.config import ConfigError
+from jobs.registry import ModelVersion
+from jobs.sources import filesystem_of, open_parquet
+from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
+
+NAMED = 5  # unknown items that a plan lists
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a backfill does: `chosen` = `with_id` + `to_encode` + `unknown`."""
+
+    codebook_version: int
+    codebook_hash: str
+    chosen: int
+    with_id: int  # of this version, for the vector that the item has now
+    to_encode: int
+    unknown: int  # not in item_embeddings: never loaded, or rejected
+    unknown_items: tuple[str, ...]  # some of them
+
+
+def listed_items(location: str) -> pa.StringArray:
+    """The ids in a file: Parquet (or a folder of it) with a column `item_id`, or text with one id a line.
+
+    Raises:
+        ConfigError: no such file, no such column, or no ids.
+    """
+    filesystem, path = filesystem_of(location)
+    if location.endswith(".parquet") or filesystem.get_file_info(path).type == fs.FileType.Directory:
+        columns = open_parquet(location).schema.names
+        if "item_id" not in columns:
+            raise ConfigError(f"{location} has columns {columns}; expected item_id among them")
+        read = pq.read_table(path, columns=["item_id"], filesystem=filesystem)
+        ids = read["item_id"].cast(pa.string()).combine_chunks().drop_null()
+    else:
+        try:
+            with filesystem.open_input_stream(path) as stream:
+                lines = stream.read().decode().splitlines()
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"{location} does not exist; expected text with one id a line, or Parquet with a column item_id"
+            ) from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{location} is not UTF-8 text ({error.reason} at byte {error.start}); expected one id a line, or a name in .parquet"
+            ) from error
+        ids = pa.array([line.strip() for line in lines if line.strip()], pa.string())
+    if not len(ids):
+        raise ConfigError(f"{location} names no item; expected at least one id")
+    return ids
+
+
+def chosen_items(warehouse: Warehouse, listed: pa.StringArray | None, since: date | None) -> DataFrame | None:
+    """The `item_id`s to confine a backfill to, each once: those listed, or those new or changed on a day or later; None is all."""
+    if listed is not None:
+        return warehouse.spark.createDataFrame(pa.table({"item_id": listed})).distinct()
+    if since is not None:
+        return warehouse.read(ITEM_EMBEDDINGS).where(F.col("run_date") >= F.lit(since)).select("item_id")
+    return None
+
+
+def plan(warehouse: Warehouse, model: ModelVersion, chosen: DataFrame | None) -> Plan:
+    """What encoding `chosen` (None: every item) under `model` comes to."""
+    embeddings = warehouse.read(ITEM_EMBEDDINGS).select("item_id", "content_hash")
+    rows = embeddings if chosen is None else chosen.join(embeddings, "item_id", how="left")
+    if warehouse.exists(SEMANTIC_IDS):
+        own = warehouse.read(SEMANTIC_IDS).where(F.col("codebook_version") == model.version)
+        has_id = own.select("item_id", "content_hash", F.lit(True).alias("has_id"))
+        rows = rows.join(has_id, ["item_id", "content_hash"], how="left")
+    else:
+        rows = rows.withColumn("has_id", F.lit(None).cast("boolean"))
+    counts = rows.agg(
+        F.count(F.lit(1)).alias("chosen"), F.count("content_hash").alias("known"), F.count("has_id").alias("with_id")
+    ).first()
+    assert counts is not None
+    unknown = counts["chosen"] - counts["known"]
+    some = rows.where("content_hash IS NULL").orderBy("item_id").limit(NAMED).collect() if unknown else []
+    return Plan(
+        codebook_version=model.version,
+        codebook_hash=model.tags["codebook_hash"],
+        chosen=counts["chosen"],
+        with_id=counts["with_id"],
+        to_encode=counts["known"] - counts["with_id"],
+        unknown=unknown,
+        unknown_items=tuple(row["item_id"] for row in some),
+    )

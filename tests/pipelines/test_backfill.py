@@ -1,0 +1,95 @@
+"""Backfill on real Spark, Delta and MLflow: the plan, a list of items, the rest, again."""
+
+from __future__ import annotations
+
+from datetime import date
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from house import ITEMS, House
+from pyspark.sql import DataFrame, SparkSession
+
+from jobs import encode, fit, load
+from jobs.config import ConfigError
+from jobs.registry import ModelVersion
+from pipelines.backfill import chosen_items, listed_items, plan
+
+DAY, NEXT = date(2026, 1, 1), date(2026, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def stocked(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> House:
+    """Vectors, twenty of them a day later, and no semantic ID."""
+    house = House(spark, tmp_path_factory.mktemp("backfill"))
+    load.run(house.config, house.warehouse, DAY)
+    house.write(ITEMS + 20)
+    load.run(house.config, house.warehouse, NEXT)
+    return house
+
+
+@pytest.fixture(scope="module")
+def model(stocked: House) -> ModelVersion:
+    return fit.run(stocked.config, stocked.warehouse, stocked.registry, NEXT, stocked.root / "pictures").model
+
+
+def test_a_list_of_items_then_the_rest_then_nothing(stocked: House, model: ModelVersion) -> None:
+    house = stocked
+
+    def encoded(chosen: DataFrame | None) -> int:
+        return encode.run(house.config, house.warehouse, house.registry, model, NEXT, chosen).encoded
+
+    wanted = [str(item) for item in range(0, 30, 3)]
+    chosen = chosen_items(house.warehouse, pa.array([*wanted, "0", "never loaded"]), None)
+    planned = plan(house.warehouse, model, chosen)
+    assert (planned.chosen, planned.with_id, planned.to_encode, planned.unknown) == (11, 0, 10, 1)
+    assert planned.unknown_items == ("never loaded",)
+    assert encoded(chosen) == 10
+    some = house.ids(model.version)
+    assert set(some) == set(wanted)
+    assert plan(house.warehouse, model, chosen).with_id == 10
+
+    planned = plan(house.warehouse, model, None)
+    assert (planned.chosen, planned.with_id, planned.to_encode, planned.unknown) == (ITEMS + 20, 10, ITEMS + 10, 0)
+    assert encoded(None) == ITEMS + 10
+    ids = house.ids(model.version)
+    assert len({row["semantic_id"] for row in ids.values()}) == len(ids) == ITEMS + 20
+    assert {item: ids[item] for item in some} == some  # what was published first did not move
+    assert plan(house.warehouse, model, None).to_encode == 0
+    assert encoded(chosen) == 0
+
+
+def test_since_a_day_takes_what_is_new_or_changed(stocked: House, model: ModelVersion) -> None:
+    for day, count in ((NEXT, 20), (DAY, ITEMS + 20)):
+        assert plan(stocked.warehouse, model, chosen_items(stocked.warehouse, None, day)).chosen == count
+
+
+def test_lists_are_text_or_parquet(tmp_path: Path) -> None:
+    text = tmp_path / "ids.txt"
+    text.write_text("a\n\n  b \nc\r\n")
+    assert listed_items(str(text)).to_pylist() == ["a", "b", "c"]
+    pq.write_table(pa.table({"item_id": [1, 2, None]}), tmp_path / "ids.parquet")
+    assert listed_items(str(tmp_path / "ids.parquet")).to_pylist() == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("absent.txt", None, "does not exist"),
+        ("absent.parquet", None, "does not exist"),
+        ("empty.txt", b"\n \n", "names no item"),
+        ("binary.txt", b"\xff\xfe\x00", "is not UTF-8 text"),
+    ],
+)
+def test_a_bad_list_is_a_sentence(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=said):
+        listed_items(str(tmp_path / name))
+
+
+def test_a_list_without_item_ids_is_a_sentence(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1]}), tmp_path / "ids.parquet")
+    with pytest.raises(ConfigError, match=r"has columns \['id'\]; expected item_id"):
+        listed_items(str(tmp_path / "ids.parquet"))
