@@ -96,9 +96,8 @@ def run(
         seconds = time.monotonic() - began
         return EncodeResult(model.version, count, version, embeddings_version, seconds, nothing_to_do=not count)
 
-    if (
-        new_version and parent < 0 and chosen is None
-    ):  # every item is a newcomer: no join, one pass from the files to the table
+    all_new = new_version and parent < 0 and chosen is None
+    if all_new:  # no join, one pass from the files to the table
         groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
         count = sum(group.rows for group in groups)
         if not count:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 CODEBOOK_MODEL = "semantic-id-codebook"
 CTR_MODEL = "dmqn-ctr"
 CANDIDATE, CHAMPION = "candidate", "champion"
-ROLLED_BACK_TAG = "rolled_back"  # on a codebook that a rollback left: which release did it, and when
+ROLLED_BACK_TAG = "rolled_back"  # on a codebook version that a rollback left: from which release
 
 
 @dataclass(frozen=True)

@@ -84,9 +84,9 @@ def promote(
             f"the champion is version {champion.version}, the verdict compared with "
             f"{verdict.judged_against or 'no champion'}; expected the same. Run `sid evaluate` again"
         )
+    registry.set_tag(model, ROLLED_BACK_TAG, None)
     # Killed between these two writes, the next run finds the alias in place and writes the row.
     registry.set_alias(CODEBOOK_MODEL, CHAMPION, model.version)
-    registry.set_tag(model, ROLLED_BACK_TAG, None)
     return write_release(warehouse, current, model, present, PROMOTED)
 
 
