@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
 from tokenizer import DataError, DiagonalGMM, GMMStatistics, e_step, m_step
-from tokenizer.gmm import CACHED_ROWS, CHEAP, NEGLIGIBLE, Scratch, annealing_step, certainty, isotropic, product
+from tokenizer.gmm import CACHED_ROWS, CHEAP, NEGLIGIBLE, Scratch, annealing_step, certainty, factor, isotropic, product
 
 
 def mixture(k: int, d: int, *, seed: int = 0, tied: bool = False, width: float = 1.0) -> DiagonalGMM:
@@ -46,18 +46,18 @@ def sklearn_twin(gmm: DiagonalGMM) -> GaussianMixture:
 def test_a_row_of_a_product_depends_neither_on_its_place_nor_on_the_threads(n: int, d: int, k: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
     x, weight, bias = torch.randn(n, d, generator=g), torch.randn(k, d, generator=g), torch.randn(k, generator=g)
-    here = product(x, weight, bias)
-    assert torch.allclose(here.double(), x.double() @ weight.double().T + bias.double(), atol=1e-4)
-    order = torch.randperm(n, generator=g)
-    assert torch.equal(product(x[order], weight, bias), here[order])
     assert torch.allclose(product(x.T, weight[:1].expand(n, d).T), x.T @ weight[:1].expand(n, d), atol=1e-2)
-    threads = torch.get_num_threads()
-    try:
-        for other in (1, 2, 3):
-            torch.set_num_threads(other)
-            assert torch.equal(product(x, weight, bias), here)
-    finally:
-        torch.set_num_threads(threads)
+    order, threads = torch.randperm(n, generator=g), torch.get_num_threads()
+    for form in (weight, factor(weight)):
+        here = product(x, form, bias)
+        assert torch.allclose(here.double(), x.double() @ weight.double().T + bias.double(), atol=1e-4)
+        assert torch.equal(product(x[order], form, bias), here[order])
+        try:
+            for other in (1, 2, 3):
+                torch.set_num_threads(other)
+                assert torch.equal(product(x, form, bias), here)
+        finally:
+            torch.set_num_threads(threads)
 
 
 def test_without_onednn_products_are_the_same_but_for_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
