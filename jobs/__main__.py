@@ -185,7 +185,7 @@ def train(
     from jobs.releases import current_release
 
     with opened(resolved(config, settings, warehouse), run_date) as work:
-        release = current_release(work.warehouse)
+        release = current_release(work.warehouse.root)
         if release is None:
             raise ConfigError(
                 "this warehouse has no release yet; expected one to train on. Run `sid nightly` or `sid promote` first"

@@ -27,7 +27,7 @@ from jobs.encode import codebook_files, worker_codebook
 from jobs.packed import unpack
 from jobs.pictures import draw_likelihood, draw_usage
 from jobs.registry import ModelVersion, Registry
-from jobs.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS, SchemaError, Warehouse
+from jobs.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS, SchemaError, Warehouse, rows_of
 from tokenizer import RQGMM, Thresholds, check_gate, level_usage, neighbour_recall
 
 LIKELIHOOD_SAMPLE = 50_000
@@ -84,7 +84,7 @@ def run(
     run_id = _digest([versions, model.tags["codebook_hash"], config.digest("gate", "evaluate")])
     # A champion was judged against its predecessor when it was promoted; that report stands.
     judged_against = rival.version if rival else None
-    found = report(warehouse, model.version, run_id)
+    found = report(warehouse.root, model.version, run_id)
     if found is not None and (rival is None or found.judged_against == judged_against):
         drawn = tuple(sorted(pictures.glob(f"*-{model.tags['codebook_hash'][:12]}.png")))
         return replace(found, pictures=drawn, seconds=time.monotonic() - began, nothing_to_do=True)
@@ -164,21 +164,19 @@ def run(
     )
 
 
-def report(warehouse: Warehouse, codebook_version: int, run_id: str | None = None) -> EvaluateResult | None:
+def report(root: str, codebook_version: int, run_id: str | None = None) -> EvaluateResult | None:
     """A stored report of a codebook version: the named one, or the newest."""
-    if not warehouse.exists(QUALITY_REPORTS):
-        return None
-    rows = warehouse.read(QUALITY_REPORTS).where(F.col("codebook_version") == codebook_version)
-    if run_id is not None:
-        rows = rows.where(F.col("run_id") == run_id)
-    found = rows.orderBy(
-        F.desc(F.col("table_versions")[SEMANTIC_IDS.name]), F.desc(F.col("table_versions")[ITEM_EMBEDDINGS.name])
-    ).first()
+    rows = [row for row in rows_of(root, QUALITY_REPORTS) if row["codebook_version"] == codebook_version]
+    found = max(
+        (row for row in rows if run_id in (None, row["run_id"])),
+        key=lambda row: [row["table_versions"][table.name] for table in (SEMANTIC_IDS, ITEM_EMBEDDINGS)],
+        default=None,
+    )
     if found is None:
         return None
     return EvaluateResult(
         codebook_version, found["run_id"], found["passed"], tuple(found["reasons"]), found["metrics"],
-        tuple(UncertainItem(**item.asDict()) for item in found["least_certain"]), found["table_versions"], found["judged_against"],
+        tuple(UncertainItem(**item) for item in found["least_certain"]), found["table_versions"], found["judged_against"],
     )  # fmt: skip
 
 

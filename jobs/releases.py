@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from pyspark.sql import functions as F
-
 from jobs.registry import ModelVersion
-from jobs.tables import RELEASES, Warehouse
+from jobs.tables import RELEASES, Warehouse, rows_of
 
 PROMOTED, ROLLED_BACK = "promoted", "rolled back"  # how a release came about
 
@@ -28,16 +26,15 @@ class Release:
     nothing_to_do: bool = False
 
 
-def releases(warehouse: Warehouse) -> list[Release]:
-    """Every release, the current one first; none before the first promotion."""
-    if not warehouse.exists(RELEASES):
-        return []
-    return [Release(**row.asDict()) for row in warehouse.read(RELEASES).orderBy(F.desc("release_id")).collect()]
+def releases(root: str) -> list[Release]:
+    """Every release of the warehouse there, the current one first; none before the first promotion."""
+    found = [Release(**row) for row in rows_of(root, RELEASES)]
+    return sorted(found, key=lambda release: release.release_id, reverse=True)
 
 
-def current_release(warehouse: Warehouse) -> Release | None:
+def current_release(root: str) -> Release | None:
     """The newest release, or None before the first promotion."""
-    return next(iter(releases(warehouse)), None)
+    return next(iter(releases(root)), None)
 
 
 def write_release(

@@ -267,6 +267,35 @@ class Warehouse:
             yield self.spark.read.schema(rows.schema).parquet(folder)
 
 
+def rows_of(root: str, table: Table) -> list[dict[str, Any]]:
+    """Every row of a table of few rows, read by delta-rs: Spark takes seconds for it, and many to start. No rows where it is absent.
+
+    Raises:
+        SchemaError: its columns are not the declared ones.
+    """
+    from deltalake import DeltaTable
+
+    if not DeltaTable.is_deltatable(f"{root}/{table.name}"):
+        return []
+    found = DeltaTable(f"{root}/{table.name}").to_pyarrow_table()
+    if found.schema.names != table.schema.names:
+        raise SchemaError(
+            f"columns of {table.name} are {found.schema.names}; expected {table.schema.names}. Was the table written by another version?"
+        )
+    rows: list[dict[str, Any]] = found.to_pylist(maps_as_pydicts="strict")
+    return rows
+
+
+def extent(root: str, table: Table) -> tuple[int, int] | None:
+    """Rows and version of a table, from its log; None where it is absent."""
+    from deltalake import DeltaTable
+
+    if not DeltaTable.is_deltatable(f"{root}/{table.name}"):
+        return None
+    found = DeltaTable(f"{root}/{table.name}")
+    return found.count(), found.version()
+
+
 def check_columns(frame: DataFrame, table: Table) -> None:
     """Names, order and types of `frame` are those of `table` (a column may be less nullable than declared)."""
     wanted = [(f.name, f.dataType.simpleString()) for f in table.schema]

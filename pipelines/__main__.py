@@ -116,7 +116,7 @@ def promote(
 
     with opened(resolved(config, settings, warehouse), "") as work:
         model = codebook(work.registry, version)
-        verdict = report(work.warehouse, model.version)
+        verdict = report(work.warehouse.root, model.version)
         if verdict is None:
             raise ConfigError(
                 f"codebook version {model.version} has no quality report; expected one. Run `sid evaluate --codebook {model.version}`"
@@ -171,10 +171,13 @@ def status(
     config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None
 ) -> None:
     """The current release, the candidate, the last verdict and every table, in one screen."""
+    from jobs.registry import open_registry
+    from jobs.tables import warehouse_root
     from pipelines.lineage import print_status, status_facts
 
-    with opened(resolved(config, settings, warehouse), "", write=False) as work:
-        values = status_facts(work.warehouse, work.registry)
+    chosen = resolved(config, settings, warehouse)
+    root = warehouse_root(chosen.warehouse)
+    values = status_facts(root, open_registry(chosen, root))
     print_status(values)
     if json_file is not None:
         from pipelines.report import write_json

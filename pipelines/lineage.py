@@ -10,21 +10,21 @@ from rich.table import Table as Grid
 from jobs.evaluate import report
 from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, ROLLED_BACK_TAG, Registry
 from jobs.releases import current_release
-from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, TABLES, Warehouse
+from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, TABLES, Warehouse, extent
 from pipelines.report import page
 
 
-def status_facts(warehouse: Warehouse, registry: Registry) -> dict[str, Any]:
-    """The state of the warehouse as flat keys."""
-    release = current_release(warehouse)
+def status_facts(root: str, registry: Registry) -> dict[str, Any]:
+    """The state of the warehouse at `root` as flat keys; without Spark, which takes longer to start than all of it."""
+    release = current_release(root)
     candidate = registry.resolve(CODEBOOK_MODEL, CANDIDATE)
     champion = registry.resolve(CODEBOOK_MODEL, CHAMPION)
     ctr = registry.resolve(CTR_MODEL, CANDIDATE)
-    newest = report(warehouse, candidate.version) if candidate else None
+    newest = report(root, candidate.version) if candidate else None
     facts: dict[str, Any] = {
         "release": release.release_id if release else None,
         "release_status": release.status if release else None,
-        "released_at": release.at.isoformat(timespec="seconds") if release else None,
+        "released_at": release.at.strftime("%Y-%m-%dT%H:%M:%S") if release else None,
         "champion_version": champion.version if champion else None,
         "codebook_hash": champion.tags["codebook_hash"] if champion else None,
         "candidate_version": candidate.version if candidate else None,
@@ -34,9 +34,8 @@ def status_facts(warehouse: Warehouse, registry: Registry) -> dict[str, Any]:
         "ctr_version": ctr.version if ctr else None,
     }
     for table in TABLES:
-        present = warehouse.exists(table)
-        facts[f"{table.name}_rows"] = warehouse.read(table).count() if present else None
-        facts[f"{table.name}_version"] = warehouse.version(table) if present else None
+        rows, version = extent(root, table) or (None, None)
+        facts |= {f"{table.name}_rows": rows, f"{table.name}_version": version}
     return facts
 
 
@@ -89,7 +88,7 @@ def print_item(warehouse: Warehouse, registry: Registry, item_id: str) -> bool:
         ):
             known = True
             grid.add_row("rejected", f"{row['run_date']}: {row['reason']}: {row['detail']}; {row['excerpt']}")
-    release = current_release(warehouse)
+    release = current_release(warehouse.root)
     if warehouse.exists(SEMANTIC_IDS):
         ids = warehouse.read(SEMANTIC_IDS)
         for row in ids.where(F.col("item_id") == item_id).orderBy(F.desc("codebook_version")).collect():

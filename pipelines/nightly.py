@@ -136,7 +136,7 @@ def refit_reason(config: Config, warehouse: Warehouse, champion: ModelVersion | 
     since = max(
         [
             date.fromisoformat(champion.tags["run_date"]),
-            *(release.at.date() for release in releases(warehouse) if release.status == ROLLED_BACK),
+            *(release.at.date() for release in releases(warehouse.root) if release.status == ROLLED_BACK),
         ]
     )
     due = since + timedelta(days=config.nightly.refit_every_days)

@@ -73,7 +73,7 @@ def promote(
             f"the verdict is about table versions {dict(verdict.table_versions)}, the tables are at {present}; "
             "expected no change in between. Run `sid evaluate` again"
         )
-    current = current_release(warehouse)
+    current = current_release(warehouse.root)
     champion = registry.resolve(CODEBOOK_MODEL, CHAMPION)
     if current and current.codebook_version == model.version and dict(current.table_versions) == present:
         if champion is None or champion.version != model.version:
@@ -99,7 +99,7 @@ def rollback(warehouse: Warehouse, registry: Registry, to: int | None = None) ->
     Raises:
         NoWayBack: there is no such release, or its codebook or its tables are gone.
     """
-    current, target = _way_back(registry, releases(warehouse), to)
+    current, target = _way_back(registry, releases(warehouse.root), to)
     model = _intact(warehouse, registry, target)
     ctr = registry.find(CTR_MODEL, "codebook_hash", target.codebook_hash)
     left = None

@@ -30,7 +30,7 @@ def test_the_first_night_ends_in_a_release_and_a_model(house: House, first: Nigh
     assert first.refit_because == "there is no champion yet"
     assert first.loaded is not None
     assert first.loaded.rows_in == first.loaded.rows_stored + first.loaded.rows_rejected == ITEMS
-    release = current_release(house.warehouse)
+    release = current_release(house.warehouse.root)
     assert release is not None
     assert (release.release_id, release.codebook_version) == (1, 1)
     champion = house.registry.resolve(CODEBOOK_MODEL, CHAMPION)
@@ -48,7 +48,7 @@ def test_the_first_night_ends_in_a_release_and_a_model(house: House, first: Nigh
 
 def test_every_item_has_one_unique_id_with_its_hashes(house: House, first: Night) -> None:
     ids = house.ids(1)
-    release = current_release(house.warehouse)
+    release = current_release(house.warehouse.root)
     assert release is not None
     assert len(ids) == ITEMS
     assert len({row["semantic_id"] for row in ids.values()}) == ITEMS
@@ -64,7 +64,7 @@ def test_the_report_names_the_least_certain_items(house: House, first: Night) ->
     confidence = {row["item_id"]: row["confidence"] for row in house.ids(1).values()}
     assert [item.confidence for item in least] == sorted(confidence.values())[:20]
     assert all(confidence[item.item_id] == item.confidence for item in least)
-    stored = report(house.warehouse, 1)
+    stored = report(house.warehouse.root, 1)
     assert stored is not None
     assert stored.least_certain == least
 
@@ -150,7 +150,7 @@ def test_a_failed_gate_leaves_champion_and_release(house: House, first: Night) -
     assert "distinct is" in night.gate_message
     assert "The champion stays" in night.gate_message
     champion = house.registry.resolve(CODEBOOK_MODEL, CHAMPION)
-    release = current_release(house.warehouse)
+    release = current_release(house.warehouse.root)
     assert champion is not None
     assert release is not None
     assert champion.version == release.codebook_version == 1
@@ -164,7 +164,7 @@ def test_a_refit_starts_from_the_champion_and_moves_few_ids(house: House, first:
     assert night.evaluated is not None
     assert night.evaluated.passed, night.evaluated.reasons
     assert night.evaluated.metrics["churn"] <= 0.1
-    release = current_release(house.warehouse)
+    release = current_release(house.warehouse.root)
     assert release is not None
     after = house.ids(release.codebook_version)
     assert len(after) == ITEMS + 60

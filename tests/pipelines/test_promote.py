@@ -26,10 +26,10 @@ from pipelines.promote import GateFailed, NoWayBack, Rollback, promote, rollback
 @pytest.fixture(scope="module")
 def before(house: House, first: Night) -> list[Release]:
     """The releases before the rollback, the newest first; of two codebooks."""
-    if len({release.codebook_version for release in releases(house.warehouse)}) == 1:
+    if len({release.codebook_version for release in releases(house.warehouse.root)}) == 1:
         house.write(ITEMS + 60)
         house.night(date(2026, 2, 10), "train.interactions=")
-    return releases(house.warehouse)
+    return releases(house.warehouse.root)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def done(house: House, before: list[Release], old: Release) -> Rollback:
         patch.setattr(pipelines.promote, "write_release", killed)
         with pytest.raises(KeyboardInterrupt):
             rollback(house.warehouse, house.registry)
-    assert releases(house.warehouse) == before
+    assert releases(house.warehouse.root) == before
     result = rollback(house.warehouse, house.registry)
     assert versions(house) == tables  # neither an ID nor a vector was written
     return result
@@ -75,7 +75,7 @@ def done(house: House, before: list[Release], old: Release) -> Rollback:
 def test_a_rollback_releases_the_old_codebook_with_its_tables(
     house: House, before: list[Release], old: Release, done: Rollback
 ) -> None:
-    newest = releases(house.warehouse)[0]
+    newest = releases(house.warehouse.root)[0]
     assert (newest.release_id, newest.previous, newest.status) == (
         before[0].release_id + 1,
         before[0].release_id,
@@ -111,7 +111,7 @@ def test_no_night_promotes_what_was_rolled_back(
     house: House, before: list[Release], old: Release, done: Rollback
 ) -> None:
     left = codebook(house, before[0].codebook_version)
-    verdict = report(house.warehouse, left.version)
+    verdict = report(house.warehouse.root, left.version)
     assert verdict is not None
     assert verdict.passed
     with pytest.raises(GateFailed, match=f"version {left.version} was rolled back"):
@@ -138,7 +138,7 @@ def test_a_person_can_promote_it_all_the_same(house: House, before: list[Release
 
 
 def test_there_and_back_by_number(house: House, before: list[Release], done: Rollback) -> None:
-    there = releases(house.warehouse)[0]
+    there = releases(house.warehouse.root)[0]
     assert rollback(house.warehouse, house.registry).codebook_version == done.codebook_version
     back = rollback(house.warehouse, house.registry, there.release_id)
     assert (back.codebook_version, back.left_version) == (there.codebook_version, done.codebook_version)
@@ -150,7 +150,7 @@ def test_there_and_back_by_number(house: House, before: list[Release], done: Rol
 @pytest.mark.parametrize("table", [ITEM_EMBEDDINGS, SEMANTIC_IDS], ids=lambda table: table.name)
 def test_a_release_whose_files_are_gone_is_a_sentence(house: House, done: Rollback, table: Table) -> None:
     """As VACUUM leaves it; the file is put back."""
-    oldest = releases(house.warehouse)[-1]
+    oldest = releases(house.warehouse.root)[-1]
     path = Path(filesystem_of(house.warehouse.files(table, oldest.table_versions[table.name])[0])[1])
     hidden = path.with_suffix(".hidden")
     path.rename(hidden)
