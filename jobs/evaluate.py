@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from jobs.encode import codebook_files, worker_codebook
 from jobs.packed import unpack
 from jobs.pictures import draw_likelihood, draw_usage
 from jobs.registry import ModelVersion, Registry
-from jobs.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS, SchemaError, Warehouse, rows_of
+from jobs.reports import EvaluateResult, UncertainItem, report
+from jobs.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS, SchemaError, Warehouse
 from tokenizer import RQGMM, Thresholds, check_gate, level_usage, neighbour_recall
 
 LIKELIHOOD_SAMPLE = 50_000
@@ -42,31 +43,6 @@ ERRORS = pa.schema(
         ("champion_squared_error", pa.float64()),
     ]
 )
-
-
-@dataclass(frozen=True)
-class UncertainItem:
-    """An item whose codes are nearly not the most probable ones; `confidence` is their posterior."""
-
-    item_id: str
-    semantic_id: str
-    confidence: float
-    log_likelihood: float
-
-
-@dataclass(frozen=True)
-class EvaluateResult:
-    codebook_version: int
-    run_id: str
-    passed: bool
-    reasons: tuple[str, ...]
-    metrics: Mapping[str, float]
-    least_certain: tuple[UncertainItem, ...]
-    table_versions: Mapping[str, int]
-    judged_against: int | None
-    pictures: tuple[Path, ...] = ()
-    seconds: float = 0.0
-    nothing_to_do: bool = False
 
 
 def run(
@@ -162,22 +138,6 @@ def run(
         (usage, likelihood),
         time.monotonic() - began,
     )
-
-
-def report(root: str, codebook_version: int, run_id: str | None = None) -> EvaluateResult | None:
-    """A stored report of a codebook version: the named one, or the newest."""
-    rows = [row for row in rows_of(root, QUALITY_REPORTS) if row["codebook_version"] == codebook_version]
-    found = max(
-        (row for row in rows if run_id in (None, row["run_id"])),
-        key=lambda row: [row["table_versions"][table.name] for table in (SEMANTIC_IDS, ITEM_EMBEDDINGS)],
-        default=None,
-    )
-    if found is None:
-        return None
-    return EvaluateResult(
-        codebook_version, found["run_id"], found["passed"], tuple(found["reasons"]), found["metrics"],
-        tuple(UncertainItem(**item) for item in found["least_certain"]), found["table_versions"], found["judged_against"],
-    )  # fmt: skip
 
 
 def code_counts(ids: DataFrame, levels: int, components: int) -> npt.NDArray[np.int64]:

@@ -111,7 +111,7 @@ def promote(
     config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None,
 ) -> None:  # fmt: skip
     """Move the champion to a version whose verdict passed, and write the release."""
-    from jobs.evaluate import report
+    from jobs.reports import report
     from pipelines.promote import promote as move
 
     with opened(resolved(config, settings, warehouse), "") as work:

@@ -7,9 +7,9 @@ from typing import Any
 from pyspark.sql import functions as F
 from rich.table import Table as Grid
 
-from jobs.evaluate import report
 from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, ROLLED_BACK_TAG, Registry
 from jobs.releases import current_release
+from jobs.reports import report
 from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, TABLES, Warehouse, extent
 from pipelines.report import page
 

@@ -18,11 +18,11 @@ from pyspark.sql import functions as F
 from jobs import encode, evaluate, fit, load, train
 from jobs.config import Config
 from jobs.encode import EncodeResult
-from jobs.evaluate import EvaluateResult
 from jobs.fit import FitResult
 from jobs.load import LoadResult
 from jobs.registry import CHAMPION, CODEBOOK_MODEL, ModelVersion, Registry
 from jobs.releases import ROLLED_BACK, Release, releases
+from jobs.reports import EvaluateResult
 from jobs.tables import SEMANTIC_IDS, Warehouse
 from jobs.train import TrainResult
 from pipelines.promote import GateFailed, promote

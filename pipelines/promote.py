@@ -13,9 +13,9 @@ from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from jobs.evaluate import EvaluateResult
 from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, ROLLED_BACK_TAG, ModelVersion, Registry
 from jobs.releases import PROMOTED, ROLLED_BACK, Release, current_release, releases, write_release
+from jobs.reports import EvaluateResult
 from jobs.row_groups import missing
 from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
 

@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table as Grid
 
-from pipelines.nightly import Night
-from tokenizer import Iteration
+if TYPE_CHECKING:
+    from pipelines.nightly import Night
+    from tokenizer import Iteration
 
 
 class Terminal:

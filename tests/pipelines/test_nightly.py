@@ -14,9 +14,9 @@ from deltalake import DeltaTable
 from house import ITEMS, House
 
 from jobs.config import ConfigError
-from jobs.evaluate import report
 from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL
 from jobs.releases import current_release
+from jobs.reports import report
 from jobs.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS
 from pipelines.lineage import print_item
 from pipelines.nightly import Night

@@ -14,9 +14,9 @@ from house import ITEMS, House
 
 import pipelines.promote
 from jobs import evaluate
-from jobs.evaluate import report
 from jobs.registry import CHAMPION, CODEBOOK_MODEL, ROLLED_BACK_TAG, ModelVersion
 from jobs.releases import ROLLED_BACK, Release, releases
+from jobs.reports import report
 from jobs.sources import filesystem_of
 from jobs.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, TABLES, Table
 from pipelines.nightly import Night

@@ -1,0 +1,50 @@
+"""The stored verdicts on codebook versions: what `evaluate` finds and `promote` goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS, rows_of
+
+
+@dataclass(frozen=True)
+class UncertainItem:
+    """An item whose codes are nearly not the most probable ones; `confidence` is their posterior."""
+
+    item_id: str
+    semantic_id: str
+    confidence: float
+    log_likelihood: float
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    codebook_version: int
+    run_id: str
+    passed: bool
+    reasons: tuple[str, ...]
+    metrics: Mapping[str, float]
+    least_certain: tuple[UncertainItem, ...]
+    table_versions: Mapping[str, int]
+    judged_against: int | None
+    pictures: tuple[Path, ...] = ()
+    seconds: float = 0.0
+    nothing_to_do: bool = False
+
+
+def report(root: str, codebook_version: int, run_id: str | None = None) -> EvaluateResult | None:
+    """A stored report of a codebook version: the named one, or the newest."""
+    rows = [row for row in rows_of(root, QUALITY_REPORTS) if row["codebook_version"] == codebook_version]
+    found = max(
+        (row for row in rows if run_id in (None, row["run_id"])),
+        key=lambda row: [row["table_versions"][table.name] for table in (SEMANTIC_IDS, ITEM_EMBEDDINGS)],
+        default=None,
+    )
+    if found is None:
+        return None
+    return EvaluateResult(
+        codebook_version, found["run_id"], found["passed"], tuple(found["reasons"]), found["metrics"],
+        tuple(UncertainItem(**item) for item in found["least_certain"]), found["table_versions"], found["judged_against"],
+    )  # fmt: skip
