@@ -21,6 +21,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
 
 if TYPE_CHECKING:
+    import deltalake
     from delta import DeltaTable
 
 
@@ -273,11 +274,10 @@ def rows_of(root: str, table: Table) -> list[dict[str, Any]]:
     Raises:
         SchemaError: its columns are not the declared ones.
     """
-    from deltalake import DeltaTable
-
-    if not DeltaTable.is_deltatable(f"{root}/{table.name}"):
+    log = _without_spark(root, table)
+    if log is None:
         return []
-    found = DeltaTable(f"{root}/{table.name}").to_pyarrow_table()
+    found = log.to_pyarrow_table()
     if found.schema.names != table.schema.names:
         raise SchemaError(
             f"columns of {table.name} are {found.schema.names}; expected {table.schema.names}. Was the table written by another version?"
@@ -288,12 +288,18 @@ def rows_of(root: str, table: Table) -> list[dict[str, Any]]:
 
 def extent(root: str, table: Table) -> tuple[int, int] | None:
     """Rows and version of a table, from its log; None where it is absent."""
-    from deltalake import DeltaTable
+    log = _without_spark(root, table)
+    return None if log is None else (log.count(), log.version())
 
-    if not DeltaTable.is_deltatable(f"{root}/{table.name}"):
+
+def _without_spark(root: str, table: Table) -> deltalake.DeltaTable | None:
+    import deltalake
+    from deltalake.exceptions import TableNotFoundError
+
+    try:
+        return deltalake.DeltaTable(f"{root}/{table.name}")
+    except TableNotFoundError:
         return None
-    found = DeltaTable(f"{root}/{table.name}")
-    return found.count(), found.version()
 
 
 def check_columns(frame: DataFrame, table: Table) -> None:
