@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from datetime import date
@@ -17,6 +18,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from jobs.redaction import redact, redact_config, redact_setting
 
 
 class ConfigError(ValueError):
@@ -139,7 +142,7 @@ class NightlyConfig(Section):
 
 
 class Config(BaseSettings):
-    """The resolved configuration of one command; stored with every run and artefact (without credentials: it has none)."""
+    """The resolved configuration of one command; stored with every run without its credentials."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -191,19 +194,22 @@ def load_config(files: Iterable[Path] = (), overrides: Iterable[str] = (), **top
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals:
-            mistakes.append(f"--set {override} has no '='; expected section.key=value, such as fit.components=256")
+            name = (override.split() or [override])[0]  # a value may be a credential
+            mistakes.append(f"--set {name} has no '='; expected section.key=value, such as fit.components=256")
             continue
         nested: Any = _toml_value(text)
         for part in reversed(path.strip().split(".")):
             nested = {part: nested}
         _merge(values, nested)
     _merge(values, {name: value for name, value in top.items() if value})
+    redact_config(os.environ)  # from here on `redact` masks the credentials of the environment and the settings
+    redact_config(values)
     try:
         config = Config(**values)
     except ValidationError as error:
         mistakes += [_sentence(item) for item in error.errors()]
     if mistakes:
-        raise ConfigError("\n".join(f"  {number}. {text}" for number, text in enumerate(mistakes, 1)))
+        raise ConfigError("\n".join(f"  {number}. {redact(text)}" for number, text in enumerate(mistakes, 1)))
     return config
 
 
@@ -243,7 +249,7 @@ def _sentence(error: Any) -> str:
         )
         hint = f"did you mean {near[0]}?" if near else f"known sections: {', '.join(Config.model_fields)}"
         return f"{name} is not a setting; {hint}"
-    return f"{name} = {error['input']!r}: {error['msg']}"
+    return f"{name} = {redact_setting(name, error['input'])!r}: {error['msg']}"
 
 
 def _known_names() -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.config import Config
+from jobs.redaction import redact_config
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -100,7 +101,7 @@ class Registry:
         commit = _git_commit()
         with mlflow.start_run(experiment_id=self.experiment_id, run_name=stage) as run:
             mlflow.set_tags({"stage": stage, **({"git_commit": commit} if commit else {}), **tags})
-            mlflow.log_dict(config.model_dump(mode="json"), "config.json")
+            mlflow.log_dict(redact_config(config.model_dump(mode="json")), "config.json")
             yield run
 
 

@@ -59,3 +59,22 @@ def test_settings_of_how_to_fit_are_no_part_of_what_is_fitted() -> None:
     digest = load_config().digest("fit")
     assert load_config(overrides=["fit.workers=3", "fit.memory_mib=0", "fit.device=cpu"]).digest("fit") == digest
     assert load_config(overrides=["fit.method=em"]).digest("fit") != digest
+
+
+def test_errors_do_not_repeat_credentials() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(
+            overrides=[
+                "spark.conf.spark.hadoop.fs.s3a.secret.key=4711471147",  # a number, where text is expected
+                'mlflow = "http://ann:correct-horse@mlflow:5000"',  # a section expected
+                "mlflow.experiment=[1, 'postgresql://ann:correct-horse@db/mlflow']",
+                "spark.cnf.password=correct-horse",  # misspelt
+                "spark.conf.password correct-horse",  # no '='
+                "mlflow.tracking_url=http://ann:correct-horse@mlflow:5000",
+            ]
+        )
+    message = str(caught.value)
+    assert "correct-horse" not in message
+    assert "4711471147" not in message
+    assert "spark.cnf" in message
+    assert "mlflow.tracking_url is not a setting; did you mean mlflow.tracking_uri?" in message
