@@ -28,7 +28,8 @@ from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 
 from jobs.config import Config, ConfigError
 from jobs.packed import Float32, pack
-from jobs.sources import filesystem_of, open_parquet
+from jobs.sources import RowGroup, filesystem_of
+from jobs.sources import open_source as open_files
 from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SchemaError, Warehouse
 
 ROWS_PER_BATCH = 4096
@@ -101,7 +102,7 @@ class Source:
     format: str
     schema: pa.Schema
     fingerprint: str
-    row_groups: tuple[tuple[str, int], ...] = field(default=(), repr=False)
+    row_groups: tuple[RowGroup, ...] = field(default=(), repr=False)
     version: int | None = None
 
 
@@ -180,7 +181,7 @@ def open_source(config: Config, warehouse: Warehouse) -> Source:
             version=version,
         )
 
-    files = open_parquet(load.source)
+    files = open_files(load.source, load.source_format, setting="load.source_format")
     return Source(load.source, "parquet", files.schema, _digest([files.fingerprint, settings]), files.row_groups)
 
 
@@ -235,7 +236,7 @@ def _dimensions(config: Config, source: Source, columns: list[str], warehouse: W
         )  # fmt: skip
     else:
         first, rows = [], 0
-        for batch in (b for place in source.row_groups for b in _batches(source.path, *place, unknown)):
+        for batch in (b for g in source.row_groups for b in _batches(source.path, g.path, g.index, unknown)):
             first.append(batch)
             rows += batch.num_rows
             if rows >= ROWS_TO_INFER_DIMENSION:
@@ -274,7 +275,7 @@ def _as_parquet(source: Source, fusion: Fusion, warehouse: Warehouse) -> Iterato
     frame = warehouse.spark.read.format("delta").option("versionAsOf", source.version).load(source.path)
     with warehouse.staging("source") as folder:
         frame.select(fusion.item_id, *fusion.dims).write.mode("overwrite").parquet(folder)
-        yield replace(source, path=folder, row_groups=open_parquet(folder).row_groups)
+        yield replace(source, path=folder, row_groups=open_files(folder).row_groups)
 
 
 # ---- rows: read and check (runs in the tasks) ----
@@ -346,8 +347,8 @@ def _with(batch: pa.RecordBatch, added: Mapping[str, pa.Array], schema: pa.Schem
 def _row_groups(source: Source, warehouse: Warehouse, task_of: Sequence[int | None]) -> DataFrame:
     """The row groups of the source that have a task, each with it."""
     places = [
-        (path, index, number, task)
-        for number, ((path, index), task) in enumerate(zip(source.row_groups, task_of, strict=True))
+        (group.path, group.index, number, task)
+        for number, (group, task) in enumerate(zip(source.row_groups, task_of, strict=True))
         if task is not None
     ]
     return warehouse.spark.createDataFrame(places, "path STRING, index INT, row_group INT, task INT")

@@ -25,7 +25,7 @@ from jobs.ctr.examples import FEATURES, build_examples, read_log
 from jobs.ctr.training import Examples, Metrics, Trained, item_tokens, shuffled_codes, train_dmqn
 from jobs.pictures import draw_ctr
 from jobs.registry import CANDIDATE, CTR_MODEL, ModelVersion, Registry, pinned, register
-from jobs.sources import open_parquet
+from jobs.sources import open_source
 from jobs.tables import CTR_EXAMPLES, SEMANTIC_IDS, SchemaError, Warehouse
 
 SPLITS = ("train", "validation", "test")
@@ -59,7 +59,7 @@ def run(
     began = time.monotonic()
     if not config.train.interactions:
         raise ConfigError("train.interactions is empty; give a Parquet file of clicks: --set train.interactions=PATH")
-    log_stamp = open_parquet(config.train.interactions).fingerprint[:16]
+    log_stamp = open_source(config.train.interactions).fingerprint[:16]
     train_key = (
         f"{codebook.tags['codebook_hash'][:16]}-{versions[SEMANTIC_IDS.name]}-{log_stamp}-{config.digest('train')}"
     )

@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 
 from jobs.config import ConfigError
 from jobs.registry import ModelVersion
-from jobs.sources import filesystem_of, open_parquet
+from jobs.sources import filesystem_of, open_source
 from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
 
 NAMED = 5  # unknown items that a plan lists
@@ -44,7 +44,7 @@ def listed_items(location: str) -> pa.StringArray:
     """
     filesystem, path = filesystem_of(location)
     if location.endswith(".parquet") or filesystem.get_file_info(path).type == fs.FileType.Directory:
-        columns = open_parquet(location).schema.names
+        columns = open_source(location).schema.names
         if "item_id" not in columns:
             raise ConfigError(f"{location} has columns {columns}; expected item_id among them")
         read = pq.read_table(path, columns=["item_id"], filesystem=filesystem)

@@ -1,0 +1,361 @@
+"""sources: which files count, what they hold together, and ids as text; without Spark."""
+
+from __future__ import annotations
+
+import json
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.config import ConfigError
+from jobs.sources import Source, as_ids, filesystem_of, is_id_type, open_source, read_row_group
+from jobs.tables import SchemaError
+
+
+def write(path: Path, **columns: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def rows(source: Source, *columns: str, as_written: tuple[str, ...] = ()) -> list[tuple[Any, ...]]:
+    names = list(columns) or source.schema.names
+    return [
+        tuple(row.values())
+        for group in source.row_groups
+        for batch in read_row_group(source.location, source.schema, group.path, group.index, names, 2, as_written)
+        for row in batch.to_pylist()
+    ]
+
+
+# ---- which files ----
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "_temporary/0/_temporary/attempt_0/part-0.parquet", "_staged.parquet", ".ipynb_checkpoints/part-0-checkpoint.parquet",
+        "._part-0.parquet", ".part-0.parquet.crc", "day=1/.hidden/part-0.parquet", "part-9.parquet._COPYING_",
+    ],
+)  # fmt: skip
+def test_what_spark_passes_over_is_not_read(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "part-0.parquet", item_id=["a"])
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b"not Parquet")
+    (tmp_path / "_SUCCESS").touch()
+    assert rows(open_source(str(tmp_path))) == [("a",)]
+
+
+def test_only_names_below_the_source_are_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / "_new" / ".x" / "part-0.parquet", item_id=["a"])
+    assert rows(open_source(str(tmp_path / "_new" / ".x"))) == [("a",)]
+
+
+def test_files_that_are_not_parquet_are_left_out_and_named(tmp_path: Path) -> None:
+    write(tmp_path / "part-0.parquet", item_id=["a"])
+    (tmp_path / "README.txt").write_text("how this was made")
+    (tmp_path / "empty.csv").touch()
+    source = open_source(str(tmp_path))
+    assert rows(source) == [("a",)]
+    assert source.note == "left out, not Parquet: README.txt, empty.csv"
+
+
+def test_parquet_is_read_whatever_its_name(tmp_path: Path) -> None:
+    write(tmp_path / "000000_0", item_id=["a"])
+    write(tmp_path / "b.PARQUET", item_id=["b"])
+    write(tmp_path / "c.parquet" / "part-0", item_id=["c"])  # a folder that looks like a file
+    assert sorted(rows(open_source(str(tmp_path)))) == [("a",), ("b",), ("c",)]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", r"part-1\.parquet is empty \(0 bytes\)"),
+        (b"item_id,vector\n", r"part-1\.parquet is not a readable Parquet file"),
+        (b"PAR1 cut off", r"part-1\.parquet is not a readable Parquet file"),
+        (b"PAR1" + bytes(8) + b"PARE", "is an encrypted Parquet file"),
+        (b"PAR1" + b"?" * 40 + (40).to_bytes(4, "little") + b"PAR1", r"part-1\.parquet is not a readable Parquet file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    write(tmp_path / "part-0.parquet", item_id=["a"])
+    (tmp_path / "part-1.parquet").write_bytes(content)
+    with pytest.raises(SchemaError, match=said):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_nothing_to_read_is_a_sentence(tmp_path: Path, there: bool) -> None:
+    where = tmp_path if there else tmp_path / "nowhere"
+    with pytest.raises(ConfigError, match="holds no Parquet file" if there else "nowhere does not exist"):
+        open_source(str(where))
+
+
+STRANGE = ["a b", "a:b", "[ab]", "{a,b}", "100%", "per%20cent", "q?m", "a#b", "*", "gar\u00e7on", "back`tick", "\u65e5", "it's", "x:/y"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_a_path_is_taken_as_it_is_written(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / name / "part-0.parquet", item_id=["a"])
+    write(tmp_path / "a" / "part-0.parquet", item_id=["of another folder"])
+    assert rows(open_source(str(tmp_path / name))) == [("a",)]
+    assert rows(open_source(str(tmp_path / name / "part-0.parquet"))) == [("a",)]
+    monkeypatch.chdir(tmp_path)
+    assert rows(open_source(name)) == [("a",)]
+
+
+def test_file_uris_are_encoded_or_not(tmp_path: Path) -> None:
+    for name in ("a b", "50%20"):
+        (tmp_path / name).mkdir()
+        for uri in ((tmp_path / name).as_uri(), f"file:{tmp_path}/{name}", f"file://{tmp_path}/{name}"):
+            assert filesystem_of(uri)[1] == str(tmp_path / name), uri
+
+
+def test_what_is_neither_path_nor_uri_is_a_sentence() -> None:
+    with pytest.raises(ConfigError, match="nonsense://x is neither a path that exists nor a URI"):
+        open_source("nonsense://x")
+
+
+def test_the_fingerprint_is_of_names_sizes_and_times(tmp_path: Path) -> None:
+    def fingerprint() -> str:
+        return open_source(str(tmp_path)).fingerprint
+
+    write(tmp_path / "a" / "part-0.parquet", item_id=["a"])
+    before = fingerprint()
+    assert fingerprint() == before
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert fingerprint() != before
+
+
+# ---- other tables ----
+
+
+def delta_log(folder: Path) -> None:
+    (folder / "_delta_log").mkdir(parents=True)
+    text = {"type": "struct", "fields": [{"name": "item_id", "type": "string", "nullable": True, "metadata": {}}]}
+    actions = [
+        {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}},
+        {"metaData": {"id": "0", "format": {"provider": "parquet", "options": {}}, "schemaString": json.dumps(text), "partitionColumns": [], "configuration": {}}},
+    ]  # fmt: skip
+    (folder / "_delta_log" / f"{0:020}.json").write_text("\n".join(map(json.dumps, actions)))
+
+
+def test_a_delta_table_is_never_loose_files(tmp_path: Path) -> None:
+    write(tmp_path / "table" / "part-0.parquet", item_id=["deleted"])
+    delta_log(tmp_path / "table")
+    source = open_source(str(tmp_path / "table"))
+    assert (source.format, source.version, source.row_groups) == ("delta", 0, ())
+    assert source.schema == pa.schema([("item_id", pa.string())])
+    assert open_source(str(tmp_path / "table"), "delta") == source
+    with pytest.raises(ConfigError, match=r"is a Delta table; .*Set load\.source_format to delta or auto"):
+        open_source(str(tmp_path / "table"), "parquet", setting="load.source_format")
+    with pytest.raises(ConfigError, match="part of the Delta table"):
+        open_source(str(tmp_path / "table" / "part-0.parquet"))
+    with pytest.raises(ConfigError, match="holds the Delta table table"):
+        open_source(str(tmp_path))
+
+
+def test_a_damaged_delta_log_is_a_sentence(tmp_path: Path) -> None:
+    delta_log(tmp_path)
+    (tmp_path / "_delta_log" / f"{0:020}.json").write_text("{")
+    with pytest.raises(SchemaError, match="the log of the Delta table"):
+        open_source(str(tmp_path))
+
+
+def test_a_folder_that_is_no_delta_table_is_refused_as_one(tmp_path: Path) -> None:
+    write(tmp_path / "part-0.parquet", item_id=["a"])
+    with pytest.raises(ConfigError, match="is not a Delta table"):
+        open_source(str(tmp_path), "delta")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("metadata/v1.metadata.json", "Iceberg"), (".hoodie/x", "Hudi")])
+def test_tables_of_other_formats_are_refused(tmp_path: Path, name: str, kind: str) -> None:
+    write(tmp_path / "data" / "part-0.parquet", item_id=["a"])
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=f"{kind} table"):
+        open_source(str(tmp_path))
+
+
+# ---- folders key=value ----
+
+
+def test_folders_are_columns(tmp_path: Path) -> None:
+    for folder in ("lang=de/n=1", "lang=a%20b/n=2", "lang=__HIVE_DEFAULT_PARTITION__/n=10", "_k=x/n=3"):
+        if not folder.startswith("_"):
+            write(tmp_path / folder / "part-0.parquet", item_id=[folder[:7]])
+    source = open_source(str(tmp_path))
+    assert source.schema.field("lang").type == pa.string()
+    assert source.schema.field("n").type == pa.int64()
+    assert sorted(rows(source, "n", "lang")) == [(1, "de"), (2, "a b"), (10, None)]
+
+
+def test_partition_ids_with_leading_zeros_stay_text(tmp_path: Path) -> None:
+    for value in ("007", "8"):
+        write(tmp_path / f"item_id={value}" / "p.parquet", x=[1])
+    assert rows(open_source(str(tmp_path)), "item_id") == [("007",), ("8",)]
+
+
+def test_underscored_keys_are_read(tmp_path: Path) -> None:
+    write(tmp_path / "_day=1" / "p.parquet", x=[5])
+    assert rows(open_source(str(tmp_path)), "_day", "x") == [(1, 5)]
+
+
+def test_folders_of_different_keys_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a=1" / "p.parquet", x=[5])
+    write(tmp_path / "q.parquet", x=[5])
+    with pytest.raises(SchemaError, match="different keys"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("folders", "taken", "note"),
+    [
+        (["dt=2026-01-01", "dt=2026-01-03", "dt=2026-01-02"], ["dt=2026-01-03"], "snapshot dt=2026-01-03, the newest of 3 daily folders"),
+        (["d=20251231", "d=20260101"], ["d=20260101"], "snapshot d=20260101, the newest of 2 daily folders"),
+        (["year=2026/month=2/day=9", "year=2026/month=2/day=10"], ["year=2026/month=2/day=10"], "snapshot year=2026/month=2/day=10, the newest of 2 daily folders"),
+        (["dt=2026-01-01/b=0", "dt=2026-01-02/b=0", "dt=2026-01-02/b=1"], ["dt=2026-01-02/b=0", "dt=2026-01-02/b=1"], "snapshot dt=2026-01-02, the newest of 2 daily folders"),
+        (["r=eu/dt=2026-01-01", "r=eu/dt=2026-01-02", "r=us/dt=2026-01-01"], ["r=eu/dt=2026-01-02", "r=us/dt=2026-01-01"], "snapshot dt=2026-01-01, dt=2026-01-02, the newest of 2 daily folders"),
+        (["dt=2026-01-01"], ["dt=2026-01-01"], ""),
+        (["dt=2026-01-01", "dt=unknown"], ["dt=2026-01-01", "dt=unknown"], ""),
+        (["dt=20260101", "dt=20261399"], ["dt=20260101", "dt=20261399"], ""),
+        (["bucket=1", "bucket=2"], ["bucket=1", "bucket=2"], ""),
+    ],
+)  # fmt: skip
+def test_of_daily_snapshots_the_newest_is_taken(
+    tmp_path: Path, folders: list[str], taken: list[str], note: str
+) -> None:
+    for folder in folders:
+        write(tmp_path / folder / "part-0.parquet", x=[folder])
+    source = open_source(str(tmp_path), snapshots="newest")
+    assert sorted(rows(source, "x")) == sorted((folder,) for folder in taken)
+    assert source.note == note
+    assert sorted(rows(open_source(str(tmp_path)), "x")) == sorted((folder,) for folder in folders)
+
+
+# ---- schemas ----
+
+
+def both(tmp_path: Path, first: pa.Array, second: pa.Array) -> Source:
+    write(tmp_path / "part-0.parquet", x=first)
+    write(tmp_path / "part-1.parquet", x=second)
+    return open_source(str(tmp_path))
+
+
+F32, F64 = pa.list_(pa.float32()), pa.list_(pa.float64())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (pa.array([[1.5]], F32), pa.array([[2.5]], F64), [[1.5], [2.5]]),
+        (pa.array([[1.5]], pa.list_(pa.float16())), pa.array([[2.5]], pa.large_list(pa.float32())), [[1.5], [2.5]]),
+        (pa.array([[1.5]], pa.list_(pa.float32(), 1)), pa.array([[2]], pa.list_(pa.int64())), [[1.5], [2.0]]),
+        (pa.array([[Decimal("1.5")]]), pa.array([[2.5]], F32), [[1.5], [2.5]]),
+        (pa.array([None], pa.null()), pa.array([[2.5]], F32), [None, [2.5]]),
+        (pa.array([[]], pa.list_(pa.null())), pa.array([[2.5]], F32), [[], [2.5]]),
+        (pa.array([None, None], pa.float64()), pa.array([[2.5]], F32), [None, None, [2.5]]),  # pandas, of NaN alone
+        (pa.array([[2.5]], F32), pa.array([None], pa.float64()), [[2.5], None]),
+        (pa.array([], pa.float64()), pa.array([[2.5]], F32), [[2.5]]),  # pandas, without rows
+        (pa.array([[2.5]], F32), pa.array([], pa.string()), [[2.5]]),
+        (pa.array([1], pa.int64()), pa.array(["a"]), ["1", "a"]),
+        (pa.array([3.0]), pa.array(["a"]), ["3", "a"]),
+        (pa.array([1], pa.int32()), pa.array([2.5]), [1.0, 2.5]),
+        (pa.array(["a"]).dictionary_encode(), pa.array(["b"], pa.large_string()), ["a", "b"]),
+        (pa.array([b"ab"], pa.binary(2)), pa.array([b"abc"], pa.large_binary()), [b"ab", b"abc"]),
+    ],
+)  # fmt: skip
+def test_schemas_are_unified(tmp_path: Path, first: pa.Array, second: pa.Array, expected: list[Any]) -> None:
+    assert [x for (x,) in rows(both(tmp_path, first, second))] == expected
+
+
+def test_what_cannot_be_unified_names_both_files_and_types(tmp_path: Path) -> None:
+    with pytest.raises(SchemaError, match=r"'x' is list<item: float> in part-0\.parquet and string in part-1\.parquet"):
+        both(tmp_path, pa.array([[1.0]], F32), pa.array(["a"]))
+
+
+def test_a_column_that_a_file_lacks_is_null_there(tmp_path: Path) -> None:
+    write(tmp_path / "part-0.parquet", item_id=["a"])
+    write(tmp_path / "part-1.parquet", item_id=["b"], x=[[1.0]])
+    source = open_source(str(tmp_path))
+    assert rows(source) == [("a", None), ("b", [1.0])]
+    assert source.lacking == {"x": ("part-0.parquet",)}
+
+
+def test_one_name_twice_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table([["a"], ["b"]], names=["item_id", "item_id"]), tmp_path / "x.parquet")
+    with pytest.raises(SchemaError, match=r"x\.parquet has two columns named 'item_id'"):
+        open_source(str(tmp_path / "x.parquet"))
+
+
+def test_one_name_in_two_spellings_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "part-0.parquet", item_id=["a"])
+    write(tmp_path / "part-1.parquet", ITEM_ID=["b"])
+    with pytest.raises(
+        SchemaError, match=r"part-0\.parquet has a column 'item_id', part-1\.parquet a column 'ITEM_ID'"
+    ):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64(), pa.int8(), pa.uint8()])
+@pytest.mark.parametrize("nulls", [[0], [1], [0, 2], [0, 1, 2], []])
+def test_fixed_size_lists_with_null_rows(tmp_path: Path, kind: pa.DataType, nulls: list[int]) -> None:
+    values: list[Any] = [None if n in nulls else [n, n + 1] for n in range(3)]
+    path = write(tmp_path / "x.parquet", x=pa.array(values, pa.list_(kind, 2)))
+    assert [x for (x,) in rows(open_source(str(path)))] == values
+
+
+def test_names_with_dots_and_backticks_are_names(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": [1], "a.b": [2], "`": [3]}), tmp_path / "x.parquet")
+    assert rows(open_source(str(tmp_path / "x.parquet")), "a", "a.b", "`") == [(1, 2, 3)]
+
+
+# ---- ids ----
+
+
+@pytest.mark.parametrize(
+    ("column", "texts", "wrong"),
+    [
+        (pa.array([1, None, -3], pa.int32()), ["1", None, "-3"], []),
+        (pa.array([2**64 - 1], pa.uint64()), ["18446744073709551615"], []),
+        (pa.array([3.0, None, np.nan, 1e6, -0.0]), ["3", None, None, "1000000", "0"], []),
+        (pa.array([3.5, np.inf, 2.0**53, 2.0**53 + 2]), ["3.5", "inf", "9007199254740992", "9007199254740994"], [0, 1, 3]),
+        (pa.array([16777216.0, 16777220.0], pa.float32()), ["16777216", "16777220"], [1]),
+        (pa.array([Decimal(7), None], pa.decimal128(38, 0)), ["7", None], []),
+        (pa.array([Decimal("7.00"), Decimal("7.25")]), ["7", "7.25"], [1]),
+        (pa.array(["a", "", None, "3.0", "a\0b", " x "]), ["a", "", None, "3.0", "a\0b", " x "], []),
+        (pa.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"], []),
+        (pa.array([7, 8]).dictionary_encode(), ["7", "8"], []),
+        (pa.array(["long" * 9], pa.string_view()), ["long" * 9], []),
+        (pa.array(["a"], pa.large_string()), ["a"], []),
+        (pa.RunEndEncodedArray.from_arrays([2], pa.array(["a"])), ["a", "a"], []),
+        (pa.array([b"a", b"\xff", None]), ["a", "\\xff", None], [1]),
+        (pa.array([None, None], pa.null()), [None, None], []),
+        (pa.ExtensionArray.from_storage(pa.uuid(), pa.array([UUID(int=5).bytes], pa.binary(16))), ["00000000-0000-0000-0000-000000000005"], []),
+    ],
+)  # fmt: skip
+def test_ids_are_text(column: pa.Array, texts: list[Any], wrong: list[int]) -> None:
+    ids, bad = as_ids(column)
+    assert ids.to_pylist() == texts
+    assert np.flatnonzero(bad).tolist() == wrong
+    assert is_id_type(column.type)
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.bool_(), pa.timestamp("us"), pa.date32(), pa.list_(pa.string()), pa.struct([("a", pa.int64())])]
+)
+def test_other_types_are_no_ids(kind: pa.DataType) -> None:
+    assert not is_id_type(kind)
+
+
+def test_ids_keep_the_type_of_their_file(tmp_path: Path) -> None:
+    write(tmp_path / "part-0.parquet", item_id=pa.array([2**53 + 1]))
+    write(tmp_path / "part-1.parquet", item_id=pa.array([2.0, None]))
+    source = open_source(str(tmp_path))
+    assert rows(source, as_written=("item_id",)) == [(2**53 + 1,), (2.0,), (None,)]
