@@ -26,6 +26,9 @@ class ConfigError(ValueError):
     """One or more settings are wrong; the message lists them all."""
 
 
+MAX_DIM = 65536  # of one modality; a row of float32 is then 256 KiB
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -43,12 +46,20 @@ class MlflowConfig(Section):
 
 class LoadConfig(Section):
     source: str = Field("", description="Parquet file or folder, or a Delta table, with one row per item")
-    source_format: Literal["parquet", "delta"] = "parquet"
+    source_format: Literal["auto", "parquet", "delta"] = Field(
+        "auto", description="auto: Delta where the folder has a _delta_log, else Parquet"
+    )
+    snapshots: Literal["newest", "all"] = Field(
+        "newest", description="of daily folders (dt=2026-01-31, year=/month=/day=): read the newest, or all of them"
+    )
     item_id: str = Field("item_id", description="column with the item id, integer or string")
     modalities: dict[str, float] = Field(
         {}, description="vector column -> weight; empty: every `*_embedding` column, weight 1"
     )
     dims: dict[str, int] = Field({}, description="vector column -> dimension; empty: the commonest in the first rows")
+    packed_dtype: dict[str, Literal["float32", "float16", "bfloat16", "float64", "int8", "uint8"]] = Field(
+        {}, description="column of packed bytes -> what a component is; empty: what the bytes can only be, else refused"
+    )
     normalize: bool = Field(True, description="scale each modality, then the fused vector, to unit length")
     dtype: Literal["float32", "float16"] = Field("float32", description="how a component is stored in item_embeddings")
 
@@ -60,6 +71,14 @@ class LoadConfig(Section):
                 raise ValueError(
                     f"weight of {name} is {weight}; expected a number above 0 (leave the modality out instead)"
                 )
+        return value
+
+    @field_validator("dims")
+    @classmethod
+    def _possible(cls, value: dict[str, int]) -> dict[str, int]:
+        for name, dim in value.items():
+            if not 1 <= dim <= MAX_DIM:
+                raise ValueError(f"dimension of {name} is {dim}; expected 1 to {MAX_DIM}")
         return value
 
 

@@ -1,39 +1,40 @@
 """load: raw vectors -> `item_embeddings` (fused, packed) and `rejected_embeddings` (with reasons).
 
-Every input row ends in exactly one of the two. Parquet is read by the tasks themselves with pyarrow (any float width),
+Every input row ends in exactly one of the two, which is counted in the tables after each load. Parquet is read by the tasks themselves with pyarrow (any float width),
 twice: first every row is judged, and only verdicts and hashes reach Spark; then those whose vector the table lacks are
 packed and written. A night on which little changed moves few vectors. Of a Delta source Spark makes Parquet first.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyspark.errors import PySparkException
 from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 
-from jobs.config import Config, ConfigError
-from jobs.packed import Float32, pack
-from jobs.sources import RowGroup, filesystem_of
-from jobs.sources import open_source as open_files
-from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SchemaError, Warehouse
+from jobs.config import MAX_DIM, Config, ConfigError
+from jobs.packed import Float32, pack, packed_as, read_packed, width_of
+from jobs.sources import Source, as_ids, is_id_type, open_source, quoted, read_row_group
+from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SchemaError, Warehouse, WarehouseError, extent
 
 ROWS_PER_BATCH = 4096
-ROWS_TO_INFER_DIMENSION = 1000
+COMPONENTS_PER_BATCH = 2**26  # of longer rows a batch has fewer
+VECTORS_TO_INFER_FROM = 1000
 BYTES_A_FILE = 2**27
 UNCHANGED = "expected the source to stay as it is until load ends. Run it again"
 EXCERPT_CHARACTERS = 120
@@ -61,6 +62,7 @@ class Fusion:
 
     Each modality is scaled to unit length and multiplied by the root of its weight, a missing one is a block of zeros,
     the blocks are concatenated and the whole is scaled to unit length. With `normalize` off, lengths are left alone.
+    Recipes of older tables have no `order`: their blocks come as the columns of the source do.
     """
 
     item_id: str
@@ -68,6 +70,7 @@ class Fusion:
     weights: Mapping[str, float]
     normalize: bool
     dtype: str
+    order: tuple[str, ...] = ()  # of the blocks, wherever the source has the columns
 
     @property
     def dim(self) -> int:
@@ -78,7 +81,8 @@ class Fusion:
 
     @staticmethod
     def from_json(text: str) -> Fusion:
-        return Fusion(**json.loads(text))
+        values = json.loads(text)
+        return Fusion(**{**values, "order": tuple(values.get("order", ()))})
 
 
 @dataclass(frozen=True)
@@ -92,178 +96,258 @@ class LoadResult:
     version: int
     seconds: float = 0.0
     nothing_to_do: bool = False
+    note: str = ""  # what of the source was read, where it is not everything, and how packed bytes were read
 
 
 @dataclass(frozen=True)
-class Source:
-    """What is to be read: for Parquet the row groups (path, index), for Delta a version."""
+class Recipe:
+    """How rows of the source become embeddings: the fusion, and what the bytes of packed columns are."""
 
-    path: str
-    format: str
-    schema: pa.Schema
-    fingerprint: str
-    row_groups: tuple[RowGroup, ...] = field(default=(), repr=False)
-    version: int | None = None
+    fusion: Fusion
+    packed: Mapping[str, str]
 
 
 def run(config: Config, warehouse: Warehouse, run_date: date) -> LoadResult:
     """Load the source of `config.load`; rows that did not change are not written again.
 
     Raises:
-        ConfigError, SchemaError: the source, a column or the recipe is not what was asked for.
+        ConfigError, SchemaError: the source, a column or the recipe is not what was asked for, or every row was rejected.
+        WarehouseError: the tables do not hold afterwards what was put into them.
     """
     began = time.monotonic()
-    source = open_source(config, warehouse)
-    fusion = resolve_fusion(config, warehouse, source)
+    source = opened(config)
+    if source.format == "parquet" and source.rows == 0:
+        raise SchemaError(_without_rows(source))
+    recipe = resolve_recipe(config, warehouse, source)
+    fingerprint = _digest([source.fingerprint, config.digest("load")])
     done = warehouse.property(ITEM_EMBEDDINGS, "sid.last_load")
-    if done is not None and json.loads(done)["fingerprint"] == source.fingerprint:
+    if done is not None and json.loads(done)["fingerprint"] == fingerprint:
         last = LoadResult(**json.loads(done)["result"])
         version = warehouse.version(ITEM_EMBEDDINGS)
         return replace(last, new=0, changed=0, version=version, seconds=time.monotonic() - began, nothing_to_do=True)
 
     warehouse.create(ITEM_EMBEDDINGS)
-    if warehouse.property(ITEM_EMBEDDINGS, "sid.fusion") is None:
-        warehouse.set_property(ITEM_EMBEDDINGS, "sid.fusion", fusion.to_json())
     try:
         with (
-            _as_parquet(source, fusion, warehouse) as files,
-            warehouse.staged(_judged(files, fusion, warehouse), "load") as judged,
+            _as_parquet(source, recipe.fusion, warehouse) as files,
+            warehouse.staged(_judged(files, recipe, warehouse), "load") as judged,
         ):
             rows_in = judged.count()
             if rows_in == 0:
-                raise SchemaError(
-                    f"load.source {source.path} has no rows; expected at least one item. Is the export finished?"
-                )
+                raise SchemaError(_without_rows(source))
             good, rejected = split_duplicates(judged)
-            rejected = _numbered(rejected, run_date).cache()
-            reasons = {row["reason"]: row["count"] for row in rejected.groupBy("reason").count().collect()}
+            reasons = _reject(_numbered(rejected, run_date), warehouse, run_date)
             rows_rejected = sum(reasons.values())
-            if rows_rejected or warehouse.exists(REJECTED_EMBEDDINGS):
-                warehouse.replace(REJECTED_EMBEDDINGS, rejected, f"run_date = '{run_date}'")
-            rejected.unpersist()
-            new, changed = _store(good, files, fusion, warehouse, run_date)
+            if rows_rejected == rows_in:
+                raise SchemaError(_nothing_left(source, reasons, warehouse, run_date))
+            good = good.cache()
+            try:
+                if _stored_fusion(warehouse) is None:
+                    warehouse.set_property(ITEM_EMBEDDINGS, "sid.fusion", recipe.fusion.to_json())
+                new, changed = _store(good, files, recipe, warehouse, run_date)
+                stored = warehouse.read(ITEM_EMBEDDINGS).select("item_id", "content_hash")
+                rows_stored = good.join(stored, ["item_id", "content_hash"], how="left_semi").count()
+            finally:
+                good.unpersist()
     except PySparkException as error:
         # Of a Delta table one version is read, which does not change.
-        if source.format == "parquet" and open_source(config, warehouse).fingerprint != source.fingerprint:
-            raise SchemaError(f"load.source {source.path} changed while it was read; {UNCHANGED}") from error
+        if source.format == "parquet" and opened(config).fingerprint != source.fingerprint:
+            raise SchemaError(f"load.source {source.location} changed while it was read; {UNCHANGED}") from error
+        if sentence := re.search(r"\bSchemaError: (.*)", str(error)):  # of a task
+            raise SchemaError(sentence[1]) from error
         raise
-    result = LoadResult(rows_in, rows_in - rows_rejected, rows_rejected, new, changed, reasons, version=-1)
+    if rows_in != rows_stored + rows_rejected:
+        raise WarehouseError(
+            f"{rows_in} rows were read, but {rows_stored} of them stand in item_embeddings and {rows_rejected} in "
+            "rejected_embeddings; expected every row in one of the two. Does another command write to this warehouse? Run load again"
+        )
+    note = "; ".join(filter(None, [source.note, _packed_note(recipe)]))
+    result = LoadResult(rows_in, rows_stored, rows_rejected, new, changed, reasons, version=-1, note=note)
     warehouse.set_property(
-        ITEM_EMBEDDINGS, "sid.last_load", json.dumps({"fingerprint": source.fingerprint, "result": asdict(result)})
+        ITEM_EMBEDDINGS, "sid.last_load", json.dumps({"fingerprint": fingerprint, "result": asdict(result)})
     )
     return replace(result, version=warehouse.version(ITEM_EMBEDDINGS), seconds=time.monotonic() - began)
 
 
-def open_source(config: Config, warehouse: Warehouse) -> Source:
-    """Find the source and read its schema and footers (no rows)."""
+def opened(config: Config) -> Source:
+    """The source of `config.load`: its schema and footers, no rows."""
     load = config.load
     if not load.source:
         raise ConfigError(
             "load.source is empty; give a Parquet file or folder, or a Delta table: --set load.source=PATH"
         )
-    settings = config.digest("load")
-    if load.source_format == "delta":
-        from delta import DeltaTable
-
-        if not DeltaTable.isDeltaTable(warehouse.spark, load.source):
-            raise ConfigError(
-                f"load.source {load.source} is not a Delta table; expected one, since load.source_format is delta"
-            )
-        latest = DeltaTable.forPath(warehouse.spark, load.source).history(1).select("version").first()
-        assert latest is not None
-        version = int(latest["version"])
-        frame = warehouse.spark.read.format("delta").option("versionAsOf", version).load(load.source)
-        return Source(
-            load.source,
-            "delta",
-            to_arrow_schema(frame.schema),
-            _digest([load.source, version, settings]),
-            version=version,
-        )
-
-    files = open_files(load.source, load.source_format, setting="load.source_format")
-    return Source(load.source, "parquet", files.schema, _digest([files.fingerprint, settings]), files.row_groups)
+    return open_source(load.source, load.source_format, setting="load.source_format", snapshots=load.snapshots)
 
 
-def resolve_fusion(config: Config, warehouse: Warehouse, source: Source) -> Fusion:
+def _without_rows(source: Source) -> str:
+    return f"load.source {source.location} has no rows; expected at least one item. Is the export finished?"
+
+
+def _nothing_left(source: Source, reasons: Mapping[str, int], warehouse: Warehouse, run_date: date) -> str:
+    counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(reasons.items(), key=lambda each: -each[1]))
+    rows = warehouse.read(REJECTED_EMBEDDINGS).where(F.col("run_date") == F.lit(run_date))
+    row = rows.orderBy(F.col("item_id").asc_nulls_last(), "occurrence").first()
+    assert row is not None
+    return (
+        f"all {sum(reasons.values()):,} rows of load.source {source.location} were rejected ({counts}); expected items that "
+        f"can be stored. For example item {row['item_id']!r}: {row['detail']}. rejected_embeddings has them all"
+    )
+
+
+def resolve_recipe(config: Config, warehouse: Warehouse, source: Source) -> Recipe:
     """The recipe of the table if it has one (the settings must agree with it), else the one the settings and source say."""
     load, names = config.load, source.schema.names
     columns = list(load.modalities) or [name for name in names if name.endswith("_embedding")]
     if load.item_id not in names:
-        raise SchemaError(f"column {load.item_id!r} is missing from {source.path}; it has {names}. Set load.item_id")
+        raise SchemaError(
+            f"column {load.item_id!r} is missing from {source.location}; it has {names}. Set load.item_id"
+        )
+    if without := source.lacking.get(load.item_id):
+        raise SchemaError(
+            f"column {load.item_id!r} is missing from {without[0].rpartition('/')[2]}, one of {len(without)} such files of "
+            f"{source.location}; expected it in each"
+        )
     if not columns:
         raise SchemaError(
-            f"no column of {source.path} ends in '_embedding'; it has {names}. Name them: load.modalities={{col = 1.0}}"
+            f"no column of {source.location} ends in '_embedding'; it has {names}. Name them: load.modalities={{col = 1.0}}"
         )
     for column in columns:
         if column not in names:
-            raise SchemaError(f"column {column!r} is missing from {source.path}; it has {names}. Set load.modalities")
-        if not _is_vector(source.schema.field(column).type):
             raise SchemaError(
-                f"column {column!r} has type {source.schema.field(column).type}; expected a list of numbers or packed binary"
+                f"column {column!r} is missing from {source.location}; it has {names}. Set load.modalities"
             )
+        kind = source.schema.field(column).type
+        if not _is_vector(kind) and not _without_values(source, column):
+            hint = " (Spark ML vectors: pyspark.ml.functions.vector_to_array)" if pa.types.is_struct(kind) else ""
+            raise SchemaError(f"column {column!r} has type {kind}; expected a list of numbers or packed binary{hint}")
     kind = source.schema.field(load.item_id).type
-    if not (pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if not is_id_type(kind):
         raise SchemaError(f"item id column {load.item_id!r} has type {kind}; expected integers or strings")
+    for setting, values in (("load.dims", load.dims), ("load.packed_dtype", load.packed_dtype)):
+        for column in values:
+            if column not in columns:
+                near = difflib.get_close_matches(column, columns, n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]}?" if near else f"expected one of {columns}"
+                raise ConfigError(f"{setting} names {column!r}, which is no modality; {hint}")
     weights = {column: float(load.modalities.get(column, 1.0)) for column in columns}
 
-    stored = warehouse.property(ITEM_EMBEDDINGS, "sid.fusion")
-    if stored is None:
-        return Fusion(
-            load.item_id, _dimensions(config, source, columns, warehouse), weights, load.normalize, load.dtype
-        )
-    fusion = Fusion.from_json(stored)
-    asked = replace(fusion, item_id=load.item_id, weights=weights, normalize=load.normalize, dtype=load.dtype)
-    asked = replace(asked, dims={column: load.dims.get(column, fusion.dims.get(column, 0)) for column in columns})
-    if replace(asked, item_id=fusion.item_id) != fusion:
+    stored = _stored_fusion(warehouse)
+    known = {} if stored is None else stored.dims
+    if stored is not None and set(stored.order) == set(columns):
+        columns = list(stored.order)
+    dims, packed = {}, {}
+    for column in columns:
+        dims[column], dtype = _read_as(config, source, column, load.dims.get(column, known.get(column)), warehouse)
+        if dtype is not None:
+            packed[column] = dtype
+    fusion = Fusion(load.item_id, dims, weights, load.normalize, load.dtype, tuple(columns))
+    if stored is not None and replace(fusion, item_id=stored.item_id, order=stored.order) != stored:
         raise ConfigError(
-            f"item_embeddings was fused with {stored}, the settings now say {asked.to_json()}; one table holds one recipe. "
-            "Set load.* back, or start a new warehouse for the new recipe (--warehouse DIR)"
+            f"item_embeddings was fused with {stored.to_json()}, the settings now say {fusion.to_json()}; one table holds one "
+            "recipe. Set load.* back, or start a new warehouse for the new recipe (--warehouse DIR)"
         )
-    return asked
+    return Recipe(fusion, packed)
 
 
-def _dimensions(config: Config, source: Source, columns: list[str], warehouse: Warehouse) -> dict[str, int]:
-    """Dimension of each modality: as configured, else the commonest in the first rows if more than half have it."""
-    dims = dict(config.load.dims)
-    unknown = [column for column in columns if column not in dims]
-    if not unknown:
-        return {column: dims[column] for column in columns}
-    if source.format == "delta":
-        sample = (
-            warehouse.spark.read.format("delta").option("versionAsOf", source.version).load(source.path)
-            .select(*unknown).limit(ROWS_TO_INFER_DIMENSION).toArrow()
-        )  # fmt: skip
+def _stored_fusion(warehouse: Warehouse) -> Fusion | None:
+    """The recipe of the rows of the table; a table without rows has none."""
+    text = warehouse.property(ITEM_EMBEDDINGS, "sid.fusion")
+    if text is None or (found := extent(warehouse.root, ITEM_EMBEDDINGS)) is None or found[0] == 0:
+        return None
+    return Fusion.from_json(text)
+
+
+def _read_as(
+    config: Config, source: Source, column: str, dim: int | None, warehouse: Warehouse
+) -> tuple[int, str | None]:
+    """Dimension of a modality, and the dtype of its components if it is packed.
+
+    The dimension is `dim` if that is known, else the commonest in the first vectors if more than half have it.
+    """
+    kind, dtype = source.schema.field(column).type, config.load.packed_dtype.get(column)
+    if _is_packed(kind):
+        if dtype is not None and dim is not None:
+            return dim, dtype
+        values = _first_vectors(source, column, warehouse)
+        if dim is not None and not len(values):
+            return dim, dtype or "float32"  # of no vector
+        dtype, dim = packed_as(values.to_pylist(), column, dim, dtype)
     else:
-        first, rows = [], 0
-        for batch in (b for g in source.row_groups for b in _batches(source.path, g.path, g.index, unknown)):
-            first.append(batch)
-            rows += batch.num_rows
-            if rows >= ROWS_TO_INFER_DIMENSION:
-                break
-        sample = (
-            pa.Table.from_batches(first)
-            if first
-            else pa.table({c: pa.array([], pa.list_(pa.float32())) for c in unknown})
+        if dtype is not None:
+            raise ConfigError(
+                f"load.packed_dtype names {column!r}, whose type is {kind}, not packed binary; leave it out"
+            )
+        if dim is None:
+            dim = _commonest_length(_first_vectors(source, column, warehouse), column)
+    if dim > MAX_DIM:
+        raise SchemaError(f"column {column!r} has vectors of {dim} components; expected at most {MAX_DIM}")
+    return dim, dtype
+
+
+def _commonest_length(vectors: pa.Array, column: str) -> int:
+    lengths = Counter(int(n) for n in _lengths(vectors) if n > 0)
+    if not lengths:
+        raise SchemaError(
+            f"column {column!r}: its rows hold no vector, so its dimension is unknown; "
+            f"expected vectors. Leave it out of load.modalities, or set load.dims={{{column} = D}} if they come later"
         )
-    for column in unknown:
-        values = sample.column(column).combine_chunks()
-        lengths = Counter(int(n) for n in _lengths(values) if n > 0)
-        if not lengths:
-            raise SchemaError(
-                f"column {column!r}: the first {len(values)} rows hold no vector, so its dimension is unknown; "
-                f"expected vectors. Set load.dims={{{column} = D}} if they come later"
-            )
-        if _is_packed(values.type):  # of bytes; float32 unless they come in odd pairs or load.dims says so
-            lengths = Counter(n // (4 if n % 4 == 0 else 2) for n in lengths.elements())
-        dim, count = lengths.most_common(1)[0]
-        if 2 * count <= lengths.total():
-            raise SchemaError(
-                f"column {column!r} mixes dimensions {dict(lengths.most_common(4))} (dimension: rows) and none has the majority; "
-                f"expected one dimension. Say which is right, the other rows are then rejected: load.dims={{{column} = D}}"
-            )
-        dims[column] = dim
-    return {column: dims[column] for column in columns}
+    dim, count = lengths.most_common(1)[0]
+    if 2 * count <= lengths.total():
+        raise SchemaError(
+            f"column {column!r} mixes dimensions {dict(lengths.most_common(4))} (dimension: rows) and none has the majority; "
+            f"expected one dimension. Say which is right, the other rows are then rejected: load.dims={{{column} = D}}"
+        )
+    return dim
+
+
+def _first_vectors(source: Source, column: str, warehouse: Warehouse) -> pa.Array:
+    """The first rows of a column that are not null."""
+    kind = source.schema.field(column).type
+    if not _is_vector(kind):
+        return pa.array([], pa.list_(pa.float32()))
+    if source.format == "delta":
+        frame = _frame(source, warehouse).select(quoted(column)).where(quoted(column).isNotNull())
+        found = frame.limit(VECTORS_TO_INFER_FROM).toArrow().column(0).combine_chunks()
+        return found.cast(kind) if _is_packed(kind) else found
+    without = set(source.lacking.get(column, ()))
+    first: list[pa.Array] = []
+    for group in source.row_groups:
+        if group.path in without:
+            continue
+        for batch in read_row_group(source.location, source.schema, group.path, group.index, [column], ROWS_PER_BATCH):
+            first.append(batch.column(0).drop_null())
+            if sum(map(len, first)) >= VECTORS_TO_INFER_FROM:
+                return pa.concat_arrays(first)[:VECTORS_TO_INFER_FROM]
+    return pa.concat_arrays(first) if first else pa.array([], kind)
+
+
+def _without_values(source: Source, column: str) -> bool:
+    """Has a modality no value at all: null alone, or NaN alone, as pandas writes a column of None."""
+    kind = source.schema.field(column).type
+    if pa.types.is_null(kind):
+        return True
+    if not pa.types.is_floating(kind) or source.format == "delta":
+        return False
+    return all(
+        len(_given(batch.column(0))) == 0
+        for group in source.row_groups
+        for batch in read_row_group(source.location, source.schema, group.path, group.index, [column], ROWS_PER_BATCH)
+    )
+
+
+def _given(numbers: pa.Array) -> Any:
+    values = numbers.drop_null().to_numpy(zero_copy_only=False)
+    return values[~np.isnan(values)]
+
+
+def _packed_note(recipe: Recipe) -> str:
+    return ", ".join(
+        f"{column} read as packed {dtype}" for column, dtype in recipe.packed.items() if dtype != "float32"
+    )
+
+
+def _frame(source: Source, warehouse: Warehouse) -> DataFrame:
+    return warehouse.spark.read.format("delta").option("versionAsOf", source.version).load(source.location)
 
 
 @contextmanager
@@ -272,29 +356,29 @@ def _as_parquet(source: Source, fusion: Fusion, warehouse: Warehouse) -> Iterato
     if source.format == "parquet":
         yield source
         return
-    frame = warehouse.spark.read.format("delta").option("versionAsOf", source.version).load(source.path)
     with warehouse.staging("source") as folder:
-        frame.select(fusion.item_id, *fusion.dims).write.mode("overwrite").parquet(folder)
-        yield replace(source, path=folder, row_groups=open_files(folder).row_groups)
+        frame = _frame(source, warehouse).select(quoted(fusion.item_id), *map(quoted, fusion.dims))
+        frame.write.mode("overwrite").parquet(folder)
+        yield open_source(folder, "parquet")
 
 
 # ---- rows: read and check (runs in the tasks) ----
 
 
-def _judged(source: Source, fusion: Fusion, warehouse: Warehouse) -> DataFrame:
+def _judged(source: Source, recipe: Recipe, warehouse: Warehouse) -> DataFrame:
     """Every row of the source, without its vector: a hash of that, or why the row is rejected."""
-    root, columns = source.path, [fusion.item_id, *fusion.dims]
+    read = _reader(source, recipe)
 
     def judge(groups: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for group in (row for batch in groups for row in batch.to_pylist()):
             start = 0
-            for batch in _batches(root, group["path"], group["index"], columns):
+            for batch in read(group["path"], group["index"]):
                 end = start + len(batch)
                 place = {
                     "row_group": pa.array(np.full(len(batch), group["row_group"], np.int32)),
                     "row": pa.array(np.arange(start, end, dtype=np.int32)),
                 }
-                yield _with(check_rows(batch, fusion), place, JUDGED)
+                yield _with(check_rows(batch, recipe.fusion, recipe.packed), place, JUDGED)
                 start = end
 
     groups = len(source.row_groups)
@@ -302,9 +386,21 @@ def _judged(source: Source, fusion: Fusion, warehouse: Warehouse) -> DataFrame:
     return work.mapInArrow(judge, from_arrow_schema(JUDGED))
 
 
-def _packed(work: DataFrame, root: str, fusion: Fusion, run_date: date) -> DataFrame:
+def _reader(source: Source, recipe: Recipe) -> Callable[[str, int], Iterator[pa.RecordBatch]]:
+    """Reads a row group, for tasks: without the list of all row groups."""
+    location, schema, fusion = source.location, source.schema, recipe.fusion
+    rows = max(1, min(ROWS_PER_BATCH, COMPONENTS_PER_BATCH // fusion.dim))
+
+    def read(path: str, index: int) -> Iterator[pa.RecordBatch]:
+        columns = [fusion.item_id, *fusion.dims]
+        return read_row_group(location, schema, path, index, columns, rows, as_written=[fusion.item_id])
+
+    return read
+
+
+def _packed(work: DataFrame, source: Source, recipe: Recipe, run_date: date) -> DataFrame:
     """The rows of `item_embeddings` for the `pending` ones of each row group of `work`, which are in their order there."""
-    columns = [fusion.item_id, *fusion.dims]
+    read = _reader(source, recipe)
 
     def pack_pending(groups: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for group in (batch.slice(row, 1) for batch in groups for row in range(len(batch))):
@@ -313,12 +409,12 @@ def _packed(work: DataFrame, root: str, fusion: Fusion, run_date: date) -> DataF
 
     def pack_group(path: str, index: int, pending: pa.StructArray) -> Iterator[pa.RecordBatch]:
         rows, start = pending.field("row").to_numpy(), 0
-        for batch in _batches(root, path, index, columns):
+        for batch in read(path, index):
             first, end = np.searchsorted(rows, (start, start + len(batch))).tolist()
             if first < end:
-                # All of the batch is checked, as how wide packed numbers are is seen in a batch.
-                checked = check_rows(batch, fusion).take(pa.array(rows[first:end] - start))
-                yield _stored(checked, pending.slice(first, end - first), fusion, run_date)
+                chosen = batch.take(pa.array(rows[first:end] - start))
+                checked = check_rows(chosen, recipe.fusion, recipe.packed)
+                yield _stored(checked, pending.slice(first, end - first), recipe.fusion, run_date)
             start += len(batch)
         if rows[-1] >= start:
             raise SchemaError(f"a row group has {start} rows, fewer than when it was judged; {UNCHANGED}")
@@ -354,17 +450,23 @@ def _row_groups(source: Source, warehouse: Warehouse, task_of: Sequence[int | No
     return warehouse.spark.createDataFrame(places, "path STRING, index INT, row_group INT, task INT")
 
 
-def _batches(root: str, path: str, row_group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    filesystem, _ = filesystem_of(root)
-    file = pq.ParquetFile(path, filesystem=filesystem)
-    return iter(file.iter_batches(ROWS_PER_BATCH, row_groups=[row_group], columns=columns))
+def check_rows(batch: pa.RecordBatch, fusion: Fusion, packed: Mapping[str, str] | None = None) -> pa.RecordBatch:
+    """One output row per input row: packed embedding and its hash, or a reason; never both, never neither.
 
-
-def check_rows(batch: pa.RecordBatch, fusion: Fusion) -> pa.RecordBatch:
-    """One output row per input row: packed embedding and its hash, or a reason; never both, never neither."""
+    What becomes of a row does not depend on the other rows. `packed` has the dtype of each column of packed bytes.
+    """
     n = batch.num_rows
-    ids = batch.column(batch.schema.get_field_index(fusion.item_id)).cast(pa.string()).to_pylist()
+    texts, no_ids = as_ids(batch.column(batch.schema.get_field_index(fusion.item_id)))
+    ids = texts.to_pylist()
     verdicts = _Verdicts(n)
+    verdicts.reject(
+        no_ids,
+        "wrong_item_id",
+        lambda r: (
+            f"item id is {ids[r][:EXCERPT_CHARACTERS]}; expected text in UTF-8, or a whole number that its type holds exactly"
+        ),
+        lambda r: str(ids[r]),
+    )
     verdicts.reject(
         np.array([not i for i in ids], bool),
         "null_item_id",
@@ -374,9 +476,9 @@ def check_rows(batch: pa.RecordBatch, fusion: Fusion) -> pa.RecordBatch:
     present = np.zeros((n, len(fusion.dims)), bool)
     blocks: list[Float32] = []
     for number, name in enumerate(fusion.dims):
-        block, present[:, number] = _checked_modality(
-            batch.column(batch.schema.get_field_index(name)), name, fusion, verdicts
-        )
+        column = batch.column(batch.schema.get_field_index(name))
+        dtype = (packed or {}).get(name, "float32") if _is_packed(column.type) else None
+        block, present[:, number] = _checked_modality(column, name, dtype, fusion, verdicts)
         blocks.append(block)
     verdicts.reject(
         ~present.any(1),
@@ -389,20 +491,48 @@ def check_rows(batch: pa.RecordBatch, fusion: Fusion) -> pa.RecordBatch:
     if fusion.normalize:
         with np.errstate(invalid="ignore", divide="ignore"):  # rejected rows only; good ones have a norm
             fused /= np.linalg.norm(fused, axis=1, keepdims=True)
+    stored = _as_stored(fused, fusion, verdicts)
     good = np.array([why is None for why in verdicts.reason], bool)
-    packed = pack(fused.astype(np.float32), fusion.dtype, good)
+    column = pack(stored, fusion.dtype, good)
     return pa.RecordBatch.from_arrays(
         [
             pa.array(ids, pa.string()),
-            packed,
+            column,
             _names(present, list(fusion.dims), good),
-            pa.array(_content_hashes(packed, good), pa.string()),
+            pa.array(_content_hashes(column, good), pa.string()),
             pa.array(verdicts.reason, pa.string()),
             pa.array(verdicts.detail, pa.string()),
             pa.array(verdicts.excerpt, pa.string()),
         ],
         schema=CHECKED,
     )
+
+
+def _as_stored(fused: Any, fusion: Fusion, verdicts: _Verdicts) -> Any:
+    """The fused vectors in the type of the table; rows that it cannot hold are rejected."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        stored = fused.astype(fusion.dtype)
+    largest = np.finfo(fusion.dtype).max
+
+    def shown(row: int) -> str:
+        return _excerpt(fused[row].tolist())
+
+    verdicts.reject(
+        ~np.isfinite(stored).all(1),
+        "inf",
+        lambda r: (
+            f"the embedding has a component of {np.abs(fused[r]).max():.4g}; expected at most {largest:.4g}, "
+            f"the largest of {fusion.dtype} (load.dtype)"
+        ),
+        shown,
+    )
+    verdicts.reject(
+        ~stored.any(1),
+        "zero_norm",
+        lambda _: f"the embedding is all zeros in {fusion.dtype}; expected larger components, or load.dtype float32",
+        shown,
+    )
+    return stored
 
 
 def _content_hashes(packed: pa.Array, good: Any) -> list[str | None]:
@@ -437,12 +567,19 @@ class _Verdicts:
                 self.excerpt[row] = value(row)[:EXCERPT_CHARACTERS]
 
 
-def _checked_modality(column: pa.Array, name: str, fusion: Fusion, verdicts: _Verdicts) -> tuple[Float32, Any]:
-    """The weighted block (n, dim) of one modality, zeros where it is missing or wrong, and which rows have it."""
+def _checked_modality(
+    column: pa.Array, name: str, dtype: str | None, fusion: Fusion, verdicts: _Verdicts
+) -> tuple[Float32, Any]:
+    """The weighted block (n, dim) of one modality, zeros where it is missing or wrong, and which rows have it.
+
+    `dtype` is what the components of a packed column are; None for lists.
+    """
     dim = fusion.dims[name]
+    if not _is_vector(column.type):  # a column without values has no type of its own
+        column = pa.nulls(len(column), pa.list_(pa.float32()))
     lengths = _lengths(column)
     here = lengths >= 0
-    width = _packed_width(column.type, lengths, dim)
+    width = 1 if dtype is None else width_of(dtype)
     fits = here & (lengths == dim * width)
 
     def shown(row: int) -> str:
@@ -451,7 +588,7 @@ def _checked_modality(column: pa.Array, name: str, fusion: Fusion, verdicts: _Ve
     verdicts.reject(
         here & ~fits, "wrong_dimension", lambda r: f"{name} has {lengths[r] / width:g} components; expected {dim}", shown
     )  # fmt: skip
-    x = _matrix(column, fits, dim, width)
+    x = _matrix(column, fits, dim, dtype)
     nans, infs = np.isnan(x).sum(1), np.isinf(x).sum(1)
     verdicts.reject(nans > 0, "nan", lambda r: f"{name} has {nans[r]} NaN; expected numbers", shown)
     verdicts.reject(infs > 0, "inf", lambda r: f"{name} has {infs[r]} infinities; expected finite numbers", shown)
@@ -469,7 +606,11 @@ def _checked_modality(column: pa.Array, name: str, fusion: Fusion, verdicts: _Ve
 
 def _is_vector(kind: pa.DataType) -> bool:
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return bool(pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))
+        value = kind.value_type
+        return bool(
+            pa.types.is_floating(value) or pa.types.is_integer(value) or pa.types.is_decimal(value)
+            or pa.types.is_null(value)  # lists that are all empty
+        )  # fmt: skip
     return _is_packed(kind)
 
 
@@ -485,24 +626,20 @@ def _is_packed(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind))
 
 
-def _packed_width(kind: pa.DataType, lengths: Any, dim: int) -> int:
-    """1 for lists; bytes a component for packed ones: 4 unless the batch has rows of 2 or 8 dim bytes and none of 4 dim."""
-    if not _is_packed(kind):
-        return 1
-    return next((width for width in (4, 2, 8) if (lengths == width * dim).any()), 4)
-
-
-def _matrix(column: pa.Array, fits: Any, dim: int, width: int) -> Float32:
+def _matrix(column: pa.Array, fits: Any, dim: int, dtype: str | None) -> Float32:
     """(N, dim) float32, zeros where a row does not fit; a null inside a list becomes NaN."""
     x = np.zeros((len(column), dim), np.float32)
     rows = np.flatnonzero(fits)
     if len(rows) == 0:
         return x
     chosen = column.take(pa.array(rows))
-    if _is_packed(column.type):
-        flat = np.frombuffer(b"".join(chosen.to_pylist()), {4: "<f4", 2: "<f2", 8: "<f8"}[width])
+    if dtype is not None:
+        flat = read_packed(b"".join(chosen.to_pylist()), dtype)
     else:
-        flat = chosen.flatten().to_numpy(zero_copy_only=False)
+        values = chosen.flatten()
+        if pa.types.is_decimal(values.type) or pa.types.is_null(values.type):
+            values = values.cast(pa.float64())
+        flat = values.to_numpy(zero_copy_only=False)
     with np.errstate(over="ignore"):  # a double beyond float32 becomes Inf, and is rejected as such
         x[rows] = flat.astype(np.float32).reshape(len(rows), dim)
     return x
@@ -568,7 +705,16 @@ def _numbered(rejected: DataFrame, run_date: date) -> DataFrame:
     )
 
 
-def _store(good: DataFrame, source: Source, fusion: Fusion, warehouse: Warehouse, run_date: date) -> tuple[int, int]:
+def _reject(rejected: DataFrame, warehouse: Warehouse, run_date: date) -> dict[str, int]:
+    """Replace the rejected rows of the day; returns how many the table holds of each reason."""
+    if rejected.isEmpty() and not warehouse.exists(REJECTED_EMBEDDINGS):
+        return {}
+    warehouse.replace(REJECTED_EMBEDDINGS, rejected, f"run_date = '{run_date}'")
+    rows = warehouse.read(REJECTED_EMBEDDINGS).where(F.col("run_date") == F.lit(run_date))
+    return {row["reason"]: row["count"] for row in rows.groupBy("reason").count().collect()}
+
+
+def _store(good: DataFrame, source: Source, recipe: Recipe, warehouse: Warehouse, run_date: date) -> tuple[int, int]:
     """Upsert the rows whose content changed; returns (new, changed)."""
     stored = warehouse.read(ITEM_EMBEDDINGS).select("item_id", F.col("content_hash").alias("stored_hash"), "first_seen")
     pending = (
@@ -579,6 +725,7 @@ def _store(good: DataFrame, source: Source, fusion: Fusion, warehouse: Warehouse
         rows, changed = (sum(int(group[column]) for group in counts) for column in (1, 2))
         if not rows:
             return 0, 0
+        fusion = recipe.fusion
         files = math.ceil(rows * fusion.dim * np.dtype(fusion.dtype).itemsize / BYTES_A_FILE)
         tasks = max(files, warehouse.cores)
         groups = _row_groups(source, warehouse, _tasks({group[0]: group[1] for group in counts}, source, tasks))
@@ -586,7 +733,7 @@ def _store(good: DataFrame, source: Source, fusion: Fusion, warehouse: Warehouse
             F.sort_array(F.collect_list(F.struct("row", "item_id", "content_hash", "first_seen"))).alias("pending")
         )
         work = by_group.join(F.broadcast(groups), "row_group").repartitionById(tasks, F.col("task"))
-        packed = _packed(work, source.path, fusion, run_date)
+        packed = _packed(work, source, recipe, run_date)
         if changed:
             with warehouse.staged(packed, "changed") as staged:  # a MERGE reads its source twice
                 warehouse.merge(ITEM_EMBEDDINGS, staged, update=True)

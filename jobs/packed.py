@@ -1,6 +1,12 @@
-"""Packed vectors: a row of float32 or float16 components as little-endian bytes, the form in which Spark moves them fastest."""
+"""Packed vectors: a row of components as little-endian bytes, the form in which Spark moves them fastest.
+
+Ours are float32 or float16. Those of others may be more, and bytes do not say what they are: `packed_as` finds out, or refuses.
+"""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +18,9 @@ from jobs.tables import SchemaError
 
 Float32 = npt.NDArray[np.float32]
 WIDTHS = {4: "<f4", 2: "<f2"}  # bytes a component -> NumPy type
+READINGS = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "float64": "<f8", "int8": "<i1", "uint8": "<u1"}
+MAX_SPREAD = 5.0  # in powers of two, of the middle half of the components: 1.9 for normally distributed ones
+LEAST_FLOAT16 = 2.0**-12  # typical component; smaller ones are too coarse in float16 for anybody to keep there
 
 
 def unpack(column: pa.Array, dim: int) -> Float32:
@@ -44,6 +53,94 @@ def pack(x: Float32, dtype: str, valid: npt.NDArray[np.bool_] | None = None) -> 
     offsets = pa.array(np.arange(n + 1) * width).cast(pa.int32())  # refuses to pass 2 GiB
     bitmap = None if valid is None else pa.array(valid).buffers()[1]
     return pa.Array.from_buffers(pa.binary(), n, [bitmap, offsets.buffers()[1], pa.py_buffer(stored)])
+
+
+def width_of(dtype: str) -> int:
+    """Bytes a component."""
+    return np.dtype(READINGS[dtype]).itemsize
+
+
+def read_packed(data: bytes, dtype: str) -> Float32 | npt.NDArray[np.float64]:
+    """The components that `data` holds, one row after the other."""
+    numbers = np.frombuffer(data, READINGS[dtype])
+    if dtype == "bfloat16":  # the upper half of a float32
+        return (numbers.astype(np.uint32) << 16).view(np.float32)
+    return numbers.astype(np.float64 if dtype == "float64" else np.float32)
+
+
+def packed_as(rows: Sequence[bytes], column: str, dim: int | None, dtype: str | None = None) -> tuple[str, int]:
+    """The dtype and dimension of the packed `column` of which `rows` is a sample, as far as `dim` and `dtype` do not say.
+
+    The commonest length of a row decides, if it is that of more than half of them. With `dim` it gives the width of a
+    component: 8 bytes are float64, 4 float32. What is left is tried on the rows: floats that are really of another width or
+    kind have components that are no numbers, spread over many orders of magnitude, or have zeros at every other position.
+    The one reading that gives plausible vectors is taken. int8 and uint8 look like any bytes: they must be named.
+
+    Raises:
+        SchemaError: no reading is plausible, or several are.
+    """
+    lengths = Counter(len(row) for row in rows if row)
+    remedy = f"Say what they are: load.packed_dtype={{{column} = 'float32'}} (or {', '.join(list(READINGS)[1:])})"
+    if not lengths:
+        raise SchemaError(
+            f"column {column!r} of packed vectors: its first rows hold none; expected bytes. "
+            f"If they come later, give load.dims={{{column} = D}} and load.packed_dtype={{{column} = 'float32'}}"
+        )
+    if dim is not None:
+        fitting = Counter({n: count for n, count in lengths.items() if n in (dim, 2 * dim, 4 * dim, 8 * dim)})
+        if not fitting:
+            raise SchemaError(
+                f"column {column!r} has rows of {_counted(lengths)} bytes; none is 2, 4 or 8 times the dimension {dim}. "
+                f"Expected vectors of {dim} components; set load.dims={{{column} = D}} to another number if they are right"
+            )
+        lengths = fitting
+    length, count = lengths.most_common(1)[0]
+    if dtype is None and 2 * count <= lengths.total():
+        raise SchemaError(
+            f"column {column!r} has rows of {_counted(lengths)} bytes and none has the majority. {remedy}"
+        )
+    if dtype is not None:
+        if dim is None and length % width_of(dtype):
+            raise SchemaError(
+                f"column {column!r} has rows of {length} bytes, which are no {dtype} of {width_of(dtype)} bytes each. {remedy}"
+            )
+        return dtype, dim or length // width_of(dtype)
+    floats = [name for name in READINGS if "float" in name and length % width_of(name) == 0]
+    if dim is not None:
+        floats = [name for name in floats if width_of(name) * dim == length]
+        if len(floats) == 1:
+            return floats[0], dim
+    chosen = [row for row in rows if len(row) == length]
+    plausible = [name for name in floats if _plausible(chosen, name)]
+    if len(plausible) != 1:
+        could_be = " or ".join(f"{length // width_of(name)} {name}" for name in plausible)
+        raise SchemaError(
+            f"column {column!r} has rows of {length} bytes, which "
+            + (f"could be {could_be}. {remedy}" if plausible else f"look like vectors under no float type. {remedy}")
+        )
+    return plausible[0], length // width_of(plausible[0])
+
+
+def _counted(lengths: Counter[int]) -> str:
+    return ", ".join(f"{length} ({count} rows)" for length, count in lengths.most_common(4))
+
+
+def _plausible(rows: Sequence[bytes], dtype: str) -> bool:
+    """Do rows of one length look like vectors of `dtype`, at their even and at their odd positions?"""
+    with np.errstate(invalid="ignore", over="ignore"):
+        x = np.abs(read_packed(b"".join(rows), dtype).astype(np.float64)).reshape(len(rows), -1)
+    x = x[np.isfinite(x).all(1)]
+    if 2 * len(x) < len(rows):
+        return False
+    lanes = [lane[lane > 0] for lane in (x[:, 0::2], x[:, 1::2]) if lane.size]
+    if any(not len(lane) for lane in lanes):
+        return False
+    least, most = (LEAST_FLOAT16, 2.0**16) if dtype == "float16" else (2.0**-40, 2.0**40)
+    for lane in lanes:
+        first, middle, third = np.quantile(np.log2(lane), [0.25, 0.5, 0.75])
+        if third - first > MAX_SPREAD or not np.log2(least) <= middle <= np.log2(most):
+            return False
+    return True
 
 
 def as_float_arrays(embeddings: DataFrame) -> DataFrame:

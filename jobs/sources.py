@@ -66,7 +66,9 @@ class Source:
     schema: pa.Schema
     fingerprint: str  # changes when a name, size or time of a file does, or the version
     row_groups: tuple[RowGroup, ...] = field(default=(), repr=False)  # empty for Delta
-    lacking: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)  # column -> files without it
+    lacking: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict, repr=False
+    )  # column -> paths of files without it
     version: int | None = None  # of a Delta table
     note: str = ""  # what was taken and what was left out, where that is not everything
 
@@ -133,6 +135,7 @@ def open_source(
         (_relative(info.path, path) or info.base_name, footer) for info, footer in zip(files, footers, strict=True)
     ]
     schema, lacking = _unified_schema(named, {info.path: partitions[info.path] for info in files})
+    paths = {name: info.path for (name, _), info in zip(named, files, strict=True)}
     stamp = json.dumps([[_relative(info.path, path), info.size, info.mtime_ns] for info in files])
     groups = tuple(
         RowGroup(info.path, index, footer.row_group(index).num_rows)
@@ -141,7 +144,8 @@ def open_source(
         if footer.row_group(index).num_rows
     )
     fingerprint = hashlib.sha256(stamp.encode(errors="surrogateescape")).hexdigest()[:32]
-    return Source(location, "parquet", schema, fingerprint, groups, lacking, note=note)
+    without = {column: tuple(paths[name] for name in names) for column, names in lacking.items()}
+    return Source(location, "parquet", schema, fingerprint, groups, without, note=note)
 
 
 def read_row_group(
@@ -294,7 +298,7 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
     try:
         # Spark says s3a where pyarrow says s3
         found: tuple[fs.FileSystem, str] = fs.FileSystem.from_uri(location.replace("s3a://", "s3://", 1))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ConfigError(
             f"{location} is neither a path that exists nor a URI that can be opened ({_short(error)}); "
             "expected a local path, or a URI such as s3://bucket/folder with special characters encoded (%20)"
@@ -323,14 +327,14 @@ def _data_files(filesystem: fs.FileSystem, root: str, inside: list[fs.FileInfo])
         if info.type == fs.FileType.Directory or _hidden(relative):
             continue
         # Hive and old Hadoop jobs write Parquet under names such as 000000_0
-        if info.base_name.lower().endswith(PARQUET_SUFFIXES) or _begins_as_parquet(filesystem, info.path):
+        if info.base_name.lower().endswith(PARQUET_SUFFIXES) or begins_as_parquet(filesystem, info.path):
             data.append(info)
         else:
             others.append(relative)
     return data, others
 
 
-def _begins_as_parquet(filesystem: fs.FileSystem, path: str) -> bool:
+def begins_as_parquet(filesystem: fs.FileSystem, path: str) -> bool:
     try:
         with filesystem.open_input_file(path) as file:
             return bytes(file.read(4)) in (b"PAR1", b"PARE")

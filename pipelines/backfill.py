@@ -6,20 +6,22 @@ kill too, does what is left; the IDs of one run come in one commit. Which releas
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass
 from datetime import date
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import fs
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from jobs.config import ConfigError
 from jobs.registry import ModelVersion
-from jobs.sources import filesystem_of, open_source
+from jobs.sources import as_ids, begins_as_parquet, filesystem_of, is_id_type, open_source, read_row_group
 from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
 
+ITEM_ID = "item_id"
+BATCH = 65536
 NAMED = 5  # unknown items that a plan lists
 
 
@@ -37,34 +39,62 @@ class Plan:
 
 
 def listed_items(location: str) -> pa.StringArray:
-    """The ids in a file: Parquet (or a folder of it) with a column `item_id`, or text with one id a line.
+    """The ids in a file: Parquet (or a folder of it) with a column `item_id`, or text (UTF-8 or UTF-16) with one id a line.
 
     Raises:
         ConfigError: no such file, no such column, or no ids.
+        SchemaError: Parquet that cannot be read.
     """
     filesystem, path = filesystem_of(location)
-    if location.endswith(".parquet") or filesystem.get_file_info(path).type == fs.FileType.Directory:
-        columns = open_source(location).schema.names
-        if "item_id" not in columns:
-            raise ConfigError(f"{location} has columns {columns}; expected item_id among them")
-        read = pq.read_table(path, columns=["item_id"], filesystem=filesystem)
-        ids = read["item_id"].cast(pa.string()).combine_chunks().drop_null()
+    kind = filesystem.get_file_info(path).type
+    if kind == fs.FileType.NotFound:
+        raise ConfigError(
+            f"{location} does not exist; expected text with one id a line, or Parquet with a column item_id"
+        )
+    if kind == fs.FileType.Directory or location.endswith(".parquet") or begins_as_parquet(filesystem, path):
+        ids = _parquet_ids(location)
     else:
-        try:
-            with filesystem.open_input_stream(path) as stream:
-                lines = stream.read().decode().splitlines()
-        except FileNotFoundError as error:
-            raise ConfigError(
-                f"{location} does not exist; expected text with one id a line, or Parquet with a column item_id"
-            ) from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{location} is not UTF-8 text ({error.reason} at byte {error.start}); expected one id a line, or a name in .parquet"
-            ) from error
-        ids = pa.array([line.strip() for line in lines if line.strip()], pa.string())
+        ids = _text_ids(filesystem, path, location)
     if not len(ids):
         raise ConfigError(f"{location} names no item; expected at least one id")
     return ids
+
+
+def _parquet_ids(location: str) -> pa.StringArray:
+    source = open_source(location)
+    if source.format == "delta":
+        raise ConfigError(f"{location} is a Delta table; expected text with one id a line, or Parquet. Export the ids")
+    if ITEM_ID not in source.schema.names:
+        raise ConfigError(f"{location} has columns {source.schema.names}; expected {ITEM_ID} among them")
+    kind = source.schema.field(ITEM_ID).type
+    if not is_id_type(kind):
+        raise ConfigError(f"column {ITEM_ID} of {location} has type {kind}; expected one integer or string a row")
+    found = []
+    for group in source.row_groups:
+        for batch in read_row_group(location, source.schema, group.path, group.index, [ITEM_ID], BATCH, [ITEM_ID]):
+            ids, wrong = as_ids(batch.column(0))
+            if wrong.any():
+                bad = ids.filter(pa.array(wrong))[0]
+                raise ConfigError(f"{location} names item {bad}; expected text in UTF-8 or whole numbers")
+            found.append(ids.drop_null())
+    return pa.concat_arrays(found) if found else pa.array([], pa.string())
+
+
+def _text_ids(filesystem: fs.FileSystem, path: str, location: str) -> pa.StringArray:
+    with filesystem.open_input_stream(path) as stream:
+        data = stream.read()
+    # Windows tools put a mark at the beginning
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        lines = (
+            data.decode(encoding).replace("\r\n", "\n").split("\n")
+        )  # splitlines would break ids at U+2028 and others
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{location} is not {encoding.upper().removesuffix('-SIG')} text ({error.reason} at byte {error.start}); "
+            "expected one id a line, or Parquet"
+        ) from error
+    return pa.array([line.strip() for line in lines if line.strip()], pa.string())
 
 
 def chosen_items(warehouse: Warehouse, listed: pa.StringArray | None, since: date | None) -> DataFrame | None:

@@ -188,7 +188,9 @@ def _timed(night: Night, reporter: Reporter, name: str, why: str) -> Iterator[No
 def _load_facts(loaded: LoadResult) -> str:
     return (
         f"{loaded.rows_in:,} rows in = {loaded.rows_stored:,} stored + {loaded.rows_rejected:,} rejected "
-        f"({loaded.new:,} new, {loaded.changed:,} changed)" + _idle(loaded)
+        f"({loaded.new:,} new, {loaded.changed:,} changed)"
+        + (f"; {loaded.note}" if loaded.note else "")
+        + _idle(loaded)
     )
 
 

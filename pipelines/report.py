@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as Grid
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def facts(night: Night, warehouse: str, pictures: Path, seconds: float) -> dict[
         "rows_in": night.loaded.rows_in if night.loaded else None,
         "rows_stored": night.loaded.rows_stored if night.loaded else None,
         "rows_rejected": night.loaded.rows_rejected if night.loaded else None,
+        "load_note": night.loaded.note if night.loaded else None,
         "rmse": metrics.get("rmse"),
         "utilization": metrics.get("utilization"),
         "perplexity": metrics.get("perplexity"),
@@ -120,6 +122,8 @@ def print_summary(
             "rows",
             f"{night.loaded.rows_in:,} in = {night.loaded.rows_stored:,} stored + {night.loaded.rows_rejected:,} rejected",
         )
+        if night.loaded.note:
+            grid.add_row("source", escape(night.loaded.note))
         if night.loaded.reasons:
             grid.add_row(
                 "rejected", ", ".join(f"{reason} {count}" for reason, count in sorted(night.loaded.reasons.items()))

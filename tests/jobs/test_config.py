@@ -78,3 +78,9 @@ def test_errors_do_not_repeat_credentials() -> None:
     assert "4711471147" not in message
     assert "spark.cnf" in message
     assert "mlflow.tracking_url is not a setting; did you mean mlflow.tracking_uri?" in message
+
+
+@pytest.mark.parametrize("dim", [0, -3, 65537, 2_000_000_000])
+def test_dimensions_that_no_vector_has_are_refused(dim: int) -> None:
+    with pytest.raises(ConfigError, match=rf"load\.dims.*dimension of v is {dim}; expected 1 to 65536"):
+        load_config(overrides=[f"load.dims={{v = {dim}}}"])

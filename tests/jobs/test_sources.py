@@ -117,9 +117,10 @@ def test_file_uris_are_encoded_or_not(tmp_path: Path) -> None:
             assert filesystem_of(uri)[1] == str(tmp_path / name), uri
 
 
-def test_what_is_neither_path_nor_uri_is_a_sentence() -> None:
-    with pytest.raises(ConfigError, match="nonsense://x is neither a path that exists nor a URI"):
-        open_source("nonsense://x")
+@pytest.mark.parametrize("location", ["nonsense://x", "hdfs://nowhere.invalid/x", "s3://bucket/a b", "x\0y"])
+def test_what_is_neither_path_nor_uri_is_a_sentence(location: str) -> None:
+    with pytest.raises(ConfigError, match=r"is neither a path that exists nor a URI|cannot be read|does not exist"):
+        open_source(location)
 
 
 def test_the_fingerprint_is_of_names_sizes_and_times(tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ def test_a_column_that_a_file_lacks_is_null_there(tmp_path: Path) -> None:
     write(tmp_path / "part-1.parquet", item_id=["b"], x=[[1.0]])
     source = open_source(str(tmp_path))
     assert rows(source) == [("a", None), ("b", [1.0])]
-    assert source.lacking == {"x": ("part-0.parquet",)}
+    assert source.lacking == {"x": (str(tmp_path / "part-0.parquet"),)}
 
 
 def test_one_name_twice_is_refused(tmp_path: Path) -> None:

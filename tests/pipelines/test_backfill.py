@@ -14,6 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 from jobs import encode, fit, load
 from jobs.config import ConfigError
 from jobs.registry import ModelVersion
+from jobs.tables import SchemaError
 from pipelines.backfill import chosen_items, listed_items, plan
 
 DAY, NEXT = date(2026, 1, 1), date(2026, 1, 2)
@@ -77,14 +78,50 @@ def test_lists_are_text_or_parquet(tmp_path: Path) -> None:
         ("absent.txt", None, "does not exist"),
         ("absent.parquet", None, "does not exist"),
         ("empty.txt", b"\n \n", "names no item"),
-        ("binary.txt", b"\xff\xfe\x00", "is not UTF-8 text"),
+        ("binary.txt", b"\xfe\xff\x00", "is not UTF-16 text"),
+        ("latin.txt", b"caf\xe9", "is not UTF-8 text"),
+        ("empty.parquet", b"", r"empty\.parquet is empty"),
     ],
 )
 def test_a_bad_list_is_a_sentence(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises((ConfigError, SchemaError), match=said):
         listed_items(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-8"])
+def test_marks_and_line_ends_of_windows_are_no_part_of_an_id(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "ids.txt").write_bytes("i0003\r\n\u00e9t\u00e9\r\na\u2028b\r\n".encode(encoding))
+    assert listed_items(str(tmp_path / "ids.txt")).to_pylist() == ["i0003", "\u00e9t\u00e9", "a\u2028b"]
+
+
+@pytest.mark.parametrize(
+    ("column", "ids"),
+    [
+        (pa.array([3.0, None, 4.0]), ["3", "4"]),
+        (pa.array(["a", "b", None]).dictionary_encode(), ["a", "b"]),
+        (pa.array([7], pa.decimal128(38, 0)), ["7"]),
+    ],
+)
+def test_lists_in_parquet_hold_ids_of_any_kind(tmp_path: Path, column: pa.Array, ids: list[str]) -> None:
+    pq.write_table(pa.table({"item_id": column}), tmp_path / "list")  # whatever its name
+    assert listed_items(str(tmp_path / "list")).to_pylist() == ids
+
+
+@pytest.mark.parametrize(
+    ("column", "said"),
+    [
+        (pa.array([["a", "b"]]), r"item_id of .* has type list<item: string>; expected one"),
+        (pa.array([DAY]), r"has type date32\[day\]; expected one integer or string a row"),
+        (pa.array([3.5]), "names item 3.5; expected text in UTF-8 or whole numbers"),
+        (pa.array([None], pa.string()), "names no item"),
+    ],
+)
+def test_what_is_no_list_of_ids_is_a_sentence(tmp_path: Path, column: pa.Array, said: str) -> None:
+    pq.write_table(pa.table({"item_id": column}), tmp_path / "ids.parquet")
+    with pytest.raises(ConfigError, match=said):
+        listed_items(str(tmp_path / "ids.parquet"))
 
 
 def test_a_list_without_item_ids_is_a_sentence(tmp_path: Path) -> None:
