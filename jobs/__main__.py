@@ -67,7 +67,7 @@ def opened(config: Config, run_date: str, *, write: bool = True) -> Iterator[Wor
     with writer_lock(root) if write else nullcontext():
         if write:
             clear_staging(root)
-        registry = open_registry(config, root)
+        registry = open_registry(config, root, create=write)
         pictures = Path("pictures") if "://" in root else Path(root) / "pictures"
         with spark_session(config) as session:
             yield Work(config, day, Warehouse(session.spark, root), registry, pictures, session.start_seconds)

@@ -6,7 +6,6 @@ An alias is resolved once per command, to a version; everything after that names
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.config import Config
+from jobs.mlflow_store import open_store
 from jobs.redaction import redact_config
 
 if TYPE_CHECKING:
@@ -105,42 +105,10 @@ class Registry:
             yield run
 
 
-def open_registry(config: Config, root: str) -> Registry:
-    """MLflow at the configured tracking URI; by default a sqlite file beside the tables of a local warehouse.
-
-    Raises:
-        ValueError: a warehouse on an object store and no tracking URI.
-    """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    import logging
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    import mlflow
-
-    given = os.environ.get("MLFLOW_TRACKING_URI")
-    uri = config.mlflow.tracking_uri or given or ""
-    artefacts = None
-    if not uri:
-        if "://" in root:
-            raise ValueError(
-                f"warehouse {root} is not a local folder, so there is no place for the default tracking store; "
-                "set mlflow.tracking_uri (or MLFLOW_TRACKING_URI) to your MLflow server"
-            )
-        uri = f"sqlite:///{root}/mlflow.db"
-        artefacts = f"{root}/mlflow_artifacts"
-    mlflow.set_tracking_uri(uri)
-    if given is None:  # MLflow has put it there, and the next warehouse of this process would take it for the user's
-        os.environ.pop("MLFLOW_TRACKING_URI", None)
-    logging.getLogger("mlflow").setLevel(logging.WARNING)
-    client = mlflow.MlflowClient(tracking_uri=uri)
-    experiment = client.get_experiment_by_name(config.mlflow.experiment)
-    experiment_id = (
-        experiment.experiment_id
-        if experiment is not None
-        else client.create_experiment(config.mlflow.experiment, artifact_location=artefacts)
-    )
-    return Registry(client, experiment_id, uri)
+def open_registry(config: Config, root: str, *, create: bool = True) -> Registry:
+    """The models in the MLflow store of the warehouse at `root` (see `open_store`)."""
+    store = open_store(config, root, create=create)
+    return Registry(store.client, store.experiment_id, store.uri)
 
 
 def register(registry: Registry, name: str, code: Path, artefacts: Path, tags: Mapping[str, str]) -> ModelVersion:

@@ -177,7 +177,7 @@ def status(
 
     chosen = resolved(config, settings, warehouse)
     root = warehouse_root(chosen.warehouse)
-    values = status_facts(root, open_registry(chosen, root))
+    values = status_facts(root, open_registry(chosen, root, create=False))
     print_status(values)
     if json_file is not None:
         from pipelines.report import write_json
