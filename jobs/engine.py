@@ -15,6 +15,9 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
+from xml.etree import ElementTree
+
+from jobs.redaction import redact
 
 OLDEST_JAVA = 17
 HOME = Path(sys.prefix) / "share" / "semantic-id-pipeline"
@@ -58,9 +61,87 @@ def find_java() -> Path:
     )
 
 
+def prepare_environment(local_master: str = "") -> None:
+    """Set the variables that Spark reads when it starts Java, so that neither another Spark nor another Python is used than
+    this environment's. What of the user's is ignored is said. On a cluster (`local_master` empty) Spark's own configuration
+    and the Python of the executors are the user's.
+
+    Raises:
+        EnvironmentProblem: there is no Java or no Spark, or a configuration of Hadoop that cannot be read.
+    """
+    java = find_java()
+    _replace("JAVA_HOME", str(java), "has no usable Java of version 17 or newer")
+    home = _spark_home()
+    _replace("SPARK_HOME", str(home), f"is not the Spark {version('pyspark')} of this environment")
+    if "SPARK_REMOTE" in os.environ:
+        _say(f"SPARK_REMOTE={os.environ.pop('SPARK_REMOTE')} is ignored: Spark Connect cannot run these jobs")
+    for name in ("HADOOP_CONF_DIR", "YARN_CONF_DIR"):
+        default = _default_file_system(name)
+        if local_master and not default.startswith("file:"):
+            _say(
+                f"{name} makes {default} the default file system, which is ignored with {local_master}: paths without a scheme are local"
+            )
+    if not local_master:
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+        return
+    os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
+    for name in ("PYSPARK_PYTHON", "PYSPARK_DRIVER_PYTHON"):
+        _replace(name, sys.executable, "is not the Python of this environment")
+    settings = Path(os.environ.get("SPARK_CONF_DIR", "/nowhere"))
+    if any((settings / file).exists() for file in ("spark-defaults.conf", "spark-env.sh")):
+        _say(
+            f"SPARK_CONF_DIR={settings} is ignored with {local_master}: Spark's properties are set with spark.conf (--config, --set)"
+        )
+
+
+def _replace(name: str, value: str, why: str) -> None:
+    """Set a variable; say so where the user's had another value."""
+    given = os.environ.get(name)
+    found = os.path.abspath(shutil.which(given or "") or given or value)
+    same_bin = os.path.isfile(found) and os.path.dirname(found) == os.path.dirname(value)  # python3 beside python
+    if found != os.path.abspath(value) and not same_bin:
+        _say(f"{name}={given} {why}; {value} is used")
+    os.environ[name] = value
+
+
+def _say(text: str) -> None:
+    print(f"sid: {redact(text)}", file=sys.stderr, flush=True)
+
+
+def _spark_home() -> Path:
+    """The Spark that belongs to the `pyspark` that is imported: inside it, or around it in Spark's own distribution."""
+    import pyspark
+
+    package = Path(pyspark.__file__).parent
+    for home in (package, package.parent.parent):
+        if (home / "bin" / "spark-submit").exists() and (home / "jars").is_dir():
+            return home
+    raise EnvironmentProblem(
+        f"the pyspark at {package} has no Spark (bin/spark-submit, jars); expected that of the wheel. Reinstall pyspark "
+        f"{version('pyspark')}, or remove a foreign Spark from PYTHONPATH"
+    )
+
+
+def _default_file_system(variable: str) -> str:
+    """`fs.defaultFS` in the core-site.xml of a folder that a variable names."""
+    file = Path(os.environ.get(variable) or "/nowhere", "core-site.xml")
+    if not file.is_file():
+        return "file:///"
+    try:
+        values = {entry.findtext("name"): entry.findtext("value") for entry in ElementTree.parse(file).iter("property")}
+    except (ElementTree.ParseError, OSError) as error:
+        raise EnvironmentProblem(
+            f"{file} ({variable}) cannot be read as XML ({error}); expected a Hadoop configuration. Mend it, or unset {variable}"
+        ) from error
+    return (values.get("fs.defaultFS") or values.get("fs.default.name") or "file:///").strip()
+
+
 def java_version(java: Path) -> int:
     """Major version that `java -version` tells; 0 if it tells none."""
-    told = subprocess.run([str(java), "-version"], capture_output=True, text=True, check=False).stderr
+    try:
+        told = subprocess.run([str(java), "-version"], capture_output=True, text=True, check=False).stderr
+    except OSError:  # not a program, or not for this machine
+        return 0
     match = re.search(r'version "(?:1\.)?(\d+)', told)
     return int(match.group(1)) if match else 0
 
@@ -85,8 +166,7 @@ def resolve_delta_jars() -> None:
     if target.exists():
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    os.environ["JAVA_HOME"] = str(find_java())
-    os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
+    prepare_environment("local[1]")
     from pyspark.sql import SparkSession
 
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:

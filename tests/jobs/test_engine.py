@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,57 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         pass
     with writer_lock(str(tmp_path)):
         pass
+
+
+def foreign(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    folder.mkdir()
+    monkeypatch.setenv(name, str(folder))
+    return str(folder)
+
+
+def test_what_belongs_to_another_spark_or_python_is_not_used_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("JAVA_HOME", "SPARK_HOME", "PYSPARK_PYTHON", "PYSPARK_DRIVER_PYTHON"):
+        foreign(name, tmp_path / name.lower(), monkeypatch)
+    (Path(foreign("SPARK_CONF_DIR", tmp_path / "conf", monkeypatch)) / "spark-defaults.conf").write_text("spark.x 1")
+    monkeypatch.setenv("SPARK_REMOTE", "sc://elsewhere")
+    monkeypatch.setenv("SPARK_LOCAL_IP", "")
+    engine.prepare_environment("local[2]")
+    assert java_version(Path(os.environ["JAVA_HOME"]) / "bin" / "java") >= 17
+    assert Path(os.environ["SPARK_HOME"], "bin", "spark-submit").exists()
+    assert os.environ["PYSPARK_PYTHON"] == os.environ["PYSPARK_DRIVER_PYTHON"] == sys.executable
+    assert "SPARK_REMOTE" not in os.environ
+    said = capsys.readouterr().err.splitlines()
+    names = ("JAVA_HOME", "SPARK_HOME", "SPARK_REMOTE", "PYSPARK_PYTHON", "PYSPARK_DRIVER_PYTHON", "SPARK_CONF_DIR")
+    assert [line.split("=")[0] for line in said] == [f"sid: {name}" for name in names]
+    engine.prepare_environment("local[2]")  # all is as it should be now
+    assert [line.split("=")[0] for line in capsys.readouterr().err.splitlines()] == ["sid: SPARK_CONF_DIR"]
+
+
+def test_on_a_cluster_the_python_of_the_executors_is_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("JAVA_HOME", str(find_java()))
+    monkeypatch.setenv("SPARK_HOME", "")
+    monkeypatch.setenv("PYSPARK_PYTHON", "/opt/conda/bin/python")
+    engine.prepare_environment()
+    assert os.environ["PYSPARK_PYTHON"] == "/opt/conda/bin/python"
+    assert capsys.readouterr().err == ""
+
+
+CORE_SITE = "<configuration><property><name>fs.defaultFS</name><value>hdfs://nn:8020</value></property></configuration>"
+
+
+def test_another_default_file_system_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("JAVA_HOME", "SPARK_HOME", "PYSPARK_PYTHON", "PYSPARK_DRIVER_PYTHON", "SPARK_LOCAL_IP"):
+        monkeypatch.setenv(name, "")
+    file = Path(foreign("HADOOP_CONF_DIR", tmp_path / "hadoop", monkeypatch)) / "core-site.xml"
+    file.write_text(CORE_SITE)
+    engine.prepare_environment("local[2]")
+    assert "HADOOP_CONF_DIR makes hdfs://nn:8020 the default file system, which is ignored" in capsys.readouterr().err
+    file.write_text(CORE_SITE[:-9])
+    with pytest.raises(EnvironmentProblem, match=r"core-site\.xml \(HADOOP_CONF_DIR\) cannot be read as XML"):
+        engine.prepare_environment("local[2]")
