@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 CODEBOOK_MODEL = "semantic-id-codebook"
 CTR_MODEL = "dmqn-ctr"
+PACKAGES = Path(__file__).parent.parent
+CARRIED = {CODEBOOK_MODEL: "tokenizer", CTR_MODEL: "jobs/ctr/dmqn.py"}  # our code that a model travels with
 CANDIDATE, CHAMPION = "candidate", "champion"
 ROLLED_BACK_TAG = "rolled_back"  # on a codebook version that a rollback left: from which release
 
@@ -122,7 +125,8 @@ def register(registry: Registry, name: str, code: Path, artefacts: Path, tags: M
         name=name,
         python_model=str(code),
         artifacts={"artefact": str(artefacts)},
-        pip_requirements=["semantic-id-pipeline"],
+        code_paths=[str(PACKAGES / CARRIED[name])],
+        pip_requirements=requirements(),
     )
     client = registry.client
     if not client.search_registered_models(f"name = '{name}'"):
@@ -131,6 +135,14 @@ def register(registry: Registry, name: str, code: Path, artefacts: Path, tags: M
         name, info.model_uri, run_id=info.run_id, model_id=info.model_id, tags=dict(tags)
     )
     return _model_version(created)
+
+
+def requirements() -> list[str]:
+    """What loading a model needs beside the code that it carries, at the installed versions. Our own distribution is not
+    on the package index, where anybody could register its name."""
+    return [
+        f"{name}=={version(name).partition('+')[0]}" for name in ("mlflow", "numpy", "pandas", "safetensors", "torch")
+    ]
 
 
 def pinned(versions: Mapping[str, int]) -> str:

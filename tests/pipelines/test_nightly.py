@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import duckdb
@@ -91,12 +92,15 @@ def test_delta_rs_and_duckdb_read_the_ids_both_ways(house: House, first: Night) 
     assert (row["item_id"],) in same
 
 
-def test_the_champion_loads_without_spark_and_gives_the_codes_of_the_table(
+def test_the_models_load_without_spark_and_without_this_project_and_give_the_codes_of_the_table(
     house: House, first: Night, tmp_path: Path
 ) -> None:
     code = f"""
-import sys
+import importlib.util, os, sys
 sys.modules["pyspark"] = None  # as on a machine that does not have it
+sys.path = [folder for folder in sys.path if not os.path.exists(os.path.join(folder, "jobs", "registry.py"))]
+sys.meta_path = [finder for finder in sys.meta_path if "ditable" not in repr(finder)]
+assert not any(importlib.util.find_spec(name) for name in ("jobs", "tokenizer", "pipelines"))
 import json, mlflow, pandas as pd
 from deltalake import DeltaTable
 mlflow.set_tracking_uri({house.registry.tracking_uri!r})
@@ -104,11 +108,19 @@ model = mlflow.pyfunc.load_model("models:/semantic-id-codebook@champion")
 rows = DeltaTable({house.warehouse.path(ITEM_EMBEDDINGS)!r}).to_pandas()
 out = model.predict(rows[["embedding"]])
 json.dump(dict(zip(rows["item_id"], out["codes"])), open({str(tmp_path / "codes.json")!r}, "w"))
+mlflow.pyfunc.load_model("models:/dmqn-ctr@candidate")
+for name in ("semantic-id-codebook@champion", "dmqn-ctr@candidate"):
+    print(open(mlflow.pyfunc.get_model_dependencies(f"models:/{{name}}")).read())
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "codes.json").read_text())
     assert told == {item: list(row["codes"]) for item, row in house.ids(1).items()}
+    needed = [line.split("==") for line in done.stdout.split()]
+    assert [name for name, _ in needed] == ["mlflow", "numpy", "pandas", "safetensors", "torch"] * 2
+    assert all(version(name).partition("+")[0] == pinned for name, pinned in needed)
 
 
 def test_new_items_are_encoded_and_incumbents_do_not_move(house: House, first: Night) -> None:
