@@ -64,27 +64,30 @@ def open_store(config: Config, root: str, *, create: bool) -> Store:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     }.items():
         os.environ.setdefault(name, value)
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = config.mlflow.tracking_uri or given or default_uri(root)
+    database = sqlite_file(uri)
+    own = database is not None and database == Path(root) / DATABASE
+    if own:
+        os.environ.pop("MLFLOW_REGISTRY_URI", None)  # the models are in the default store too
+    artefacts = location(Path(root) / ARTEFACTS) if own else None
+    if database is None:
+        _check_answers(uri)
+    elif not create and not database.exists():
+        return Store(_Nothing(), "", uri, shared=not own)  # type: ignore[arg-type]
     logging.getLogger("alembic").setLevel(logging.WARNING)
     import mlflow
     from mlflow.exceptions import MlflowException
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it logs it raises too
-    uri = config.mlflow.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(root)
-    database = sqlite_file(uri)
-    own = database is not None and database == Path(root) / DATABASE
-    artefacts = location(Path(root) / ARTEFACTS) if own else None
-    if database is None:
-        _check_answers(uri)
-    elif not create and not database.exists():
-        return Store(_Nothing(), "", uri, shared=not own)  # type: ignore[arg-type]
-    else:
+    if database is not None:
         _check_sqlite(database, uri, artefacts, create=create)
         if artefacts and create:
             _relocate(database, artefacts)
-    with _environment_kept("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"):
-        mlflow.set_tracking_uri(uri)
-        mlflow.set_registry_uri(uri if own else None)  # None: MLFLOW_REGISTRY_URI, else the tracking store
+    mlflow.set_tracking_uri(uri)
+    if given is None:  # MLflow has put it there, and the next warehouse of this process would take it for the user's
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     try:
         client = mlflow.MlflowClient(tracking_uri=uri)
         return Store(client, _experiment(client, config.mlflow.experiment, artefacts, create), uri, shared=not own)
@@ -141,20 +144,6 @@ def location(folder: Path) -> str:
     return str(folder) if re.fullmatch(r"[\w/. @+,=~-]+", str(folder)) else folder.as_uri()
 
 
-@contextmanager
-def _environment_kept(*names: str) -> Iterator[None]:
-    """MLflow sets variables that the next warehouse of this process would take for the user's."""
-    before = {name: os.environ.get(name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 def _experiment(client: MlflowClient, name: str, artefacts: str | None, create: bool) -> str:
     from mlflow.exceptions import MlflowException
 
@@ -196,7 +185,7 @@ def _check_server(uri: str) -> None:
     import requests
 
     try:
-        status = requests.get(f"{uri.rstrip('/')}/health", timeout=(5, 15)).status_code
+        status = requests.get(f"{uri.rstrip('/')}/health", timeout=(5, 10)).status_code
     except requests.exceptions.SSLError:
         return  # it answers; MLflow has settings for certificates
     except requests.RequestException as error:
