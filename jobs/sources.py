@@ -233,7 +233,7 @@ def is_id_type(kind: pa.DataType) -> bool:
 def as_ids(column: pa.Array) -> tuple[pa.StringArray, npt.NDArray[np.bool_]]:
     """Ids as text (3, 3.0 and "3" are one id), and which rows hold a value that is no id; null and NaN are null.
 
-    No ids are 3.5, infinities, floats beyond what their width counts one by one (2^53 for float64), bytes that are not UTF-8.
+    No ids are 3.5, infinities, floats too large to be counted one by one (2^53 and more in float64), bytes that are not UTF-8.
     """
     column = _cast(column, plain_type(column.type), "ids")
     kind, n = column.type, len(column)
@@ -263,7 +263,7 @@ def as_ids(column: pa.Array) -> tuple[pa.StringArray, npt.NDArray[np.bool_]]:
             text, bad = None, False
         else:
             whole = value not in (float("inf"), -float("inf")) and value == int(value)
-            bad = not whole or (limit is not None and abs(value) > limit)
+            bad = not whole or (limit is not None and abs(value) >= limit)  # the limit itself may be rounded
             text = str(int(value)) if whole else str(value)
         texts.append(text)
         wrong.append(bad)
@@ -539,9 +539,11 @@ def _row_batches(
     try:
         yield from file.iter_batches(rows, row_groups=[index], columns=columns)
     except (pa.ArrowException, OSError) as error:
-        raise SchemaError(
-            f"row group {index} of {path} cannot be read ({_short(error)}); expected whole Parquet. Write the file again"
-        ) from error
+        remedy = "expected whole Parquet. Write the file again"
+        if "DuckDB" in str(file.metadata.created_by):
+            # 2.0 repeats a null array as often as it would have elements
+            remedy = "DuckDB writes arrays (FLOAT[16]) with null rows so that others cannot read them: cast to FLOAT[]"
+        raise SchemaError(f"row group {index} of {path} cannot be read ({_short(error)}); {remedy}") from error
 
 
 def _unified_schema(

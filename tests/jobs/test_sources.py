@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -312,6 +313,18 @@ def test_fixed_size_lists_with_null_rows(tmp_path: Path, kind: pa.DataType, null
     assert [x for (x,) in rows(open_source(str(path)))] == values
 
 
+def test_arrays_of_duckdb_with_null_rows_are_named(tmp_path: Path) -> None:
+    def copy(kind: str) -> Source:
+        rows = f"SELECT CASE WHEN i = 1 THEN NULL ELSE [i, i + 1]::{kind} END AS x FROM range(3) t(i)"
+        with duckdb.connect() as connection:
+            connection.execute(f"COPY ({rows}) TO '{tmp_path / 'x.parquet'}' (FORMAT parquet)")
+        return open_source(str(tmp_path / "x.parquet"))
+
+    with pytest.raises(SchemaError, match=r"DuckDB writes arrays .* cast to FLOAT\[\]"):
+        rows(copy("FLOAT[2]"))
+    assert rows(copy("FLOAT[]")) == [([0.0, 1.0],), (None,), ([2.0, 3.0],)]
+
+
 def test_names_with_dots_and_backticks_are_names(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": [1], "a.b": [2], "`": [3]}), tmp_path / "x.parquet")
     assert rows(open_source(str(tmp_path / "x.parquet")), "a", "a.b", "`") == [(1, 2, 3)]
@@ -326,8 +339,9 @@ def test_names_with_dots_and_backticks_are_names(tmp_path: Path) -> None:
         (pa.array([1, None, -3], pa.int32()), ["1", None, "-3"], []),
         (pa.array([2**64 - 1], pa.uint64()), ["18446744073709551615"], []),
         (pa.array([3.0, None, np.nan, 1e6, -0.0]), ["3", None, None, "1000000", "0"], []),
-        (pa.array([3.5, np.inf, 2.0**53, 2.0**53 + 2]), ["3.5", "inf", "9007199254740992", "9007199254740994"], [0, 1, 3]),
-        (pa.array([16777216.0, 16777220.0], pa.float32()), ["16777216", "16777220"], [1]),
+        (pa.array([3.5, np.inf, 2.0**53, 2.0**53 + 2]), ["3.5", "inf", "9007199254740992", "9007199254740994"], [0, 1, 2, 3]),
+        (pa.array([2.0**53 - 1]), ["9007199254740991"], []),
+        (pa.array([16777216.0, 16777220.0], pa.float32()), ["16777216", "16777220"], [0, 1]),
         (pa.array([Decimal(7), None], pa.decimal128(38, 0)), ["7", None], []),
         (pa.array([Decimal("7.00"), Decimal("7.25")]), ["7", "7.25"], [1]),
         (pa.array(["a", "", None, "3.0", "a\0b", " x "]), ["a", "", None, "3.0", "a\0b", " x "], []),
