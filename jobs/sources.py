@@ -95,13 +95,19 @@ def open_source(
         found = filesystem.get_file_info(path)
         if found.type == fs.FileType.NotFound:
             raise ConfigError(f"{location} does not exist; expected a Parquet file, a folder of them or a Delta table")
-        inside = (
-            filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-            if found.type == fs.FileType.Directory
-            else []
-        )
-    except (OSError, pa.ArrowInvalid, UnicodeError) as error:
+        if found.type == fs.FileType.Unknown:
+            raise ConfigError(f"{location} is neither a file nor a folder; expected Parquet or a Delta table")
+        inside: list[fs.FileInfo] = []
+        if found.type == fs.FileType.Directory:
+            if isinstance(filesystem, fs.LocalFileSystem):
+                _check_links(path)
+            inside = sorted(filesystem.get_file_info(fs.FileSelector(path, recursive=True)), key=lambda info: info.path)
+    except (OSError, pa.ArrowInvalid) as error:
         raise ConfigError(f"{location} cannot be read ({_short(error)}); expected a path or URI of Parquet") from error
+    except UnicodeError as error:
+        raise ConfigError(
+            f"{location!a} is, or holds, a name that is not UTF-8 ({_short(error)}); expected UTF-8. Rename it"
+        ) from error
     delta = any(_relative(info.path, path) == "_delta_log" for info in inside)
     if format == "parquet" and delta:
         raise ConfigError(
@@ -306,6 +312,25 @@ def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
     return found
 
 
+def _check_links(root: str) -> None:
+    """Links to nothing would be passed over without a word, and links to a folder above would be followed for ever.
+
+    Raises:
+        SchemaError: there is one.
+    """
+    for folder, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = f"{folder}/{name}"
+            if not os.path.islink(path) or _hidden(_relative(path, root)):
+                continue
+            if not os.path.exists(path):
+                raise SchemaError(f"{path} is a link to {os.readlink(path)}, which does not exist; expected a file")
+            if os.path.realpath(folder).startswith(os.path.join(os.path.realpath(path), "")) or os.path.samefile(
+                folder, path
+            ):
+                raise SchemaError(f"{path} is a link to a folder that it lies in; expected none. Remove it")
+
+
 def _relative(path: str, root: str) -> str:
     """`path` below `root`; empty for the root itself."""
     return path[len(root.rstrip("/")) :].strip("/")
@@ -322,9 +347,9 @@ def _hidden(relative: str) -> bool:
 def _data_files(filesystem: fs.FileSystem, root: str, inside: list[fs.FileInfo]) -> tuple[list[fs.FileInfo], list[str]]:
     """The Parquet files, in order of their names, and the names of other files."""
     data, others = [], []
-    for info in sorted(inside, key=lambda info: str(info.path)):
+    for info in inside:
         relative = _relative(info.path, root)
-        if info.type == fs.FileType.Directory or _hidden(relative):
+        if info.type != fs.FileType.File or _hidden(relative):
             continue
         # Hive and old Hadoop jobs write Parquet under names such as 000000_0
         if info.base_name.lower().endswith(PARQUET_SUFFIXES) or begins_as_parquet(filesystem, info.path):

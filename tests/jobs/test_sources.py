@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,49 @@ def test_the_fingerprint_is_of_names_sizes_and_times(tmp_path: Path) -> None:
     assert fingerprint() == before
     (tmp_path / "a").rename(tmp_path / "b")
     assert fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "said"),
+    [
+        ("part-1.parquet", "moved.parquet", r"part-1\.parquet is a link to .*moved\.parquet, which does not exist"),
+        ("loop", ".", "loop is a link to a folder that it lies in"),
+        ("loop", "..", "loop is a link to a folder that it lies in"),
+    ],
+)
+def test_links_to_nothing_or_upwards_are_named(tmp_path: Path, name: str, target: str, said: str) -> None:
+    write(tmp_path / "in" / "part-0.parquet", item_id=["a"])
+    (tmp_path / "in" / name).symlink_to(tmp_path / "in" / target)
+    with pytest.raises(SchemaError, match=said):
+        open_source(str(tmp_path / "in"))
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere" / "part-0.parquet", item_id=["a"])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "part-0.parquet").symlink_to(tmp_path / "elsewhere" / "part-0.parquet")
+    (tmp_path / "in" / "more").symlink_to(tmp_path / "elsewhere")
+    assert rows(open_source(str(tmp_path / "in"))) == [("a",), ("a",)]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path, inside: bool) -> None:
+    write(tmp_path / "in" / "part-0.parquet", item_id=["a"])
+    pipe = tmp_path / "in" / "pipe.parquet"
+    os.mkfifo(pipe)
+    if inside:
+        assert rows(open_source(str(pipe.parent))) == [("a",)]
+    else:
+        with pytest.raises(ConfigError, match=r"pipe\.parquet is neither a file nor a folder"):
+            open_source(str(pipe))
+
+
+def test_names_that_are_not_utf8_are_a_sentence(tmp_path: Path) -> None:
+    write(tmp_path / "part-0.parquet", item_id=["a"])
+    os.link(tmp_path / "part-0.parquet", os.fsencode(tmp_path) + b"/caf\xe9.parquet")
+    for location in (str(tmp_path), f"{tmp_path}/caf\udce9.parquet"):
+        with pytest.raises(ConfigError, match="a name that is not UTF-8"):
+            open_source(location)
 
 
 # ---- other tables ----
