@@ -231,8 +231,10 @@ def _check_sqlite(path: Path, uri: str, artefacts: str | None, *, create: bool) 
             f"folder {path.parent} of the tracking store {redact(uri)} does not exist; expected one. Make it, or correct "
             "mlflow.tracking_uri or MLFLOW_TRACKING_URI"
         )
-    if create and not path.exists():
-        _make(path, artefacts)
+    if create:
+        _sweep(path)
+        if not path.exists():
+            _make(path, artefacts)
     while not _complete(path, write=create):
         age = time.time() - path.stat().st_mtime
         if 0 <= age < SETTLE_SECONDS:  # another program may be making it
@@ -361,17 +363,25 @@ def _move_in(made: Path, path: Path) -> None:
 
 @contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
-    """A folder beside `path` for the duration. Those that killed processes left are removed."""
-    prefix = f".{path.name}-{socket.gethostname()}-"
-    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
-        if not _runs(left.name.removeprefix(prefix)):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = path.parent / f"{prefix}{os.getpid()}"
+    """A folder beside `path` for the duration."""
+    folder = path.parent / f"{_scratch_prefix(path)}{os.getpid()}"
     folder.mkdir(exist_ok=True)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove the folders that killed processes of this machine left beside `path`."""
+    prefix = _scratch_prefix(path)
+    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+        if not _runs(left.name.removeprefix(prefix)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _scratch_prefix(path: Path) -> str:
+    return f".{path.name}-{socket.gethostname()}-"
 
 
 def _runs(pid: str) -> bool:
