@@ -235,6 +235,10 @@ def _check_sqlite(path: Path, uri: str, artefacts: str | None, *, create: bool) 
         _sweep(path)
         if not path.exists():
             _make(path, artefacts)
+        if not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
+            raise WarehouseError(
+                f"the tracking store {path} cannot be written by this user; expected a file, and a folder for its journal, that can"
+            )
     while not _complete(path, write=create):
         age = time.time() - path.stat().st_mtime
         if 0 <= age < SETTLE_SECONDS:  # another program may be making it
