@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from array import array
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -149,7 +148,8 @@ def _write_private(path: Path, properties: Mapping[str, str]) -> None:
 
 def _escaped(text: str) -> str:
     """As keys and values stand in a Java properties file: UTF-16 units as \\uXXXX, but for the plainest characters."""
-    units = array("H", text.encode("utf-16-le"))
+    raw = text.encode("utf-16-be")
+    units = [raw[i] << 8 | raw[i + 1] for i in range(0, len(raw), 2)]
     return "".join(chr(unit) if chr(unit) in PLAIN else f"\\u{unit:04x}" for unit in units)
 
 
