@@ -7,16 +7,20 @@ On a cluster:  spark-submit --jars "$(python -m jobs.engine)" infra/spark/submit
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from jobs.config import Config, ConfigError, load_config, parse_date
+from jobs import failures
+from jobs.config import Config, ConfigError, all_mistakes, load_config, parse_date
 
 ConfigFiles = Annotated[
     list[Path] | None, typer.Option("--config", help="TOML file; may be given again, later ones win.")
@@ -25,11 +29,29 @@ Settings = Annotated[
     list[str] | None, typer.Option("--set", help="One setting, section.key=value; may be given again.")
 ]
 WarehouseDir = Annotated[str, typer.Option("--warehouse", help="Folder or URI under which every table lives.")]
-RunDate = Annotated[str, typer.Option("--date", help="Day of the run, YYYY-MM-DD (today by default).")]
+RunDate = Annotated[str, typer.Option("--date", help="Day of the run, YYYY-MM-DD (today in UTC by default).")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Also write the facts to this file.")]
 Alias = Annotated[str, typer.Option("--codebook", help="Codebook version, or the alias candidate or champion.")]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+
+class Commands(TyperGroup):
+    """A group of commands, each of which ends in an exit code: what goes wrong in one is a sentence on standard error."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BaseException as error:
+            # typer's own: an exit code, or a usage error, which it prints itself. Ids may begin with "-".
+            if hasattr(error, "exit_code"):
+                if ctx.invoked_subcommand == "explain" and hasattr(error, "show"):
+                    error.message = f"{error.format_message()}\nAn item id that begins with '-' goes after '--': sid explain -- -ID"
+                raise
+            if isinstance(error, SystemExit):
+                raise
+            sys.exit(failures.report(error, f"sid {ctx.invoked_subcommand or ''}".strip()))
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
 
 
 @app.callback()
@@ -49,28 +71,71 @@ class Work:
     spark_seconds: float
 
 
-def resolved(files: list[Path] | None, settings: list[str] | None, warehouse: str = "") -> Config:
-    return load_config(files or (), settings or (), warehouse=warehouse)
+def resolved(
+    files: list[Path] | None,
+    settings: list[str] | None,
+    warehouse: str = "",
+    *,
+    days: tuple[str, ...] = (),
+    json_file: Path | None = None,
+) -> Config:
+    """The configuration of a command, after a look at its other flags: days, and the file that its facts go to.
+
+    Raises:
+        ConfigError: every mistake in any of them.
+    """
+    config, *_ = all_mistakes(
+        lambda: load_config(files or (), settings or (), warehouse=warehouse),
+        *(lambda day=day: parse_date(day) for day in days if day),
+        lambda: check_json_file(json_file),
+    )
+    return config
+
+
+def check_json_file(file: Path | None) -> None:
+    """Whether facts can be written there when the work is done.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if file is None:
+        return
+    folder = file.resolve().parent
+    if file.is_dir():
+        raise ConfigError(f"--json {file} is a folder; expected the path of a file to write")
+    if not folder.is_dir():
+        raise ConfigError(f"--json {file}: there is no folder {folder}; expected one to write the file in. Make it first")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise ConfigError(f"--json {file} cannot be written; expected a file or folder that this user may write")
 
 
 @contextmanager
-def opened(config: Config, run_date: str, *, write: bool = True) -> Iterator[Work]:
-    """Everything a command needs, for as long as it runs: lock first, then MLflow, then Spark."""
-    day = parse_date(run_date) if run_date else date.today()
-    from contextlib import nullcontext
+def opened(config: Config, run_date: str = "", *, write: bool = True) -> Iterator[Work]:
+    """Everything a command needs, for as long as it runs: lock first, then MLflow, then Spark.
 
+    Without `write` nothing is made or changed: neither the folder of the warehouse nor a lock.
+    """
+    day = parse_date(run_date) if run_date else datetime.now(UTC).date()
     from jobs.registry import open_registry
     from jobs.session import spark_session
     from jobs.tables import Warehouse, clear_staging, warehouse_root, writer_lock
 
-    root = warehouse_root(config.warehouse)
-    with writer_lock(root) if write else nullcontext():
+    root = warehouse_root(config.warehouse, write=write)
+    with failures.on_warehouse(root, write=write), writer_lock(root, _command(), day) if write else nullcontext():
         if write:
             clear_staging(root)
         registry = open_registry(config, root, create=write)
         pictures = Path("pictures") if "://" in root else Path(root) / "pictures"
         with spark_session(config) as session:
             yield Work(config, day, Warehouse(session.spark, root), registry, pictures, session.start_seconds)
+
+
+def _command() -> str:
+    """What runs, as a person would name it."""
+    import click
+
+    context = click.get_current_context(silent=True)
+    return f"sid {context.info_name}" if context is not None and context.info_name else "sid"
 
 
 def tell(result: Any, json_file: Path | None = None) -> None:
@@ -92,6 +157,9 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, date | datetime | Path) else value
 
 
+LONGEST_VERSION = 9  # digits; stores keep version numbers in 32 bits
+
+
 def codebook(registry: Any, name: str) -> Any:
     """The codebook version that a number or an alias names.
 
@@ -100,7 +168,11 @@ def codebook(registry: Any, name: str) -> Any:
     """
     from jobs.registry import CODEBOOK_MODEL
 
-    found = registry.version(CODEBOOK_MODEL, int(name)) if name.isdigit() else registry.resolve(CODEBOOK_MODEL, name)
+    is_number = name.isascii() and name.isdecimal()
+    if is_number:
+        found = registry.version(CODEBOOK_MODEL, int(name)) if len(name) <= LONGEST_VERSION else None
+    else:
+        found = registry.resolve(CODEBOOK_MODEL, name)
     if found is None:
         raise ConfigError(
             f"there is no codebook {name!r} in the registry; expected a version number, candidate or champion. See `sid status`"
@@ -119,7 +191,7 @@ def load(
     """Raw vectors -> item_embeddings, or rejected_embeddings with a reason."""
     from jobs import load as job
 
-    with opened(resolved(config, settings, warehouse), run_date) as work:
+    with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
         tell(job.run(work.config, work.warehouse, work.run_date), json_file)
 
 
@@ -135,7 +207,7 @@ def fit(
     from jobs import fit as job
     from jobs.registry import CHAMPION, CODEBOOK_MODEL
 
-    with opened(resolved(config, settings, warehouse), run_date) as work:
+    with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
         champion = work.registry.resolve(CODEBOOK_MODEL, CHAMPION)
         tell(job.run(work.config, work.warehouse, work.registry, work.run_date, work.pictures, champion), json_file)
 
@@ -148,7 +220,7 @@ def encode(
     """item_embeddings + a codebook -> semantic_ids of that version."""
     from jobs import encode as job
 
-    with opened(resolved(config, settings, warehouse), run_date) as work:
+    with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
         tell(
             job.run(work.config, work.warehouse, work.registry, codebook(work.registry, name), work.run_date), json_file
         )
@@ -163,7 +235,7 @@ def evaluate(
     from jobs import evaluate as job
     from jobs.registry import CHAMPION, CODEBOOK_MODEL
 
-    with opened(resolved(config, settings, warehouse), run_date) as work:
+    with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
         champion = work.registry.resolve(CODEBOOK_MODEL, CHAMPION)
         model = codebook(work.registry, name)
         tell(
@@ -184,7 +256,7 @@ def train(
     from jobs import train as job
     from jobs.releases import current_release
 
-    with opened(resolved(config, settings, warehouse), run_date) as work:
+    with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
         release = current_release(work.warehouse.root)
         if release is None:
             raise ConfigError(
@@ -206,5 +278,19 @@ def train(
         )
 
 
+def start(commands: typer.Typer) -> None:
+    """Run the command of the command line; `sid`, `python -m jobs` and spark-submit all come through here."""
+    from jobs.identity import check_packages
+
+    failures.keep_library_logs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter of an id shows its number
+    try:
+        check_packages()
+    except RuntimeError as error:
+        sys.exit(failures.report(error))
+    commands()
+
+
 if __name__ == "__main__":
-    app()
+    start(app)

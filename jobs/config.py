@@ -1,6 +1,7 @@
 """Every setting of the pipeline: one frozen model per stage, TOML files and `--set section.key=value` over the defaults.
 
-`load_config` reports all mistakes at once, each with the value, what was expected and the nearest known name.
+`load_config` reports all mistakes at once, in the order of this file, each with the value, what was expected and the
+nearest known name. Numbers have bounds on both sides: what is beyond them is a slip of the hand.
 Jobs read this; the tokenizer library never does (jobs pass it plain numbers).
 """
 
@@ -10,49 +11,99 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import tomllib
-from collections.abc import Iterable, Mapping
-from datetime import date
+from collections.abc import Callable, Iterable, Mapping
+from datetime import date, datetime, time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from annotated_types import Ge, Gt, Le
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from jobs.redaction import redact, redact_config, redact_setting
 
+T = TypeVar("T")
+LARGEST_SEED = 2**32 - 1  # that NumPy, torch and faiss all take
+FIRST_DAY, LAST_DAY = date(1970, 1, 1), date(2999, 12, 31)
+SHOWN_CHARACTERS = 80  # of a wrong value
+
 
 class ConfigError(ValueError):
     """One or more settings are wrong; the message lists them all."""
+
+    def __init__(self, *mistakes: str) -> None:
+        self.mistakes = mistakes
+        numbered = "\n".join(f"  {number}. {text}" for number, text in enumerate(mistakes, 1))
+        super().__init__(mistakes[0] if len(mistakes) == 1 else f"{len(mistakes)} settings are wrong:\n{numbered}")
+
+
+def _as_text(value: object) -> object:
+    """`20260101`, `true` and `2026-01-31` are text where text is wanted."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return str(value)
+    return value.isoformat() if isinstance(value, date | datetime | time) else value
+
+
+def _as_whole(value: object) -> object:
+    """`1e5` is a whole number, as people write large ones so."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Text = Annotated[str, BeforeValidator(_as_text)]
+Whole = Annotated[int, BeforeValidator(_as_whole)]
+Seed = Annotated[int, BeforeValidator(_as_whole), Field(ge=0, le=LARGEST_SEED)]
 
 
 MAX_DIM = 65536  # of one modality; a row of float32 is then 256 KiB
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class SparkConfig(Section):
-    master: str = Field("local[*]", description="Spark master URL; local[*] uses every core of this machine")
-    driver_memory: str = Field("4g", description="heap of the driver JVM")
-    conf: dict[str, str] = Field({}, description="further Spark properties; they win over the defaults of the profile")
+    master: Text = Field("local[*]", description="Spark master URL; local[*] uses every core of this machine")
+    driver_memory: Text = Field("4g", description="heap of the driver JVM")
+    conf: dict[str, Text] = Field({}, description="further Spark properties; they win over the defaults of the profile")
+
+    @field_validator("master")
+    @classmethod
+    def _known_master(cls, value: str) -> str:
+        count = r"([1-9]\d{0,3}|\*)"
+        local = rf"local(\[{count}(,[1-9]\d{{0,3}})?\])?|local-cluster\[[1-9]\d{{0,3}},[1-9]\d{{0,3}},[1-9]\d{{2,6}}\]"
+        if not re.fullmatch(rf"{local}|spark://[^\s/]+|yarn|k8s://\S+", value, re.ASCII):
+            raise ValueError("expected local, local[4], local[*], spark://host:port, yarn or k8s://...")
+        return value
+
+    @field_validator("driver_memory")
+    @classmethod
+    def _memory(cls, value: str) -> str:
+        found = re.fullmatch(r"(\d{1,9})([kmgt])b?", value, re.IGNORECASE | re.ASCII)
+        mib = int(found[1]) * {"k": 1 / 1024, "m": 1, "g": 1024, "t": 1024**2}[found[2].lower()] if found else 0
+        if not 512 <= mib <= 16 * 1024**2:  # Spark itself refuses to start with less than 450 MiB
+            raise ValueError("expected a number with its unit, such as 4g or 4096m, from 512m to 16t")
+        return value
 
 
 class MlflowConfig(Section):
-    tracking_uri: str = Field("", description="empty: a sqlite file beside the warehouse")
-    experiment: str = "semantic-ids"
+    tracking_uri: Text = Field("", description="empty: a sqlite file beside the warehouse")
+    experiment: Text = Field("semantic-ids", min_length=1)
 
 
 class LoadConfig(Section):
-    source: str = Field("", description="Parquet file or folder, or a Delta table, with one row per item")
+    source: Text = Field("", description="Parquet file or folder, or a Delta table, with one row per item")
     source_format: Literal["auto", "parquet", "delta"] = Field(
         "auto", description="auto: Delta where the folder has a _delta_log, else Parquet"
     )
     snapshots: Literal["newest", "all"] = Field(
         "newest", description="of daily folders (dt=2026-01-31, year=/month=/day=): read the newest, or all of them"
     )
-    item_id: str = Field("item_id", description="column with the item id, integer or string")
+    item_id: Text = Field("item_id", description="column with the item id, integer or string")
     modalities: dict[str, float] = Field(
         {}, description="vector column -> weight; empty: every `*_embedding` column, weight 1"
     )
@@ -67,9 +118,9 @@ class LoadConfig(Section):
     @classmethod
     def _positive(cls, value: dict[str, float]) -> dict[str, float]:
         for name, weight in value.items():
-            if weight <= 0:
+            if not 0 < weight <= 1e6:
                 raise ValueError(
-                    f"weight of {name} is {weight}; expected a number above 0 (leave the modality out instead)"
+                    f"weight of {name} is {weight}; expected a number above 0 and at most 1e6 (leave a modality out instead of 0)"
                 )
         return value
 
@@ -83,27 +134,28 @@ class LoadConfig(Section):
 
 
 class FitConfig(Section):
-    levels: int = Field(2, ge=1, le=16, description="L, residual levels (the paper's 2)")
-    components: int = Field(128, ge=2, le=65536, description="K, components of a level (the paper's 128)")
+    levels: Whole = Field(2, ge=1, le=16, description="L, residual levels (the paper's 2)")
+    components: Whole = Field(128, ge=2, le=65536, description="K, components of a level (the paper's 128)")
     method: Literal["annealed", "em", "kmeans"] = Field(
         "annealed", description="annealed is ours; em the paper's own (diagonal EM, no annealing); kmeans is RQ-KMeans"
     )
-    seed: int = Field(0, ge=0)
-    workers: int = Field(1, ge=1, description="processes of the fit; more than one runs on TorchDistributor")
+    seed: Seed = 0
+    workers: Whole = Field(1, ge=1, le=1024, description="processes of the fit; more than one runs on TorchDistributor")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where the fit computes; auto takes a GPU if there is one"
     )
-    sample: int = Field(0, ge=0, description="fit on about this many items, evenly spread; 0 for all")
-    beam: int = Field(
+    sample: Whole = Field(0, ge=0, le=10**12, description="fit on about this many items, evenly spread; 0 for all")
+    beam: Whole = Field(
         1,
         ge=1,
         le=64,
         description="tuples of codes that encode keeps from level to level; 1 is greedy; part of the codebook",
     )
-    batch_rows: int = Field(8192, ge=1, description="rows of one batch in memory")
-    memory_mib: int = Field(
+    batch_rows: Whole = Field(8192, ge=1, le=10**7, description="rows of one batch in memory")
+    memory_mib: Whole = Field(
         1024,
         ge=0,
+        le=2**24,
         description="a process keeps its rows in memory if they take at most this; more are read again in each pass",
     )
 
@@ -112,16 +164,17 @@ HOW_TO_FIT = {"workers", "device", "batch_rows", "memory_mib"}  # the codebook i
 
 
 class EncodeConfig(Section):
-    rows_per_batch: int = Field(8192, ge=1, description="rows that a task reads and encodes at a time")
+    rows_per_batch: Whole = Field(8192, ge=1, le=10**7, description="rows that a task reads and encodes at a time")
     hold: float = Field(
         1.1,
         ge=1,
+        le=1000,
         description="after a refit an unchanged item keeps its codes while their squared error is within this ratio of the best",
     )
 
 
 class EvaluateConfig(Section):
-    neighbour_sample: int = Field(2000, ge=20, description="items of the neighbour-recall sample")
+    neighbour_sample: Whole = Field(2000, ge=20, le=10**6, description="items of the neighbour-recall sample")
 
 
 class GateConfig(Section):
@@ -133,39 +186,41 @@ class GateConfig(Section):
         0.1, ge=0, le=1, description="least share of items with a code tuple of their own or first"
     )
     max_collision_share: float = Field(0.05, gt=0, le=1, description="largest group of equal codes / items")
-    max_rmse_ratio: float = Field(1.05, gt=0, description="RMSE against the champion's on the same items")
+    max_rmse_ratio: float = Field(1.05, gt=0, le=1000, description="RMSE against the champion's on the same items")
     max_churn: float = Field(
         0.10, ge=0, le=1, description="share of the champion's items whose codes change on a refit"
     )
 
 
 class TrainConfig(Section):
-    interactions: str = Field("", description="Parquet of user_id, item_id and label | rating, timestamp | order")
-    history: int = Field(200, ge=1, description="most recent behaviours kept per example")
-    click_rating: float = Field(4.0, description="a rating at or above it is a click")
-    negatives: int = Field(4, ge=1, description="sampled negatives per positive where the log has positives only")
-    interest_codebooks: int = Field(4, ge=1, description="N of DMQN")
-    codewords: int = Field(25, ge=1, description="W of DMQN; N x W is about 100 in the paper")
-    width: int = Field(32, ge=4, description="D, width of behaviour and cluster vectors")
-    epochs: int = Field(3, ge=1, description="at most; training stops when the validation AUC falls")
-    batch_size: int = Field(256, ge=1)
-    learning_rate: float = Field(3e-3, gt=0)
-    seed: int = Field(0, ge=0)
+    interactions: Text = Field("", description="Parquet of user_id, item_id and label | rating, timestamp | order")
+    history: Whole = Field(200, ge=1, le=100_000, description="most recent behaviours kept per example")
+    click_rating: float = Field(4.0, ge=-1e9, le=1e9, description="a rating at or above it is a click")
+    negatives: Whole = Field(4, ge=1, le=1000, description="sampled negatives per positive where the log has positives only")
+    interest_codebooks: Whole = Field(4, ge=1, le=1024, description="N of DMQN")
+    codewords: Whole = Field(25, ge=1, le=65536, description="W of DMQN; N x W is about 100 in the paper")
+    width: Whole = Field(32, ge=4, le=8192, description="D, width of behaviour and cluster vectors")
+    epochs: Whole = Field(3, ge=1, le=10_000, description="at most; training stops when the validation AUC falls")
+    batch_size: Whole = Field(256, ge=1, le=10**6)
+    learning_rate: float = Field(3e-3, gt=0, le=10)
+    seed: Seed = 0
 
 
 class NightlyConfig(Section):
-    refit_every_days: int = Field(30, ge=1, description="a refit is due when the champion is older")
+    refit_every_days: Whole = Field(30, ge=1, le=36500, description="a refit is due when the champion is older")
     max_likelihood_drop: float = Field(
-        1.0, gt=0, description="refit when the new items' mean log-likelihood falls this many standard deviations"
+        1.0, gt=0, le=1000, description="refit when the new items' mean log-likelihood falls this many standard deviations"
     )
 
 
 class Config(BaseSettings):
     """The resolved configuration of one command; stored with every run without its credentials."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
-    warehouse: str = Field("warehouse", description="folder or URI under which every table lives")
+    warehouse: Text = Field(
+        "warehouse", min_length=1, description="folder or URI under which every table lives"
+    )
     spark: SparkConfig = SparkConfig()
     mlflow: MlflowConfig = MlflowConfig()
     load: LoadConfig = LoadConfig()
@@ -203,43 +258,94 @@ def load_config(files: Iterable[Path] = (), overrides: Iterable[str] = (), **top
     mistakes: list[str] = []
     for file in files:
         try:
-            _merge(values, tomllib.loads(Path(file).read_text()))
-        except FileNotFoundError:
-            mistakes.append(
-                f"configuration file {file} does not exist; give the path of a TOML file such as infra/conf/local.toml"
-            )
-        except tomllib.TOMLDecodeError as error:
-            mistakes.append(f"configuration file {file} is not TOML: {error}")
+            _merge(values, _read_toml(Path(file)))
+        except ConfigError as error:
+            mistakes += error.mistakes
     for override in overrides:
-        path, equals, text = override.partition("=")
-        if not equals:
-            name = (override.split() or [override])[0]  # a value may be a credential
-            mistakes.append(f"--set {name} has no '='; expected section.key=value, such as fit.components=256")
+        if not equals or not name.strip():
+            missing = "no name before its '='" if equals else "no '='"
+            shown = (override.split() or [override])[0].partition("=")[0]  # a value may be a credential
+            mistakes.append(f"--set {shown} has {missing}; expected section.key=value, such as fit.components=256")
             continue
-        nested: Any = _toml_value(text)
-        for part in reversed(path.strip().split(".")):
-            nested = {part: nested}
-        _merge(values, nested)
+            continue
+        _merge(values, _set(name.strip(), text))
     _merge(values, {name: value for name, value in top.items() if value})
     redact_config(os.environ)  # from here on `redact` masks the credentials of the environment and the settings
     redact_config(values)
     try:
         config = Config(**values)
     except ValidationError as error:
-        mistakes += [_sentence(item) for item in error.errors()]
+        known = _settings()
+        order = {name: place for place, name in enumerate(known)}
+        wrong = sorted(error.errors(), key=lambda item: order.get(_name(item, known), len(order)))
+        mistakes += [_sentence(item, known) for item in wrong]
     if mistakes:
-        raise ConfigError("\n".join(f"  {number}. {redact(text)}" for number, text in enumerate(mistakes, 1)))
+        raise ConfigError(*map(redact, mistakes))
     return config
+
+
+def all_mistakes(*checks: Callable[[], T]) -> list[T]:
+    """The results of all checks.
+
+    Raises:
+        ConfigError: the mistakes that any of them found, together.
+    """
+    results, mistakes = [], []
+    for check in checks:
+        try:
+            results.append(check())
+        except ConfigError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise ConfigError(*mistakes)
+    return results
 
 
 def parse_date(text: str) -> date:
     """A run date as YYYY-MM-DD."""
     try:
-        return date.fromisoformat(text)
+        day = date.fromisoformat(text) if re.fullmatch(r"\d{4}-\d{2}-\d{2}", text, re.ASCII) else None
     except ValueError:
-        raise ConfigError(
-            f"date {text!r} is not a day of the calendar; expected YYYY-MM-DD, such as 2026-01-31"
-        ) from None
+        day = None
+    if day is None:
+        raise ConfigError(f"date {text!r} is not a day of the calendar; expected YYYY-MM-DD, such as 2026-01-31")
+    if not FIRST_DAY <= day <= LAST_DAY:
+        raise ConfigError(f"date {text} is not a day of a run; expected one from {FIRST_DAY} to {LAST_DAY}")
+    return day
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_bytes().decode("utf-8-sig"))  # editors on Windows begin a file with a mark
+    except FileNotFoundError:
+        wrong = "does not exist; give the path of a TOML file such as infra/conf/local.toml"
+    except IsADirectoryError:
+        wrong = "is a folder; expected a TOML file such as infra/conf/local.toml"
+    except OSError as error:
+        wrong = f"cannot be read ({error.strerror}); expected a TOML file that this user may read"
+    except UnicodeDecodeError as error:
+        wrong = (
+            f"is not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start}); expected TOML. "
+            "Save it as UTF-8 if an editor wrote it in another encoding"
+        )
+    except (ValueError, RecursionError) as error:
+        wrong = f"is not TOML: {error}"
+    raise ConfigError(f"configuration file {file} {wrong}")
+
+
+def _set(name: str, text: str) -> dict[str, Any]:
+    """`section.key=value` as nested tables. What follows a setting that is a table is one key of it, with or without dots."""
+    parts = name.split(".")
+    setting = _settings().get(".".join(parts[:2]))
+    kind = setting.annotation if setting else None
+    if get_origin(kind) is dict and len(parts) > 2:
+        parts, kind = [*parts[:2], ".".join(parts[2:]).strip("\"'")], get_args(get_args(kind)[1])[:1] or get_args(kind)[1]
+    nested: Any = _toml_value(text)
+    if kind in (str, (str,)) and not isinstance(nested, str | dict | list):
+        nested = text.strip()  # as typed: 1e5 may be a folder
+    for part in reversed(parts):
+        nested = {part: nested}
+    return dict(nested)
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -254,27 +360,57 @@ def _toml_value(text: str) -> object:
     """`256` is a number, `true` a truth value, `{a = 1}` a table; anything else is the text as typed."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
-def _sentence(error: Any) -> str:
+def _sentence(error: Any, known: Mapping[str, FieldInfo]) -> str:
     place = [str(part) for part in error["loc"]]
     name = ".".join(place)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _known_names()
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4) or difflib.get_close_matches(
             place[-1], known, n=1, cutoff=0.4
         )
         hint = f"did you mean {near[0]}?" if near else f"known sections: {', '.join(Config.model_fields)}"
         return f"{name} is not a setting; {hint}"
-    return f"{name} = {redact_setting(name, error['input'])!r}: {error['msg']}"
+    shown = repr(redact_setting(name, error["input"]))
+    if len(shown) > SHOWN_CHARACTERS:
+        shown = f"{shown[:SHOWN_CHARACTERS]}..."
+    if error["type"] == "value_error":
+        return f"{name} = {shown}: {error['ctx']['error']}"
+    setting = known[_name(error, known)]
+    expected = _expected(setting, inside=len(place) > 2)
+    return f"{name} = {shown}; expected {expected}"
 
 
-def _known_names() -> list[str]:
-    names = []
+def _name(error: Any, known: Mapping[str, FieldInfo]) -> str:
+    """The setting, or else the section, that a mistake is in."""
+    place = [str(part) for part in error["loc"]]
+    return next((name for name in (".".join(place[:2]), place[0]) if name in known), "")
+
+
+def _expected(setting: FieldInfo, *, inside: bool) -> str:
+    """What a setting takes, in words; `inside` a table, what one of its keys takes."""
+    kind = setting.annotation
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
+    if get_origin(kind) is dict:
+        return {float: "a number", int: "a whole number"}.get(get_args(kind)[1], "text") if inside else "a table, such as {name = 1}"
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return f"a section with settings such as {next(iter(kind.model_fields))}"
+    if kind in (bool, str):
+        return "true or false" if kind is bool else "text"
+    least = next((f"from {bound.ge}" for bound in setting.metadata if isinstance(bound, Ge)), "")
+    above = next((f"above {bound.gt} and" for bound in setting.metadata if isinstance(bound, Gt)), "")
+    most = next((bound.le for bound in setting.metadata if isinstance(bound, Le)), None)
+    return f"{'a whole number' if kind is int else 'a number'} {least or above} {'to' if least else 'at most'} {most}"
+
+
+def _settings() -> dict[str, FieldInfo]:
+    """Every section and setting by its dotted name, in the order of this file."""
+    found: dict[str, FieldInfo] = {}
     for section, field in Config.model_fields.items():
-        names.append(section)
+        found[section] = field
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += [f"{section}.{key}" for key in field.annotation.model_fields]
-    return names
+            found |= {f"{section}.{key}": setting for key, setting in field.annotation.model_fields.items()}
+    return found

@@ -9,16 +9,21 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
+
+from jobs.config import ConfigError
+from jobs.failures import about
 
 if TYPE_CHECKING:
     import deltalake
@@ -315,15 +320,31 @@ def check_columns(frame: DataFrame, table: Table) -> None:
         )
 
 
-def warehouse_root(location: str) -> str:
-    """Absolute folder or URI of the warehouse; a local folder is created.
+def warehouse_root(location: str, *, write: bool = True) -> str:
+    """Absolute folder or URI of the warehouse; a local folder is created if it is to be written.
 
     Raises:
+        ConfigError: a local folder that is not there and is only to be read, or another host's.
         WarehouseError: a local folder that cannot be written.
     """
-    if "://" in location:
+    if re.match(r"file:/", location, re.IGNORECASE):
+        parts = urlsplit(location, allow_fragments=False)
+        if parts.netloc not in ("", "localhost"):
+            raise ConfigError(
+                f"warehouse {location} names the host {parts.netloc}; expected a folder of this machine: file:///path, or the path alone"
+            )
+        location = unquote(location.split(":", 1)[1].removeprefix(f"//{parts.netloc}"))
+    elif "://" in location:
         return location.rstrip("/")
-    folder = Path(location).expanduser()
+    try:
+        folder = Path(location).expanduser().resolve()
+    except (RuntimeError, OSError) as error:  # ~nobody, or links in a circle
+        raise ConfigError(f"warehouse {location} is no folder ({error}); expected the path of one") from error
+    if not write:
+        if not folder.is_dir():
+            found = "is a file" if folder.exists() else "does not exist"
+            raise ConfigError(f"warehouse {location} {found}; expected the folder that `sid nightly` or `sid load` wrote. Check --warehouse")
+        return str(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable-{os.getpid()}"
@@ -334,15 +355,15 @@ def warehouse_root(location: str) -> str:
             f"warehouse {location} cannot be written ({error.strerror}); expected a folder this user may create files in. "
             "Choose another with --warehouse DIR"
         ) from error
-    return str(folder.resolve())
+    return str(folder)
 
 
 @contextmanager
-def writer_lock(root: str) -> Iterator[None]:
+def writer_lock(root: str, command: str = "another command", run_date: date | None = None) -> Iterator[None]:
     """One writing command per local warehouse; the system frees the lock when its holder dies, however it dies.
 
-    Local file systems give Delta no mutual exclusion between processes. Object stores with conditional writes do,
-    so a warehouse with a URI takes no lock.
+    The file names the holder for whoever comes second. Local file systems give Delta no mutual exclusion between
+    processes. Object stores with conditional writes do, so a warehouse with a URI takes no lock.
     """
     if "://" in root:
         yield
@@ -352,14 +373,26 @@ def writer_lock(root: str) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             handle.seek(0)
-            holder = handle.read().strip() or "another process"
             raise WarehouseError(
-                f"the warehouse is being written by {holder}; one writer at a time. Wait for it, or choose another --warehouse"
+                f"the warehouse is being written by {_holder(handle.read())}; one writer at a time. "
+                "Wait for it, or choose another --warehouse"
             ) from None
         handle.truncate(0)
-        handle.write(json.dumps({"pid": os.getpid()}))
+        since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        day = run_date.isoformat() if run_date else None
+        handle.write(json.dumps({"command": command, "date": day, "since": since, "pid": os.getpid()}))
         handle.flush()
         yield
+
+
+def _holder(text: str) -> str:
+    """The process that holds the lock, in words."""
+    try:
+        facts = json.loads(text)
+        day = f" for {facts['date']}" if facts["date"] else ""
+        return f"{facts['command']}{day} (process {facts['pid']}, since {facts['since']})"
+    except (ValueError, KeyError, TypeError):  # it was killed, or is only now, writing this
+        return "another command"
 
 
 def clear_staging(root: str) -> None:

@@ -1,7 +1,7 @@
 """`sid`: the stages, and what is made of them: demo, nightly, promote, rollback, backfill, status, explain, bench.
 
 Exit codes: 0 done or nothing to do · 2 wrong settings · 3 the gate did not pass · 4 wrong data or tables ·
-5 the machine or the warehouse cannot be used.
+5 the machine or the warehouse cannot be used, or a fault of the program · 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs import failures
 from jobs.__main__ import (
+    Commands,
     ConfigFiles,
     JsonFile,
     RunDate,
@@ -23,17 +25,19 @@ from jobs.__main__ import (
     codebook,
     opened,
     resolved,
+    start,
     tell,
 )
 from jobs.__main__ import (
     app as stages,
 )
 from jobs.config import Config, ConfigError, parse_date
+from jobs.failures import GATE_DID_NOT_PASS, WRONG_DATA
 
-WRONG_SETTINGS, GATE_DID_NOT_PASS, WRONG_DATA, UNUSABLE = 2, 3, 4, 5
 DEMO_WAREHOUSE = "warehouse/demo"
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -225,45 +229,12 @@ def _add_bench() -> None:
 
 
 def main() -> None:
-    """Run a command; a mistake of the user's or the machine's ends in a sentence and an exit code."""
-    from jobs.identity import IntruderError, check_packages
-
-    try:
-        check_packages()
-    except IntruderError as error:
-        _stop(error, UNUSABLE)
-    try:
-        if sys.argv[1:2] == ["bench"]:
+    if sys.argv[1:2] == ["bench"]:
+        try:
             _add_bench()
-        app()
-    except ConfigError as error:
-        _stop(error, WRONG_SETTINGS)
-    except (ValueError, RuntimeError) as error:
-        code = _exit_code(error)
-        if code is None:
-            raise
-        _stop(error, code)
-
-
-def _exit_code(error: Exception) -> int | None:
-    """The exit code of an error made for a reader; None for one that is our own mistake."""
-    from jobs.engine import EnvironmentProblem
-    from jobs.fit import FitFailed
-    from jobs.tables import SchemaError, WarehouseError
-    from pipelines.promote import GateFailed, NoWayBack, PromotionConflict
-    from tokenizer import TokenizerError
-
-    codes: list[tuple[Any, int]] = [
-        (GateFailed, GATE_DID_NOT_PASS),
-        ((SchemaError, TokenizerError, PromotionConflict, NoWayBack), WRONG_DATA),
-        ((WarehouseError, EnvironmentProblem, FitFailed), UNUSABLE),
-    ]
-    return next((code for kinds, code in codes if isinstance(error, kinds)), None)
-
-
-def _stop(error: Exception, code: int) -> None:
-    typer.echo(f"sid: {error}", err=True)
-    sys.exit(code)
+        except ConfigError as error:
+            sys.exit(failures.report(error))
+    start(app)
 
 
 if __name__ == "__main__":
