@@ -44,7 +44,9 @@ class Commands(TyperGroup):
             # typer's own: an exit code, or a usage error, which it prints itself. Ids may begin with "-".
             if hasattr(error, "exit_code"):
                 if ctx.invoked_subcommand == "explain" and hasattr(error, "show"):
-                    error.message = f"{error.format_message()}\nAn item id that begins with '-' goes after '--': sid explain -- -ID"
+                    error.message = (
+                        f"{error.format_message()}\nAn item id that begins with '-' goes after '--': sid explain -- -ID"
+                    )
                 raise
             if isinstance(error, SystemExit):
                 raise
@@ -104,7 +106,9 @@ def check_json_file(file: Path | None) -> None:
     if file.is_dir():
         raise ConfigError(f"--json {file} is a folder; expected the path of a file to write")
     if not folder.is_dir():
-        raise ConfigError(f"--json {file}: there is no folder {folder}; expected one to write the file in. Make it first")
+        raise ConfigError(
+            f"--json {file}: there is no folder {folder}; expected one to write the file in. Make it first"
+        )
     if not os.access(file if file.exists() else folder, os.W_OK):
         raise ConfigError(f"--json {file} cannot be written; expected a file or folder that this user may write")
 
@@ -131,11 +135,8 @@ def opened(config: Config, run_date: str = "", *, write: bool = True) -> Iterato
 
 
 def _command() -> str:
-    """What runs, as a person would name it."""
-    import click
-
-    context = click.get_current_context(silent=True)
-    return f"sid {context.info_name}" if context is not None and context.info_name else "sid"
+    """What runs, as a person would name it; without its flags, which may hold credentials."""
+    return " ".join(["sid", *sys.argv[1:2]])
 
 
 def tell(result: Any, json_file: Path | None = None) -> None:
@@ -160,19 +161,24 @@ def _plain(value: Any) -> Any:
 LONGEST_VERSION = 9  # digits; stores keep version numbers in 32 bits
 
 
+def version_number(name: str) -> int | None:
+    """The version that a name such as `4` gives; None for an alias, and for what can be no version."""
+    return int(name) if name.isascii() and name.isdecimal() and len(name) <= LONGEST_VERSION else None
+
+
 def codebook(registry: Any, name: str) -> Any:
     """The codebook version that a number or an alias names.
 
     Raises:
         ConfigError: there is none.
     """
-    from jobs.registry import CODEBOOK_MODEL
+    from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL
 
-    is_number = name.isascii() and name.isdecimal()
-    if is_number:
-        found = registry.version(CODEBOOK_MODEL, int(name)) if len(name) <= LONGEST_VERSION else None
+    number = version_number(name)
+    if number is not None:
+        found = registry.version(CODEBOOK_MODEL, number)
     else:
-        found = registry.resolve(CODEBOOK_MODEL, name)
+        found = registry.resolve(CODEBOOK_MODEL, name) if name in (CANDIDATE, CHAMPION) else None
     if found is None:
         raise ConfigError(
             f"there is no codebook {name!r} in the registry; expected a version number, candidate or champion. See `sid status`"

@@ -196,7 +196,9 @@ class TrainConfig(Section):
     interactions: Text = Field("", description="Parquet of user_id, item_id and label | rating, timestamp | order")
     history: Whole = Field(200, ge=1, le=100_000, description="most recent behaviours kept per example")
     click_rating: float = Field(4.0, ge=-1e9, le=1e9, description="a rating at or above it is a click")
-    negatives: Whole = Field(4, ge=1, le=1000, description="sampled negatives per positive where the log has positives only")
+    negatives: Whole = Field(
+        4, ge=1, le=1000, description="sampled negatives per positive where the log has positives only"
+    )
     interest_codebooks: Whole = Field(4, ge=1, le=1024, description="N of DMQN")
     codewords: Whole = Field(25, ge=1, le=65536, description="W of DMQN; N x W is about 100 in the paper")
     width: Whole = Field(32, ge=4, le=8192, description="D, width of behaviour and cluster vectors")
@@ -209,7 +211,10 @@ class TrainConfig(Section):
 class NightlyConfig(Section):
     refit_every_days: Whole = Field(30, ge=1, le=36500, description="a refit is due when the champion is older")
     max_likelihood_drop: float = Field(
-        1.0, gt=0, le=1000, description="refit when the new items' mean log-likelihood falls this many standard deviations"
+        1.0,
+        gt=0,
+        le=1000,
+        description="refit when the new items' mean log-likelihood falls this many standard deviations",
     )
 
 
@@ -218,9 +223,7 @@ class Config(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
-    warehouse: Text = Field(
-        "warehouse", min_length=1, description="folder or URI under which every table lives"
-    )
+    warehouse: Text = Field("warehouse", min_length=1, description="folder or URI under which every table lives")
     spark: SparkConfig = SparkConfig()
     mlflow: MlflowConfig = MlflowConfig()
     load: LoadConfig = LoadConfig()
@@ -262,11 +265,11 @@ def load_config(files: Iterable[Path] = (), overrides: Iterable[str] = (), **top
         except ConfigError as error:
             mistakes += error.mistakes
     for override in overrides:
+        name, equals, text = override.partition("=")
         if not equals or not name.strip():
             missing = "no name before its '='" if equals else "no '='"
             shown = (override.split() or [override])[0].partition("=")[0]  # a value may be a credential
             mistakes.append(f"--set {shown} has {missing}; expected section.key=value, such as fit.components=256")
-            continue
             continue
         _merge(values, _set(name.strip(), text))
     _merge(values, {name: value for name, value in top.items() if value})
@@ -339,7 +342,10 @@ def _set(name: str, text: str) -> dict[str, Any]:
     setting = _settings().get(".".join(parts[:2]))
     kind = setting.annotation if setting else None
     if get_origin(kind) is dict and len(parts) > 2:
-        parts, kind = [*parts[:2], ".".join(parts[2:]).strip("\"'")], get_args(get_args(kind)[1])[:1] or get_args(kind)[1]
+        parts, kind = (
+            [*parts[:2], ".".join(parts[2:]).strip("\"'")],
+            get_args(get_args(kind)[1])[:1] or get_args(kind)[1],
+        )
     nested: Any = _toml_value(text)
     if kind in (str, (str,)) and not isinstance(nested, str | dict | list):
         nested = text.strip()  # as typed: 1e5 may be a folder
@@ -395,7 +401,11 @@ def _expected(setting: FieldInfo, *, inside: bool) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is dict:
-        return {float: "a number", int: "a whole number"}.get(get_args(kind)[1], "text") if inside else "a table, such as {name = 1}"
+        return (
+            {float: "a number", int: "a whole number"}.get(get_args(kind)[1], "text")
+            if inside
+            else "a table, such as {name = 1}"
+        )
     if isinstance(kind, type) and issubclass(kind, BaseModel):
         return f"a section with settings such as {next(iter(kind.model_fields))}"
     if kind in (bool, str):

@@ -54,7 +54,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class _Rule:
-    """Exceptions whose names, text and place match `pattern`. `says` may use {where}, {detail} and the pattern's groups."""
+    """Exceptions whose names, text and place match `pattern`. `says` may use {where}, {store}, {detail} and the pattern's groups."""
 
     pattern: re.Pattern[str]
     says: str
@@ -89,21 +89,21 @@ _RULES = (
     ),
     _rule(
         r"database is locked",
-        f"MLflow's store {{where}} is locked by another process. {SAFE} "
+        f"MLflow's store {{store}} is locked by another process. {SAFE} "
         "End what else uses it (an `mlflow ui`, a database browser, a backup), then run the same command again.",
     ),
     _rule(
         r"file is not a database|database disk image is malformed|malformed database schema",
-        f"MLflow's store {{where}} is damaged, so no codebook can be looked up. {SAFE} Put back a copy of it.",
+        f"MLflow's store {{store}} is damaged, so no codebook can be looked up. {SAFE} Put back a copy of it.",
     ),
     _rule(
         r"unable to open database file|attempt to write a readonly database|disk i/o error",
-        f"MLflow's store {{where}} cannot be opened for writing. {SAFE} Check that it is a file, that this user may write it and "
+        f"MLflow's store {{store}} cannot be opened for writing. {SAFE} Check that it is a file, that this user may write it and "
         "its folder, and that the disk is not mounted read-only.",
     ),
     _rule(
         r"\b(?:sqlalchemy|alembic)\.|sqlite3\.\w*Error",
-        f"MLflow's store {{where}} cannot be used: {{detail}}. {SAFE} If its tables are incomplete or of another MLflow, put back a copy "
+        f"MLflow's store {{store}} cannot be used: {{detail}}. {SAFE} If its tables are incomplete or of another MLflow, put back a copy "
         "of it, or run the version of MLflow that made it.",
     ),
     _rule(
@@ -151,7 +151,7 @@ _RULES = (
     _rule(
         r"UNSUPPORTED_FILESYSTEM|No FileSystem for scheme|ClassNotFoundException: Class org\.apache\.hadoop\.fs",
         "Spark cannot reach {where}: the file system of this address needs a jar that it was not given ({detail}). "
-        "Name its package under spark.conf: \"spark.jars.packages\" (infra/conf/cluster.toml has an example).",
+        'Name its package under spark.conf: "spark.jars.packages" (infra/conf/cluster.toml has an example).',
     ),
     _rule(
         r"PermissionError|permission denied|AccessControlException|AccessDenied|operation not permitted|\b403 forbidden",
@@ -186,10 +186,10 @@ _RULES = (
         r"\b(?:OSError|TimeoutError|ConnectionError|ConnectionRefusedError|ConnectionResetError|gaierror)\b",
         f"the system refused to read or write {{where}}: {{detail}}. {AGAIN}",
     ),
-    _rule(
-        r"\b(?:pyspark|py4j)\.",
-        f"Spark stopped: {{detail}}. {SAFE} If the settings under spark.* are right, this is a fault of the program: please report it.",
-    ),
+)
+_SPARK = _rule(
+    r"\b(?:pyspark|py4j)\.",
+    f"Spark stopped: {{detail}}. {SAFE} If the settings under spark.* are right, this is a fault of the program: please report it.",
 )
 
 
@@ -198,25 +198,23 @@ def failure(error: BaseException, root: str = "") -> Failure:
     links = _chain(error)
     if any(isinstance(link, KeyboardInterrupt) for link in links):
         return Failure(f"stopped by Ctrl-C. {SAFE} The same command again goes on.", INTERRUPTED, traced=False)
-    seen = [_Seen.of(link) for link in links]
-    seen += [task for link in seen if (task := link.in_task()) is not None]
-    for candidate in (*(s for s in seen if s.task), *(s for s in seen if not s.task)):
+    live = [_Seen.of(link) for link in links]
+    tasks = [task for link in live if (task := link.in_task()) is not None]
+    seen = [*tasks, *live]  # what happened in a task says more than what Spark makes of it
+    for candidate in seen:
         code = candidate.own_code
         if code is not None and not candidate.carries_a_trace:
             return Failure(candidate.text.strip(), code, traced=candidate.task)
-    for rule in _RULES:
+    for rule in _RULES if tasks else (*_RULES, _SPARK):
         for candidate in seen:
             if match := rule.pattern.search(candidate.haystack):
                 groups = {name: text or "" for name, text in match.groupdict().items()}
                 where = _where("\n".join(s.haystack for s in (candidate, *seen)), root)
-                return Failure(rule.says.format(where=where, detail=_detail(candidate), **groups), rule.code)
-    outer = seen[0]
-    if outer.own_code is not None:  # a worker of the fit failed, for a reason that no rule knows
-        inner = next((s for s in seen if s.task), outer)
-        return Failure(f"{outer.text.splitlines()[0]} {inner.names[0]}: {_detail(inner)}".strip(), outer.own_code)
+                says = rule.says.format(where=where, store=_store(root), detail=_detail(candidate), **groups)
+                return Failure(says, rule.code)
+    name = seen[0].names[0].rsplit(".", 1)[-1]
     return Failure(
-        f"this is a fault of the program ({outer.names[0].rsplit('.', 1)[-1]}: {_detail(outer)}), not of yours. {SAFE} "
-        "Please report it with the trace.",
+        f"this is a fault of the program ({name}: {_detail(seen[0])}), not of yours. {SAFE} Please report it with the trace.",
         UNUSABLE,
     )
 
@@ -244,7 +242,9 @@ def on_warehouse(root: str, *, write: bool = True) -> Iterator[None]:
 
 def report(error: BaseException, command: str = "") -> int:
     """Print what happened on standard error, keep the trace, and return the exit code."""
-    root, write = next((link.__dict__["warehouse"] for link in _chain(error) if "warehouse" in link.__dict__), ("", False))
+    root, write = next(
+        (link.__dict__["warehouse"] for link in _chain(error) if "warehouse" in link.__dict__), ("", False)
+    )
     told = failure(error, root)
     lines = [f"sid: {redact(told.sentence)}"]
     if told.traced:
@@ -287,7 +287,9 @@ def _keep_trace(error: BaseException, root: str, command: str) -> Path | None:
         path = folder / f"sid-{now:%Y%m%dT%H%M%S}-{os.getpid()}.log"
         try:
             folder.mkdir(exist_ok=True)
-            with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", errors="backslashreplace") as file:
+            with open(
+                os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", errors="backslashreplace"
+            ) as file:
                 file.write(redact(text))
         except OSError:
             continue
@@ -380,21 +382,29 @@ def _detail(seen: _Seen) -> str:
     return (first if len(first) <= 200 else f"{first[:200]} ...").rstrip(".")
 
 
+def _store(root: str) -> str:
+    """Where MLflow keeps its data, as a person calls it."""
+    own = Path(root, "mlflow.db")
+    return str(own) if root and "://" not in root and own.exists() else "(mlflow.tracking_uri)"
+
+
 def _where(text: str, root: str) -> str:
     """The table or file that an exception is about, as a person calls it."""
     text = text.replace("\\/", "/")
-    if "mlflow.db" in text and root:
-        return f"{root}/mlflow.db"
     if root:
         for form in dict.fromkeys((root, quote(root, safe="/:"))):
             match = re.search(re.escape(form) + r"/(?P<name>[^/\s:'\"`,)]+)(?P<rest>(?:/[^\s:'\"`,)]+)*)", text)
             if match:
-                name, rest = unquote(match["name"]), unquote(match["rest"]).strip("/")
-                is_table = not name.startswith((".", "_")) and ("_delta_log" in text or "parquet" in text or "DELTA_" in text or not rest)
+                name, rest = unquote(match["name"]), unquote(match["rest"]).strip("/").rstrip(".")
+                is_table = not name.startswith((".", "_")) and (
+                    "_delta_log" in text or "parquet" in text or "DELTA_" in text or not rest
+                )
                 if is_table and "." not in name:
                     return f"table {name}" + (f" (file {rest})" if rest else "") + f" in {root}"
                 return f"{root}/{name}" + (f"/{rest}" if rest else "")
-    match = re.search(r"""\n?at (?P<note>/[^\n]+)|['"](?P<quoted>/[^'"\n]+)['"]|(?:file:/*|(?<=\s))(?P<bare>/[^\s:'",)]+)""", text)
+    match = re.search(
+        r"""\n?at (?P<note>/[^\n]+)|['"](?P<quoted>/[^'"\n]+)['"]|(?:file:/*|(?<=\s))(?P<bare>/[^\s:'",)]+)""", text
+    )
     if match:
         return match["note"] or match["quoted"] or f"/{match['bare'].lstrip('/')}"
     return f"the warehouse {root}" if root else "the file"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator, Mapping
+from configparser import ConfigParser
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.config import Config
+from jobs.identity import OURS
 from jobs.mlflow_store import open_store
 from jobs.redaction import redact_config
 
@@ -155,8 +157,21 @@ def _model_version(found: Any) -> ModelVersion:
 
 
 def _git_commit() -> str:
-    """The commit the code runs from; empty outside a checkout."""
-    result = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return result.stdout.strip() if result.returncode == 0 else ""
+    """The commit that the code runs from; empty where it runs from no checkout of this project."""
+    here = Path(__file__).resolve()
+
+    def git(*arguments: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here.parent), *arguments], capture_output=True, text=True, check=False
+            )
+        except OSError:  # no git on this machine
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    # An installed package may lie inside someone else's repository, as an environment in a project folder does.
+    if not git("ls-files", "--error-unmatch", here.name):
+        return ""
+    about = ConfigParser()
+    about.read(here.parent.parent / "setup.cfg")
+    return git("rev-parse", "HEAD") if about.get("metadata", "name", fallback="") == OURS else ""

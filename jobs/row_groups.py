@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.failures import about
 from jobs.sources import filesystem_of
 
 FOOTERS_AT_ONCE = 16  # waiting for an object store costs no core
@@ -56,4 +57,5 @@ def missing(uris: Sequence[str]) -> list[str]:
 
 def _open(uri: str) -> pq.ParquetFile:
     filesystem, path = filesystem_of(uri)
-    return pq.ParquetFile(path, filesystem=filesystem)
+    with about(path):
+        return pq.ParquetFile(path, filesystem=filesystem)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import locale
 import os
 import shlex
 import shutil
@@ -130,6 +131,8 @@ def _launched(config: Config, conf: Mapping[str, str], *, local: bool) -> dict[s
             for_java["PYSPARK_SUBMIT_ARGS"] = f"--load-spark-defaults {for_java['PYSPARK_SUBMIT_ARGS']}"
         if "spark.local.dir" not in config.spark.conf and "SPARK_LOCAL_DIRS" not in os.environ:
             for_java["SPARK_LOCAL_DIRS"] = str(scratch)
+        if "utf" not in locale.getencoding().lower():
+            for_java["LC_ALL"] = "C.UTF-8"  # else no file whose name has an é is one that Java can open
         atexit.register(_end, os.getpid())
         with _environment(for_java):
             try:

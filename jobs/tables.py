@@ -12,10 +12,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
@@ -163,6 +164,7 @@ class Warehouse:
         if not self.exists(table):
             builder = (
                 DeltaTable.createIfNotExists(self.spark)
+                .tableName(self._identifier(table))
                 .location(self.path(table))
                 .addColumns(table.schema)
                 # Without these two, delta-rs (and DuckDB and polars through it) can read the files.
@@ -253,7 +255,11 @@ class Warehouse:
 
     def set_property(self, table: Table, name: str, value: str) -> None:
         quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-        self.spark.sql(f"ALTER TABLE delta.`{self.path(table)}` SET TBLPROPERTIES ('{name}' = '{quoted}')")
+        self.spark.sql(f"ALTER TABLE {self._identifier(table)} SET TBLPROPERTIES ('{name}' = '{quoted}')")
+
+    def _identifier(self, table: Table) -> str:
+        """The table in SQL, which knows it by its path."""
+        return "delta.`" + self.path(table).replace("`", "``") + "`"
 
     @contextmanager
     def staging(self, name: str) -> Iterator[str]:
@@ -270,7 +276,8 @@ class Warehouse:
         """`rows` computed once and kept as Parquet for the duration: MERGE reads its source twice, counts read it again."""
         with self.staging(name) as folder:
             rows.write.mode("overwrite").parquet(folder)
-            yield self.spark.read.schema(rows.schema).parquet(folder)
+            # Without the option Spark takes brackets, stars and the like in the path for a pattern.
+            yield self.spark.read.schema(rows.schema).option("__globPaths__", "false").parquet(folder)
 
 
 def rows_of(root: str, table: Table) -> list[dict[str, Any]]:
@@ -279,10 +286,10 @@ def rows_of(root: str, table: Table) -> list[dict[str, Any]]:
     Raises:
         SchemaError: its columns are not the declared ones.
     """
-    log = _without_spark(root, table)
-    if log is None:
-        return []
-    found = log.to_pyarrow_table()
+    with _without_spark(root, table) as log:
+        if log is None:
+            return []
+        found = log.to_pyarrow_table()
     if found.schema.names != table.schema.names:
         raise SchemaError(
             f"columns of {table.name} are {found.schema.names}; expected {table.schema.names}. Was the table written by another version?"
@@ -293,18 +300,29 @@ def rows_of(root: str, table: Table) -> list[dict[str, Any]]:
 
 def extent(root: str, table: Table) -> tuple[int, int] | None:
     """Rows and version of a table, from its log; None where it is absent."""
-    log = _without_spark(root, table)
-    return None if log is None else (log.count(), log.version())
+    with _without_spark(root, table) as log:
+        return None if log is None else (log.count(), log.version())
 
 
-def _without_spark(root: str, table: Table) -> deltalake.DeltaTable | None:
+@contextmanager
+def _without_spark(root: str, table: Table) -> Iterator[deltalake.DeltaTable | None]:
+    """The table as delta-rs sees it, None where it is absent."""
     import deltalake
     from deltalake.exceptions import TableNotFoundError
 
-    try:
-        return deltalake.DeltaTable(f"{root}/{table.name}")
-    except TableNotFoundError:
-        return None
+    with ExitStack() as until_read:
+        until_read.enter_context(about(f"{root}/{table.name}"))
+        location = f"{root}/{table.name}"
+        if "://" not in root and re.search(r"%[0-9a-fA-F]{2}|\\", root) and Path(location).is_dir():
+            # delta-rs takes `%20` in a path for a space: it reads the table through links from a folder without it.
+            location = until_read.enter_context(TemporaryDirectory())
+            for entry in Path(root, table.name).iterdir():
+                Path(location, entry.name).symlink_to(entry)
+        try:
+            found = deltalake.DeltaTable(location)
+        except TableNotFoundError:
+            found = None
+        yield found
 
 
 def check_columns(frame: DataFrame, table: Table) -> None:
@@ -343,7 +361,9 @@ def warehouse_root(location: str, *, write: bool = True) -> str:
     if not write:
         if not folder.is_dir():
             found = "is a file" if folder.exists() else "does not exist"
-            raise ConfigError(f"warehouse {location} {found}; expected the folder that `sid nightly` or `sid load` wrote. Check --warehouse")
+            raise ConfigError(
+                f"warehouse {location} {found}; expected the folder that `sid nightly` or `sid load` wrote. Check --warehouse"
+            )
         return str(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

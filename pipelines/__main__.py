@@ -6,11 +6,12 @@ Exit codes: 0 done or nothing to do · 2 wrong settings · 3 the gate did not pa
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,6 +28,7 @@ from jobs.__main__ import (
     resolved,
     start,
     tell,
+    version_number,
 )
 from jobs.__main__ import (
     app as stages,
@@ -54,6 +56,7 @@ def demo(
     """A whole night, on generated data or on a folder of yours, and a summary to judge it by."""
     name = data.resolve().name if data else ""
     where = warehouse or (f"{DEMO_WAREHOUSE}-{name}" if name else DEMO_WAREHOUSE)
+    resolved(config, settings, where, days=(run_date,), json_file=json_file)
     expected = ""
     if data is None:
         from jobs.demo_data import EXPECTED_LIFT, write_demo_data
@@ -83,7 +86,7 @@ def nightly(
     json_file: JsonFile = None,
 ) -> None:
     """The night of a date: encodes what changed, refits when due, gates, promotes, trains."""
-    chosen = resolved(config, settings, warehouse)
+    chosen = resolved(config, settings, warehouse, days=(run_date,), json_file=json_file)
     _night(chosen, run_date, json_file, chosen.warehouse, "")
 
 
@@ -102,7 +105,7 @@ def _night(config: Config, run_date: str, json_file: Path | None, shown: str, ex
     if json_file is not None:
         write_json(json_file, facts(night, shown, pictures, seconds))
     print_summary(night, shown, pictures, seconds, work.spark_seconds, expected=expected)
-    flags = f" --warehouse {shown}" if shown != "warehouse" else ""
+    flags = f" --warehouse {shlex.quote(shown)}" if shown != "warehouse" else ""
     typer.echo(f"\nTry next: sid status{flags} · sid explain ITEM_ID{flags}")
     if night.gate_message is not None:
         typer.echo(f"gate: {night.gate_message}", err=True)
@@ -118,25 +121,28 @@ def promote(
     from jobs.reports import report
     from pipelines.promote import promote as move
 
-    with opened(resolved(config, settings, warehouse), "") as work:
+    with opened(resolved(config, settings, warehouse, json_file=json_file)) as work:
         model = codebook(work.registry, version)
         verdict = report(work.warehouse.root, model.version)
         if verdict is None:
             raise ConfigError(
                 f"codebook version {model.version} has no quality report; expected one. Run `sid evaluate --codebook {model.version}`"
             )
-        tell(move(work.warehouse, work.registry, model, verdict, again=version.isdigit()), json_file)
+        tell(
+            move(work.warehouse, work.registry, model, verdict, again=version_number(version) is not None),
+            json_file,
+        )
 
 
 @app.command()
 def rollback(
-    to: Annotated[int | None, typer.Option("--to", help="Release to go back to; by default the newest of another codebook.")] = None,
+    to: Annotated[int | None, typer.Option("--to", min=1, help="Release to go back to; by default the newest of another codebook.")] = None,
     config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None,
 ) -> None:  # fmt: skip
     """Make an earlier release the current one again: its codebook the champion, its tables those that readers follow."""
     from pipelines.promote import rollback as move
 
-    with opened(resolved(config, settings, warehouse), "") as work:
+    with opened(resolved(config, settings, warehouse, json_file=json_file)) as work:
         tell(move(work.warehouse, work.registry, to), json_file)
 
 
@@ -156,8 +162,9 @@ def backfill(
 
     if (bool(items), bool(since), everything).count(True) != 1:
         raise ConfigError("which items? Expected one of --items FILE, --since DAY and --all")
+    settled = resolved(config, settings, warehouse, days=(run_date, since), json_file=json_file)
     listed, day = listed_items(items) if items else None, parse_date(since) if since else None
-    with opened(resolved(config, settings, warehouse), run_date, write=not dry_run) as work:
+    with opened(settled, run_date, write=not dry_run) as work:
         model = codebook(work.registry, name)
         chosen = chosen_items(work.warehouse, listed, day)
         planned = plan(work.warehouse, model, chosen)
@@ -179,9 +186,10 @@ def status(
     from jobs.tables import warehouse_root
     from pipelines.lineage import print_status, status_facts
 
-    chosen = resolved(config, settings, warehouse)
-    root = warehouse_root(chosen.warehouse)
-    values = status_facts(root, open_registry(chosen, root, create=False))
+    chosen = resolved(config, settings, warehouse, json_file=json_file)
+    root = warehouse_root(chosen.warehouse, write=False)
+    with failures.on_warehouse(root, write=False):
+        values = status_facts(root, open_registry(chosen, root, create=False))
     print_status(values)
     if json_file is not None:
         from pipelines.report import write_json
@@ -197,7 +205,7 @@ def explain(
     """Where the semantic ID of one item comes from: vector, codebook, release, models."""
     from pipelines.lineage import print_item
 
-    with opened(resolved(config, settings, warehouse), "", write=False) as work:
+    with opened(resolved(config, settings, warehouse), write=False) as work:
         found = print_item(work.warehouse, work.registry, item_id)
     if not found:
         raise typer.Exit(WRONG_DATA)

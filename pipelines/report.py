@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
+from rich.text import Text
 
 if TYPE_CHECKING:
     from pipelines.nightly import Night
@@ -23,7 +24,7 @@ class Terminal:
     """Tells a person at a terminal (a line that updates) or a log (a line per event, no control characters)."""
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._status: Any = None
         self._name = ""
         self._began = time.monotonic()
@@ -35,7 +36,7 @@ class Terminal:
             self._line(f"{name}: {why}")
             yield
             return
-        with self.console.status(f"{name}: {why}") as status:
+        with self.console.status(Text(f"{name}: {why}")) as status:
             self._status = status
             yield
         self._status = None
@@ -47,23 +48,28 @@ class Terminal:
         place = f"level {step.level}" if step.level else "all levels"
         text = f"fit: {place}, iteration {step.iteration}, RMSE {step.rmse:.5f}"
         if self._status is not None:
-            self._status.update(text)
+            self._status.update(Text(text))
         elif step.iteration % 20 == 0:
             self._line(text)
 
     def note(self, text: str) -> None:
         if self._status is not None:
-            self._status.update(f"{self._name}: {text}")
+            self._status.update(Text(f"{self._name}: {text}"))
         else:
             self._line(f"{self._name}: {text}")
 
     def _line(self, text: str) -> None:
-        self.console.print(f"{time.monotonic() - self._began:6.1f} s  {text}", markup=False)
+        self.console.print(f"{time.monotonic() - self._began:6.1f} s  {text}")
 
 
 def page() -> Console:
-    """Standard output as wide as the terminal; a log has no width, and its lines should not be broken early."""
-    return Console(highlight=False, file=sys.stdout, width=None if sys.stdout.isatty() else 140)
+    """Standard output as wide as the terminal; a log has no width, and its lines should not be broken early.
+
+    Ids are printed as they are: `[red]` is no colour and `:smile:` no picture.
+    """
+    return Console(
+        highlight=False, markup=False, emoji=False, file=sys.stdout, width=None if sys.stdout.isatty() else 140
+    )
 
 
 def facts(night: Night, warehouse: str, pictures: Path, seconds: float) -> dict[str, Any]:
