@@ -107,7 +107,7 @@ class LoadConfig(Section):
     modalities: dict[str, float] = Field(
         {}, description="vector column -> weight; empty: every `*_embedding` column, weight 1"
     )
-    dims: dict[str, int] = Field({}, description="vector column -> dimension; empty: the commonest in the first rows")
+    dims: dict[str, Whole] = Field({}, description="vector column -> dimension; empty: the commonest in the first rows")
     packed_dtype: dict[str, Literal["float32", "float16", "bfloat16", "float64", "int8", "uint8"]] = Field(
         {}, description="column of packed bytes -> what a component is; empty: what the bytes can only be, else refused"
     )

@@ -36,12 +36,13 @@ _SHAPES = re.compile(
 )
 _SCHEME_AND_TOKEN = re.compile(r"\b(?P<kind>Bearer|Basic)\s+[\w.~+/\-]{8,}=*", re.IGNORECASE)
 
+FOLDERS = ("PWD", "OLDPWD")  # variables of a shell: the folder it is in, no password
 _met: set[str] = set()  # credentials of this process's configuration
 
 
 def is_secret(name: str) -> bool:
     """Whether a setting of this name holds a credential."""
-    return bool(_SECRET_NAME.search(_with_word_breaks(name)))
+    return name not in FOLDERS and bool(_SECRET_NAME.search(_with_word_breaks(name)))
 
 
 def redact(text: str) -> str:

@@ -162,6 +162,7 @@ class Warehouse:
         from delta import DeltaTable
 
         if not self.exists(table):
+            self._clear_half_made(table)
             builder = (
                 DeltaTable.createIfNotExists(self.spark)
                 .tableName(self._identifier(table))
@@ -178,6 +179,13 @@ class Warehouse:
                 builder = builder.partitionedBy(*table.partition_by)
             builder.execute()
         return DeltaTable.forPath(self.spark, self.path(table))
+
+    def _clear_half_made(self, table: Table) -> None:
+        """A kill before the first entry of the log leaves a folder in which Spark neither finds nor makes a table."""
+        folder = Path(self.path(table))
+        files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+        if "://" not in self.root and folder.is_dir() and next(files, None) is None:
+            shutil.rmtree(folder)
 
     def version(self, table: Table) -> int:
         """The newest version of the table; -1 where it does not exist."""

@@ -60,3 +60,11 @@ def test_settings_are_masked_by_name_and_then_everywhere_by_value() -> None:
     }
     assert values["mlflow"]["tracking_uri"] == "http://ann:correct-horse@mlflow:5000"  # a copy
     assert redact("login refused for correct-horse with 0xBATTERY") == "login refused for *** with ***"
+
+
+def test_the_folder_of_the_shell_is_no_password() -> None:
+    assert redact_config({"PWD": "/data/warehouse", "DB_PWD": "hunter2hunter2"}) == {
+        "PWD": "/data/warehouse",
+        "DB_PWD": "***",
+    }
+    assert redact("in /data/warehouse") == "in /data/warehouse"

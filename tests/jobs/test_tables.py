@@ -50,6 +50,14 @@ def test_a_warehouse_in_a_folder_of_any_name(spark: SparkSession, tmp_path: Path
     assert os.listdir(tmp_path) == [name]
 
 
+def test_a_table_is_made_where_a_kill_left_half_of_one(warehouse: Warehouse) -> None:
+    log = Path(warehouse.path(ITEM_EMBEDDINGS), "_delta_log")
+    (log / "_staged_commits").mkdir(parents=True)
+    (log / ".00000000000000000000.json.1234.tmp").write_text("{")
+    warehouse.append(ITEM_EMBEDDINGS, warehouse.rows(ITEM_EMBEDDINGS, [item("a")]))
+    assert extent(warehouse.root, ITEM_EMBEDDINGS) == (1, 1)
+
+
 def test_a_file_uri_is_the_folder_that_it_names(tmp_path: Path) -> None:
     folder = tmp_path / "per cent%20é"
     assert warehouse_root(folder.as_uri()) == str(folder)
