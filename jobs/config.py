@@ -18,7 +18,6 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -410,10 +409,14 @@ def _expected(setting: FieldInfo, *, inside: bool) -> str:
         return f"a section with settings such as {next(iter(kind.model_fields))}"
     if kind in (bool, str):
         return "true or false" if kind is bool else "text"
-    least = next((f"from {bound.ge}" for bound in setting.metadata if isinstance(bound, Ge)), "")
-    above = next((f"above {bound.gt} and" for bound in setting.metadata if isinstance(bound, Gt)), "")
-    most = next((bound.le for bound in setting.metadata if isinstance(bound, Le)), None)
-    return f"{'a whole number' if kind is int else 'a number'} {least or above} {'to' if least else 'at most'} {most}"
+    bounds = {
+        name: value
+        for bound in setting.metadata
+        for name in ("ge", "gt", "le")
+        if (value := getattr(bound, name, None)) is not None
+    }
+    least = f"from {bounds['ge']} to" if "ge" in bounds else f"above {bounds['gt']} and at most"
+    return f"{'a whole number' if kind is int else 'a number'} {least} {bounds['le']}"
 
 
 def _settings() -> dict[str, FieldInfo]:

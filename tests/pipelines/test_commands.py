@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from pipelines.__main__ import app
 from pipelines.lineage import print_item
 from pipelines.report import Terminal, page
 
+ROOT = Path(__file__).parents[2]
 NASTY = ["[/b]", "[red]x[/red]", ":smile:", "[link=x]y[/link]", "\\[b]"]
 
 
@@ -127,3 +131,20 @@ def test_explain_prints_an_item_as_it_is(warehouse: Warehouse, capsys: pytest.Ca
     assert "2026-01-01: nan: [bold]; [1, nan]" in shown
     assert not print_item(warehouse, registry, "[/i]")
     assert "item '[/i]' is in no table of this warehouse" in capsys.readouterr().out
+
+
+# ---- looking changes nothing ----
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def test_status_of_a_folder_without_tables_changes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "w").mkdir()
+    command = [sys.executable, "-m", "pipelines", "status", "--warehouse", str(tmp_path / "w")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "No release yet" in done.stdout
+    assert list(tree(tmp_path)) == ["w"]
