@@ -21,8 +21,9 @@ import typer
 
 from benchmarks.fit import clustered
 from jobs import encode, fit, load
+from jobs.codebooks import codebook_files
 from jobs.config import load_config
-from jobs.encode import ENCODED, codebook_files, encode_group, worker_codebook
+from jobs.encode import ENCODED, encode_group, worker_codebook
 from jobs.packed import pack
 from jobs.registry import open_registry
 from jobs.row_groups import RowGroup, row_groups

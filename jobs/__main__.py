@@ -120,7 +120,7 @@ def opened(config: Config, run_date: str = "", *, write: bool = True) -> Iterato
     Without `write` nothing is made or changed: neither the folder of the warehouse nor a lock.
     """
     day = parse_date(run_date) if run_date else datetime.now(UTC).date()
-    from jobs.registry import open_registry
+    from jobs.registry import open_registry, warehouse_id
     from jobs.session import spark_session
     from jobs.tables import Warehouse, clear_staging, warehouse_root, writer_lock
 
@@ -128,6 +128,7 @@ def opened(config: Config, run_date: str = "", *, write: bool = True) -> Iterato
     with failures.on_warehouse(root, write=write), writer_lock(root, _command(), day) if write else nullcontext():
         if write:
             clear_staging(root)
+            warehouse_id(root)
         registry = open_registry(config, root, create=write)
         pictures = Path("pictures") if "://" in root else Path(root) / "pictures"
         with spark_session(config) as session:
@@ -146,6 +147,11 @@ def tell(result: Any, json_file: Path | None = None) -> None:
         typer.echo(f"{key}: {value}")
     if json_file is not None:
         json_file.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def notice(text: str) -> None:
+    """What a command put right before its work, for who reads its errors."""
+    typer.echo(f"sid: {text}", err=True)
 
 
 def _plain(value: Any) -> Any:
@@ -211,10 +217,10 @@ def fit(
 ) -> None:
     """item_embeddings -> a codebook, registered as candidate."""
     from jobs import fit as job
-    from jobs.registry import CHAMPION, CODEBOOK_MODEL
+    from jobs.champion import current_champion
 
     with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
-        champion = work.registry.resolve(CODEBOOK_MODEL, CHAMPION)
+        champion = current_champion(work.registry, notice)
         tell(job.run(work.config, work.warehouse, work.registry, work.run_date, work.pictures, champion), json_file)
 
 
@@ -225,8 +231,10 @@ def encode(
 ) -> None:  # fmt: skip
     """item_embeddings + a codebook -> semantic_ids of that version."""
     from jobs import encode as job
+    from jobs.champion import current_champion
 
     with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
+        current_champion(work.registry, notice)
         tell(
             job.run(work.config, work.warehouse, work.registry, codebook(work.registry, name), work.run_date), json_file
         )
@@ -239,10 +247,10 @@ def evaluate(
 ) -> None:  # fmt: skip
     """semantic_ids of a version -> quality_reports with a verdict, and pictures."""
     from jobs import evaluate as job
-    from jobs.registry import CHAMPION, CODEBOOK_MODEL
+    from jobs.champion import current_champion
 
     with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
-        champion = work.registry.resolve(CODEBOOK_MODEL, CHAMPION)
+        champion = current_champion(work.registry, notice)
         model = codebook(work.registry, name)
         tell(
             job.run(work.config, work.warehouse, work.registry, model, champion, work.run_date, work.pictures),
@@ -260,15 +268,16 @@ def train(
 ) -> None:
     """Interactions + semantic_ids of the current release -> ctr_examples and the CTR model (DMQN)."""
     from jobs import train as job
+    from jobs.champion import current_champion
     from jobs.releases import current_release
 
     with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
+        model = current_champion(work.registry, notice)
         release = current_release(work.warehouse.root)
         if release is None:
             raise ConfigError(
                 "this warehouse has no release yet; expected one to train on. Run `sid nightly` or `sid promote` first"
             )
-        model = codebook(work.registry, str(release.codebook_version))
         tell(
             job.run(
                 work.config,

@@ -14,7 +14,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from jobs.sources import filesystem_of
+from jobs.sources import filesystem_of, write_file
 from tokenizer import RQGMM, Iteration, RQGMMFit, load_codebook, save_codebook
 from tokenizer.codebook import MANIFEST, TENSORS
 
@@ -92,12 +92,8 @@ class Checkpoint:
         return [entry.base_name for entry in found]
 
     def _write(self, name: str, text: str) -> None:
-        """Whole or not at all: a reader, or a kill, may come at any moment."""
         filesystem, place = self._place
-        path = f"{place}/{self.key}/{name}"
-        with filesystem.open_output_stream(f"{path}.part") as stream:
-            stream.write(text.encode())
-        filesystem.move(f"{path}.part", path)
+        write_file(filesystem, f"{place}/{self.key}/{name}", text.encode())
 
     def _read(self, name: str) -> str:
         filesystem, place = self._place

@@ -92,6 +92,11 @@ class SparkConfig(Section):
 class MlflowConfig(Section):
     tracking_uri: Text = Field("", description="empty: a sqlite file beside the warehouse")
     experiment: Text = Field("semantic-ids", min_length=1)
+    catalogue: Text = Field(
+        "",
+        pattern=r"^[A-Za-z0-9._-]*$",
+        description="ends the registered names where several catalogues share an MLflow server; the default store needs none",
+    )
 
 
 class LoadConfig(Section):

@@ -9,14 +9,13 @@ Tasks read the vectors from the table's files themselves; Spark moves the small 
 from __future__ import annotations
 
 import gc
+import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from datetime import date
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,12 +25,15 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from jobs.champion import check_rows
+from jobs.codebooks import Files, check_recipe, codebook_files, load_files
 from jobs.config import Config
 from jobs.packed import Float32, unpack
 from jobs.registry import ModelVersion, Registry
 from jobs.row_groups import RowGroup, row_groups
 from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
-from tokenizer import RQGMM, load_codebook
+from tokenizer import RQGMM
+from tokenizer.codebook import MANIFEST
 
 ROWS_A_TASK = 250_000  # that a first encode scores, and again that it numbers and writes as one file
 NUMBERED = ("joined", "first_seen", "item_id")  # suffixes count the items of equal codes in this order
@@ -75,8 +77,15 @@ def run(
     """Bring `semantic_ids` of codebook `model` up to the newest `item_embeddings`, in one commit.
 
     `chosen` confines it to the items whose `item_id` it has.
+
+    Raises:
+        RegistryMismatch: the version has IDs of another codebook, or its files are gone.
+        CodebookError: its files are damaged.
+        SchemaError: it was fitted on vectors of another recipe.
     """
     began = time.monotonic()
+    check_rows(warehouse.root, model)
+    files = usable_files(warehouse, registry, model)
     embeddings_version = warehouse.version(ITEM_EMBEDDINGS)
     embeddings = warehouse.read(ITEM_EMBEDDINGS, embeddings_version)
     warehouse.create(SEMANTIC_IDS)
@@ -88,7 +97,7 @@ def run(
     everything = f"codebook_version = {model.version}"
 
     def encoded(groups: Sequence[RowGroup], pending: DataFrame | None) -> DataFrame:
-        shared = warehouse.spark.sparkContext.broadcast(codebook_files(registry, model))
+        shared = warehouse.spark.sparkContext.broadcast(dict(files))
         encoder = _encoder(shared, model, config.encode.hold, config.encode.rows_per_batch)
         return _spread(warehouse, groups, pending).mapInArrow(encoder, from_arrow_schema(ENCODED))
 
@@ -119,10 +128,11 @@ def run(
         pending.unpersist()
 
 
-def codebook_files(registry: Registry, model: ModelVersion) -> dict[str, bytes]:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = registry.download(model, Path(scratch)) / "artifacts" / "codebook"
-        return {file.name: file.read_bytes() for file in folder.iterdir()}
+def usable_files(warehouse: Warehouse, registry: Registry, model: ModelVersion) -> Files:
+    """The verified files of a codebook that is for the vectors of this warehouse."""
+    files = codebook_files(registry, model)
+    check_recipe(json.loads(files[MANIFEST]), model, warehouse.property(ITEM_EMBEDDINGS, "sid.fusion"))
+    return files
 
 
 def _tasks(rows: int, cores: int) -> int:
@@ -189,13 +199,10 @@ def _spread(warehouse: Warehouse, groups: Sequence[RowGroup], pending: DataFrame
 _loaded: dict[str, RQGMM] = {}  # one codebook per worker process, by content hash
 
 
-def worker_codebook(files: dict[str, bytes], codebook_hash: str) -> RQGMM:
+def worker_codebook(files: Files, codebook_hash: str) -> RQGMM:
     if codebook_hash not in _loaded:
         gc.freeze()  # Spark collects garbage after every task: a tenth of a second if it looks through all that torch imports
-        with tempfile.TemporaryDirectory() as scratch:
-            for name, data in files.items():
-                (Path(scratch) / name).write_bytes(data)
-            _loaded[codebook_hash] = load_codebook(Path(scratch), expect_hash=codebook_hash).rqgmm
+        _loaded[codebook_hash] = load_files(files, codebook_hash).rqgmm
     return _loaded[codebook_hash]
 
 

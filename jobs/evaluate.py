@@ -22,15 +22,19 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from jobs.champion import check_rows
+from jobs.codebooks import Files, codebook_files
 from jobs.config import Config
-from jobs.encode import codebook_files, worker_codebook
+from jobs.encode import usable_files, worker_codebook
 from jobs.packed import unpack
 from jobs.pictures import draw_likelihood, draw_usage
 from jobs.registry import ModelVersion, Registry
+from jobs.releases import versions_to_judge
 from jobs.reports import EvaluateResult, UncertainItem, report
 from jobs.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS, SchemaError, Warehouse
 from tokenizer import RQGMM, Thresholds, check_gate, level_usage, neighbour_recall
 
+RECIPE = 2  # of the metrics: a report of an earlier one is made anew
 LIKELIHOOD_SAMPLE = 50_000
 LEAST_CERTAIN = 20  # items that a report names
 ERRORS = pa.schema(
@@ -52,12 +56,15 @@ def run(
     """Measure the IDs of `model` and judge them, against the champion's where there is one.
 
     Raises:
-        SchemaError: the version has no IDs yet, or not for the whole catalogue.
+        SchemaError: the version has no IDs yet, or not for the whole catalogue, or was fitted on vectors of another recipe.
+        RegistryMismatch: the version has IDs of another codebook, or its files are gone.
+        CodebookError: its files are damaged.
     """
     began = time.monotonic()
-    versions = {t.name: warehouse.version(t) for t in (ITEM_EMBEDDINGS, SEMANTIC_IDS)}
+    check_rows(warehouse.root, model)
+    versions = versions_to_judge(warehouse, model.version)
     rival = champion if champion is not None and champion.version != model.version else None
-    run_id = _digest([versions, model.tags["codebook_hash"], config.digest("gate", "evaluate")])
+    run_id = _digest([RECIPE, versions, model.tags["codebook_hash"], config.digest("gate", "evaluate")])
     # A champion was judged against its predecessor when it was promoted; that report stands.
     judged_against = rival.version if rival else None
     found = report(warehouse.root, model.version, run_id)
@@ -77,7 +84,7 @@ def run(
     rivals = published.where(F.col("codebook_version") == (rival.version if rival else -1))
     levels, components = (int(part) for part in model.tags["shape"].split("x")[:2])
     counts = code_counts(ids, levels, components)
-    files = codebook_files(registry, model)
+    files = usable_files(warehouse, registry, model)
     codebook = worker_codebook(files, model.tags["codebook_hash"])
     rival_codebook = (codebook_files(registry, rival), rival.tags["codebook_hash"]) if rival else None
     metrics = {
@@ -206,7 +213,7 @@ def _id_metrics(ids: DataFrame, rivals: DataFrame) -> dict[str, float]:
 
 def _error_metrics(
     warehouse: Warehouse, embeddings: DataFrame, ids: DataFrame, rivals: DataFrame,
-    codebook: tuple[dict[str, bytes], str], rival: tuple[dict[str, bytes], str] | None,
+    codebook: tuple[Files, str], rival: tuple[Files, str] | None,
 ) -> dict[str, float]:  # fmt: skip
     """RMSE over the catalogue and, where the champion encoded the same vector, of both codebooks over those items."""
     former = rivals.select("item_id", "content_hash", F.col("codes").alias("former"))

@@ -31,6 +31,7 @@ EXIT_CODES = {
     "GateFailed": GATE_DID_NOT_PASS,
     "SchemaError": WRONG_DATA,
     "TokenizerError": WRONG_DATA,
+    "RegistryMismatch": WRONG_DATA,
     "PromotionConflict": WRONG_DATA,
     "NoWayBack": WRONG_DATA,
     "WarehouseError": UNUSABLE,

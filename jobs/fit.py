@@ -26,18 +26,20 @@ from typing import Any, Self
 import torch
 
 from jobs.checkpoint import Checkpoint
+from jobs.codebooks import codebook_files, load_files, register_codebook
 from jobs.config import Config, ConfigError, FitConfig
 from jobs.load import Fusion
 from jobs.packed import unpack
 from jobs.pictures import draw_convergence
-from jobs.registry import CANDIDATE, CODEBOOK_MODEL, ModelVersion, Registry, pinned, register
+from jobs.registry import CANDIDATE, CODEBOOK_MODEL, ModelVersion, Registry, pinned
 from jobs.row_groups import RowGroup, row_groups
 from jobs.session import one_machine
 from jobs.tables import ITEM_EMBEDDINGS, SchemaError, Warehouse
-from tokenizer import FIT_BLOCK, Iteration, LostWorker, RQGMMFit, fit_rqgmm, load_codebook, save_codebook
+from tokenizer import FIT_BLOCK, Iteration, LostWorker, RQGMMFit, fit_rqgmm, save_codebook
 
 Progress = Callable[[Iteration], None]
 Tell = Callable[[str], None]
+RECIPE = 1  # of a fit: the same inputs under another one are other work
 RESTARTS = 2  # of a distributed fit that lost a worker
 
 
@@ -128,9 +130,10 @@ def run(
     shape = f"{config.fit.levels}x{config.fit.components}x{fusion.dim}"
     same_kind = champion is not None and (champion.tags["shape"], method_of(champion)) == (shape, config.fit.method)
     start = champion if same_kind else None
-    fit_key = f"{version}-{config.digest('fit')}-{start.tags['codebook_hash'][:16] if start else 'free'}"
+    fit_key = f"{RECIPE}-{version}-{config.digest('fit')}-{start.tags['codebook_hash'][:16] if start else 'free'}"
     done = registry.find(CODEBOOK_MODEL, "fit_key", fit_key)
     if done is not None:
+        codebook_files(registry, done)
         if registry.resolve(CODEBOOK_MODEL, CANDIDATE) != done:
             registry.set_alias(CODEBOOK_MODEL, CANDIDATE, done.version)
         return FitResult(done, done.tags["codebook_hash"], None, time.monotonic() - began, nothing_to_do=True)
@@ -144,8 +147,7 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if start is not None:
-            champion_folder = registry.download(start, folder / "champion") / "artifacts" / "codebook"
-            checkpoint.save_start(load_codebook(champion_folder).rqgmm)
+            checkpoint.save_start(load_files(codebook_files(registry, start), start.tags["codebook_hash"]).rqgmm)
         fitted = fit_table(config.fit, data, checkpoint, progress, tell)
         manifest: dict[str, Any] = {
             "levels": config.fit.levels,
@@ -175,9 +177,7 @@ def run(
         with registry.run("fit", config, tags) as run_:
             _log_trace(registry, run_.info.run_id, fitted)
             registry.client.log_artifact(run_.info.run_id, str(picture), "pictures")
-            model = register(
-                registry, CODEBOOK_MODEL, Path(__file__).with_name("codebook_model.py"), folder / "codebook", tags
-            )
+            model = register_codebook(registry, folder / "codebook", tags)
         registry.set_alias(CODEBOOK_MODEL, CANDIDATE, model.version)
     checkpoint.close()
     return FitResult(model, codebook_hash, picture, time.monotonic() - began)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 
 from jobs.registry import ModelVersion
-from jobs.tables import RELEASES, Warehouse, rows_of
+from jobs.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, Warehouse, files_of, rows_of
 
 PROMOTED, ROLLED_BACK = "promoted", "rolled back"  # how a release came about
 
@@ -35,6 +36,33 @@ def releases(root: str) -> list[Release]:
 def current_release(root: str) -> Release | None:
     """The newest release, or None before the first promotion."""
     return next(iter(releases(root)), None)
+
+
+def rolled_back(every: Sequence[Release]) -> dict[int, str]:
+    """The codebook versions that a rollback left and that were not released since, each with what the tag says of it."""
+    left: dict[int, str] = {}
+    for before, release in pairwise(sorted(every, key=lambda release: release.release_id)):
+        if release.status == ROLLED_BACK and release.codebook_version != before.codebook_version:
+            left[before.codebook_version] = f"from release {before.release_id}"
+        left.pop(release.codebook_version, None)
+    return left
+
+
+def versions_to_judge(warehouse: Warehouse, codebook_version: int) -> dict[str, int]:
+    """The table versions that a verdict on a codebook is about: those that the current release pins if it is of this codebook and
+    no vector and no ID of it was written since (another codebook's IDs may have been), else the newest."""
+    newest = {table.name: warehouse.version(table) for table in (ITEM_EMBEDDINGS, SEMANTIC_IDS)}
+    current = current_release(warehouse.root)
+    if current is None or current.codebook_version != codebook_version:
+        return newest
+    for table in (ITEM_EMBEDDINGS, SEMANTIC_IDS):
+        now, then = newest[table.name], current.table_versions[table.name]
+        if now == then:
+            continue
+        files = [files_of(warehouse.root, table, version, codebook_version) for version in (now, then)]
+        if None in files or files[0] != files[1]:
+            return newest
+    return dict(current.table_versions)
 
 
 def write_release(

@@ -675,3 +675,21 @@ def _some(names: Sequence[str]) -> str:
 
 def _short(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def read_file(filesystem: fs.FileSystem, path: str) -> bytes | None:
+    """The content of a small file; None where there is none."""
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            content: bytes = stream.read()
+    except FileNotFoundError:
+        return None
+    return content
+
+
+def write_file(filesystem: fs.FileSystem, path: str, content: bytes) -> None:
+    """A small file, whole or not at all: a reader, or a kill, may come at any moment. Its folder is made where absent."""
+    filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
+    with filesystem.open_output_stream(f"{path}.part") as stream:
+        stream.write(content)
+    filesystem.move(f"{path}.part", path)

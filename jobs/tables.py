@@ -20,6 +20,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import types as T
 
@@ -55,6 +57,7 @@ STRING, BINARY, INT, LONG, FLOAT, BOOLEAN, DATE = (
     T.StringType(), T.BinaryType(), T.IntegerType(), T.LongType(), T.FloatType(), T.BooleanType(), T.DateType(),
 )  # fmt: skip
 VERSIONS = T.MapType(STRING, LONG)
+HASH_DIGITS = 32  # of a text that Delta keeps as the least and the greatest of a file
 
 
 def _columns(optional: tuple[str, ...] = (), /, **types: T.DataType) -> T.StructType:
@@ -137,6 +140,11 @@ CTR_EXAMPLES = Table(
 TABLES = (ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, QUALITY_REPORTS, RELEASES, CTR_EXAMPLES)
 
 
+# A release pins versions of tables for as long as someone may go back to it. VACUUM, Spark's or delta-rs's, goes by these,
+# and its default of a week would remove what a release older than that needs.
+KEPT = {"delta.deletedFileRetentionDuration": "interval 3650 days", "delta.logRetentionDuration": "interval 3650 days"}
+
+
 @dataclass(frozen=True)
 class Warehouse:
     """The tables under one root, seen through one Spark session."""
@@ -173,6 +181,8 @@ class Warehouse:
                 .property("delta.columnMapping.mode", "none")
                 .property("delta.enableChangeDataFeed", str(table.change_feed).lower())
             )
+            for name, value in KEPT.items():
+                builder = builder.property(name, value)
             for name, condition in table.checks.items():
                 builder = builder.property(f"delta.constraints.{name}", condition)
             if table.partition_by:
@@ -186,6 +196,16 @@ class Warehouse:
         files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
         if "://" not in self.root and folder.is_dir() and next(files, None) is None:
             shutil.rmtree(folder)
+
+    def _to_write(self, table: Table) -> DeltaTable:
+        """The table; one that was made before KEPT gets it, with the next write so that an idle night adds no version."""
+        target = self.create(table)
+        with _without_spark(self.root, table) as log:
+            present = log.metadata().configuration if log is not None else KEPT
+        for name, value in KEPT.items():
+            if name not in present:
+                self.set_property(table, name, value)
+        return target
 
     def version(self, table: Table) -> int:
         """The newest version of the table; -1 where it does not exist."""
@@ -221,7 +241,7 @@ class Warehouse:
 
     def merge(self, table: Table, rows: DataFrame, *, update: bool) -> int:
         """Insert rows whose key is new; with `update`, also replace rows whose key exists. Returns the version after."""
-        target = self.create(table)
+        target = self._to_write(table)
         check_columns(rows, table)
         on = " AND ".join(f"stored.{column} <=> new.{column}" for column in table.key)
         merge = target.alias("stored").merge(rows.alias("new"), on)
@@ -232,7 +252,7 @@ class Warehouse:
 
     def replace(self, table: Table, rows: DataFrame, where: str) -> int:
         """Replace the rows that satisfy `where` (all, if empty) by `rows` in one commit. Returns the version after."""
-        self.create(table)
+        self._to_write(table)
         check_columns(rows, table)
         writer = rows.write.format("delta").mode("overwrite")
         if where:
@@ -241,7 +261,7 @@ class Warehouse:
         return self.version(table)
 
     def append(self, table: Table, rows: DataFrame) -> int:
-        self.create(table)
+        self._to_write(table)
         check_columns(rows, table)
         rows.write.format("delta").mode("append").save(self.path(table))
         return self.version(table)
@@ -310,6 +330,40 @@ def extent(root: str, table: Table) -> tuple[int, int] | None:
     """Rows and version of a table, from its log; None where it is absent."""
     with _without_spark(root, table) as log:
         return None if log is None else (log.count(), log.version())
+
+
+def files_of(root: str, table: Table, version: int, codebook_version: int) -> set[str] | None:
+    """The data files of a version by its log, of `semantic_ids` those of one codebook version; None where its log is gone."""
+    from deltalake.exceptions import DeltaError
+
+    part = f"/codebook_version={codebook_version}/" if table is SEMANTIC_IDS else ""
+    with _without_spark(root, table) as log:
+        try:
+            if log is not None:
+                log.load_as_version(version)
+        except DeltaError:
+            return None
+        return None if log is None else {file for file in log.file_uris() if part in file}
+
+
+def id_hashes(root: str) -> dict[int, set[str]]:
+    """By codebook version the first HASH_DIGITS digits of the hashes that its rows of `semantic_ids` carry.
+
+    From the statistics in the table's log; the rows of a version are read only where a file has none.
+    """
+    found: dict[int, set[str]] = {}
+    with _without_spark(root, SEMANTIC_IDS) as log:
+        if log is None:
+            return found
+        for file in pa.table(log.get_add_actions(flatten=True)).to_pylist():
+            version = int(file["partition.codebook_version"])
+            ends = [file.get(f"{end}.codebook_hash") for end in ("min", "max")]
+            if None in ends:
+                own = pc.field("codebook_version") == version
+                read = log.to_pyarrow_dataset().to_table(columns=["codebook_hash"], filter=own)
+                ends = pc.unique(read["codebook_hash"]).to_pylist()
+            found.setdefault(version, set()).update(end[:HASH_DIGITS] for end in ends)
+    return found
 
 
 @contextmanager

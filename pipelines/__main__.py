@@ -1,4 +1,4 @@
-"""`sid`: the stages, and what is made of them: demo, nightly, promote, rollback, backfill, status, explain, bench.
+"""`sid`: the stages, and what is made of them: demo, nightly, promote, rollback, register, backfill, status, explain, bench.
 
 Exit codes: 0 done or nothing to do · 2 wrong settings · 3 the gate did not pass · 4 wrong data or tables ·
 5 the machine or the warehouse cannot be used, or a fault of the program · 130 stopped by Ctrl-C.
@@ -24,6 +24,7 @@ from jobs.__main__ import (
     Settings,
     WarehouseDir,
     codebook,
+    notice,
     opened,
     resolved,
     start,
@@ -118,10 +119,12 @@ def promote(
     config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None,
 ) -> None:  # fmt: skip
     """Move the champion to a version whose verdict passed, and write the release."""
+    from jobs.champion import current_champion
     from jobs.reports import report
     from pipelines.promote import promote as move
 
     with opened(resolved(config, settings, warehouse, json_file=json_file)) as work:
+        current_champion(work.registry, notice, whole=False)
         model = codebook(work.registry, version)
         verdict = report(work.warehouse.root, model.version)
         if verdict is None:
@@ -140,10 +143,23 @@ def rollback(
     config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None,
 ) -> None:  # fmt: skip
     """Make an earlier release the current one again: its codebook the champion, its tables those that readers follow."""
+    from jobs.champion import own_versions
     from pipelines.promote import rollback as move
 
     with opened(resolved(config, settings, warehouse, json_file=json_file)) as work:
+        own_versions(work.registry)
         tell(move(work.warehouse, work.registry, to), json_file)
+
+
+@app.command()
+def register(
+    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None
+) -> None:
+    """Register the codebooks of this warehouse anew, under their numbers, where the MLflow registry that had them is lost."""
+    from pipelines.register import register as anew
+
+    with opened(resolved(config, settings, warehouse, json_file=json_file)) as work:
+        tell(anew(work.config, work.registry, notice), json_file)
 
 
 @app.command()
@@ -157,6 +173,7 @@ def backfill(
 ) -> None:  # fmt: skip
     """Semantic IDs of a codebook version for a list of items, for what changed since a day, or for all; says first what it will do."""
     from jobs import encode
+    from jobs.champion import agreed_champion, current_champion
     from pipelines.backfill import chosen_items, listed_items, plan
     from pipelines.report import write_json
 
@@ -165,6 +182,10 @@ def backfill(
     settled = resolved(config, settings, warehouse, days=(run_date, since), json_file=json_file)
     listed, day = listed_items(items) if items else None, parse_date(since) if since else None
     with opened(settled, run_date, write=not dry_run) as work:
+        if dry_run:
+            agreed_champion(work.registry)
+        else:
+            current_champion(work.registry, notice)
         model = codebook(work.registry, name)
         chosen = chosen_items(work.warehouse, listed, day)
         planned = plan(work.warehouse, model, chosen)

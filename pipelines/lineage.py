@@ -7,8 +7,17 @@ from typing import Any
 from pyspark.sql import functions as F
 from rich.table import Table as Grid
 
-from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, ROLLED_BACK_TAG, Registry
-from jobs.releases import current_release
+from jobs.champion import agreed_champion
+from jobs.registry import (
+    CANDIDATE,
+    CHAMPION,
+    CODEBOOK_MODEL,
+    CTR_MODEL,
+    ROLLED_BACK_TAG,
+    Registry,
+    RegistryMismatch,
+)
+from jobs.releases import Release, current_release
 from jobs.reports import report
 from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, TABLES, Warehouse, extent
 from pipelines.report import page
@@ -18,15 +27,15 @@ def status_facts(root: str, registry: Registry) -> dict[str, Any]:
     """The state of the warehouse at `root` as flat keys; without Spark, which takes longer to start than all of it."""
     release = current_release(root)
     candidate = registry.resolve(CODEBOOK_MODEL, CANDIDATE)
-    champion = registry.resolve(CODEBOOK_MODEL, CHAMPION)
     ctr = registry.resolve(CTR_MODEL, CANDIDATE)
     newest = report(root, candidate.version) if candidate else None
     facts: dict[str, Any] = {
         "release": release.release_id if release else None,
         "release_status": release.status if release else None,
         "released_at": release.at.strftime("%Y-%m-%dT%H:%M:%S") if release else None,
-        "champion_version": champion.version if champion else None,
-        "codebook_hash": champion.tags["codebook_hash"] if champion else None,
+        "champion_version": release.codebook_version if release else None,
+        "codebook_hash": release.codebook_hash if release else None,
+        "registry": _registry_problem(registry, release),
         "candidate_version": candidate.version if candidate else None,
         "candidate_rolled_back": candidate.tags.get(ROLLED_BACK_TAG) if candidate else None,
         "verdict": None if newest is None else ("passed" if newest.passed else "failed"),
@@ -37,6 +46,19 @@ def status_facts(root: str, registry: Registry) -> dict[str, Any]:
         rows, version = extent(root, table) or (None, None)
         facts |= {f"{table.name}_rows": rows, f"{table.name}_version": version}
     return facts
+
+
+def _registry_problem(registry: Registry, release: Release | None) -> str | None:
+    """What the registry says otherwise than the releases; None where they agree."""
+    try:
+        agreed_champion(registry)
+    except RegistryMismatch as error:
+        return str(error)
+    alias = registry.resolve(CODEBOOK_MODEL, CHAMPION)
+    if release is None or (alias is not None and alias.version == release.codebook_version):
+        return None
+    names = f"names version {alias.version}" if alias else "is missing"
+    return f"alias {CHAMPION} {names}; the next command that writes puts it back to version {release.codebook_version}"
 
 
 def print_status(facts: dict[str, Any]) -> None:
@@ -52,6 +74,8 @@ def print_status(facts: dict[str, Any]) -> None:
         console.print(
             f"Candidate: codebook version {facts['candidate_version']}{left}, verdict {facts['verdict'] or 'none yet'} {'; '.join(facts['reasons'])}"
         )
+    if facts["registry"] is not None:
+        console.print(f"Registry: {facts['registry']}", markup=False)
     grid = Grid(box=None, padding=(0, 2))
     for column, justify in (("table", "left"), ("rows", "right"), ("version", "right")):
         grid.add_column(column, justify=justify)  # type: ignore[arg-type]

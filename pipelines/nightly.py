@@ -1,6 +1,8 @@
 """nightly: the whole order of a night in one Spark session; each step that has nothing to do says so.
 
-load -> encode with the champion -> (fit when due -> encode with the candidate) -> evaluate -> promote -> train
+load -> encode, evaluate and release new items with the champion -> (when due: fit -> encode -> evaluate -> promote) -> train
+
+So a candidate that does not pass keeps no new item from its readers.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Protocol
@@ -16,14 +18,15 @@ from typing import Protocol
 from pyspark.sql import functions as F
 
 from jobs import encode, evaluate, fit, load, train
+from jobs.champion import current_champion
 from jobs.config import Config
 from jobs.encode import EncodeResult
 from jobs.fit import FitResult
 from jobs.load import LoadResult
-from jobs.registry import CHAMPION, CODEBOOK_MODEL, ModelVersion, Registry
-from jobs.releases import ROLLED_BACK, Release, releases
+from jobs.registry import ModelVersion, Registry
+from jobs.releases import ROLLED_BACK, Release, current_release, releases, versions_to_judge
 from jobs.reports import EvaluateResult
-from jobs.tables import SEMANTIC_IDS, Warehouse
+from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
 from jobs.train import TrainResult
 from pipelines.promote import GateFailed, promote
 from tokenizer import Iteration
@@ -64,17 +67,19 @@ def run(
 ) -> None:
     """Carry out the night of `night.run_date`. Call with the writer lock held.
 
-    A verdict that does not pass stops the night after `evaluate`: the champion and the release stay as they are.
+    A verdict that does not pass stops the night before `train`: the champion stays as it is.
     """
+    champion = current_champion(registry, lambda text: reporter.done("champion", text))
     with _timed(night, reporter, "load", config.load.source):
         night.loaded = load.run(config, warehouse, night.run_date)
     reporter.done("load", _load_facts(night.loaded))
 
-    champion = registry.resolve(CODEBOOK_MODEL, CHAMPION)
     if champion is not None:
         night.encoded = _encode(config, warehouse, registry, champion, night, reporter)
     night.refit_because = refit_reason(config, warehouse, champion, night)
     model = champion
+    if champion is not None:
+        _release(config, warehouse, registry, champion, champion, night, pictures, reporter)
     if night.refit_because is not None:
         with _timed(night, reporter, "fit", night.refit_because):
             night.fitted = fit.run(
@@ -87,22 +92,10 @@ def run(
         )
         model = night.fitted.model
         night.encoded = _encode(config, warehouse, registry, model, night, reporter)
+        _release(config, warehouse, registry, model, champion, night, pictures, reporter)
     assert model is not None  # without a champion there is a reason to fit
-
-    with _timed(night, reporter, "evaluate", f"codebook version {model.version}"):
-        night.evaluated = evaluate.run(config, warehouse, registry, model, champion, night.run_date, pictures)
-    verdict = "passed" if night.evaluated.passed else "failed"
-    reporter.done("evaluate", f"RMSE {night.evaluated.metrics['rmse']:.5f}, gate {verdict}" + _idle(night.evaluated))
-
-    try:
-        with _timed(night, reporter, "promote", f"codebook version {model.version}"):
-            night.release = promote(warehouse, registry, model, night.evaluated)
-    except GateFailed as refusal:
-        night.gate_message = str(refusal)
+    if night.gate_message is not None or night.release is None:
         return
-    reporter.done(
-        "promote", f"champion is version {model.version}, release {night.release.release_id}" + _idle(night.release)
-    )
 
     if config.train.interactions:
         with _timed(night, reporter, "train", config.train.interactions):
@@ -149,16 +142,20 @@ def refit_reason(config: Config, warehouse: Warehouse, champion: ModelVersion | 
 
 
 def likelihood_drop(warehouse: Warehouse, champion: ModelVersion, run_date: date) -> float | None:
-    """How far the mean log-likelihood of tonight's rows lies below the others', in the others' standard deviations.
+    """How far the mean log-likelihood of the items that came tonight lies below the others', in the others' standard deviations.
 
-    None where one of the two groups has under 30 rows: a mean of few items says nothing about drift.
+    An item whose vector changed is not new, and one that holds earlier codes has their likelihood, not that of its best ones:
+    neither counts. None where one of the two groups has under 30 rows: a mean of few items says nothing about drift.
     """
-    rows = warehouse.read(SEMANTIC_IDS).where(F.col("codebook_version") == champion.version)
+    first = warehouse.read(ITEM_EMBEDDINGS).select("item_id", "content_hash", F.col("first_seen") == F.col("run_date"))
+    ids = warehouse.read(SEMANTIC_IDS).where(F.col("codebook_version") == champion.version).where("NOT held")
+    rows = ids.join(first.toDF("item_id", "content_hash", "unchanged"), ["item_id", "content_hash"], how="inner")
     tonight = F.col("run_date") == F.lit(run_date)
+    new = tonight & F.col("unchanged")
     found = rows.agg(
-        F.count(F.when(tonight, 1)).alias("new"),
+        F.count(F.when(new, 1)).alias("new"),
         F.count(F.when(~tonight, 1)).alias("old"),
-        F.mean(F.when(tonight, F.col("log_likelihood"))).alias("new_mean"),
+        F.mean(F.when(new, F.col("log_likelihood"))).alias("new_mean"),
         F.mean(F.when(~tonight, F.col("log_likelihood"))).alias("old_mean"),
         F.stddev_pop(F.when(~tonight, F.col("log_likelihood"))).alias("old_std"),
     ).first()
@@ -166,6 +163,34 @@ def likelihood_drop(warehouse: Warehouse, champion: ModelVersion, run_date: date
     if found["new"] < 30 or found["old"] < 30 or not found["old_std"]:
         return None
     return float((found["old_mean"] - found["new_mean"]) / found["old_std"])
+
+
+def _release(
+    config: Config, warehouse: Warehouse, registry: Registry, model: ModelVersion, champion: ModelVersion | None, night: Night,
+    pictures: Path, reporter: Reporter,
+) -> None:  # fmt: skip
+    """Judge the IDs of `model` and, if they pass, make them what readers follow."""
+    night.gate_message = None
+    current = current_release(warehouse.root)
+    before_refit = model is champion and night.refit_because is not None
+    if before_refit and current and versions_to_judge(warehouse, model.version) == current.table_versions:
+        night.release = replace(current, nothing_to_do=True)
+        return
+    with _timed(night, reporter, "evaluate", f"codebook version {model.version}"):
+        night.evaluated = evaluate.run(config, warehouse, registry, model, champion, night.run_date, pictures)
+    verdict = "passed" if night.evaluated.passed else "failed"
+    reporter.done("evaluate", f"RMSE {night.evaluated.metrics['rmse']:.5f}, gate {verdict}" + _idle(night.evaluated))
+    try:
+        with _timed(night, reporter, "promote", f"codebook version {model.version}"):
+            night.release = promote(warehouse, registry, model, night.evaluated)
+    except GateFailed as refusal:
+        night.gate_message = str(refusal)
+        if before_refit:
+            reporter.done("promote", f"nothing released before the refit: {refusal}")
+        return
+    reporter.done(
+        "promote", f"champion is version {model.version}, release {night.release.release_id}" + _idle(night.release)
+    )
 
 
 def _encode(

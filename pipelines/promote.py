@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from urllib.parse import unquote
 
 from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from jobs.champion import check_rows
+from jobs.codebooks import codebook_files
 from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, ROLLED_BACK_TAG, ModelVersion, Registry
-from jobs.releases import PROMOTED, ROLLED_BACK, Release, current_release, releases, write_release
+from jobs.releases import PROMOTED, ROLLED_BACK, Release, current_release, releases, versions_to_judge, write_release
 from jobs.reports import EvaluateResult
 from jobs.row_groups import missing
-from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
+from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Table, Warehouse
 
 
 class GateFailed(RuntimeError):
@@ -56,6 +59,7 @@ def promote(
     Raises:
         GateFailed: the verdict is negative, or the codebook was rolled back.
         PromotionConflict: the champion is not the one the verdict compared with, or a table has changed since.
+        RegistryMismatch, CodebookError: its IDs are another codebook's, or its files are gone or damaged.
     """
     if ROLLED_BACK_TAG in model.tags and not again:
         raise GateFailed(
@@ -67,25 +71,30 @@ def promote(
             f"codebook version {model.version} did not pass the gate: {'; '.join(verdict.reasons)}. The champion stays; "
             "change the data or the fit, or the limits under gate.* if they are wrong for your catalogue"
         )
-    present = {table.name: warehouse.version(table) for table in (ITEM_EMBEDDINGS, SEMANTIC_IDS)}
+    present = versions_to_judge(warehouse, model.version)
     if dict(verdict.table_versions) != present:
         raise PromotionConflict(
             f"the verdict is about table versions {dict(verdict.table_versions)}, the tables are at {present}; "
             "expected no change in between. Run `sid evaluate` again"
         )
     current = current_release(warehouse.root)
-    champion = registry.resolve(CODEBOOK_MODEL, CHAMPION)
-    if current and current.codebook_version == model.version and dict(current.table_versions) == present:
-        if champion is None or champion.version != model.version:
-            registry.set_alias(CODEBOOK_MODEL, CHAMPION, model.version)
+    champion = current.codebook_version if current else None
+    if (
+        current
+        and (champion, current.codebook_hash) == (model.version, model.tags["codebook_hash"])
+        and dict(current.table_versions) == present
+    ):
         return replace(current, nothing_to_do=True)
-    if champion is not None and champion.version not in (model.version, verdict.judged_against):
+    if champion not in (None, model.version, verdict.judged_against):
         raise PromotionConflict(
-            f"the champion is version {champion.version}, the verdict compared with "
-            f"{verdict.judged_against or 'no champion'}; expected the same. Run `sid evaluate` again"
+            f"the champion is version {champion}, the verdict compared with {verdict.judged_against or 'no champion'}; expected the same. "
+            "Run `sid evaluate` again"
         )
+    # Nothing moves to a codebook that cannot be used.
+    check_rows(warehouse.root, model)
+    codebook_files(registry, model)
     registry.set_tag(model, ROLLED_BACK_TAG, None)
-    # Killed between these two writes, the next run finds the alias in place and writes the row.
+    # Killed between these two writes, the next command puts the alias back, and the next night promotes again.
     registry.set_alias(CODEBOOK_MODEL, CHAMPION, model.version)
     return write_release(warehouse, current, model, present, PROMOTED)
 
@@ -97,7 +106,8 @@ def rollback(warehouse: Warehouse, registry: Registry, to: int | None = None) ->
     no ID changes. Call with the writer lock held.
 
     Raises:
-        NoWayBack: there is no such release, or its codebook or its tables are gone.
+        NoWayBack: there is no such release, or its tables are gone, or the registry has not its codebook.
+        RegistryMismatch, CodebookError: the codebook's files are gone or damaged.
     """
     current, target = _way_back(registry, releases(warehouse.root), to)
     model = _intact(warehouse, registry, target)
@@ -162,12 +172,14 @@ def _intact(warehouse: Warehouse, registry: Registry, release: Release) -> Model
     if model is None or model.tags["codebook_hash"] != wanted:
         raise NoWayBack(
             f"release {release.release_id} is of codebook version {version} with hash {wanted[:12]}, the registry has "
-            f"{model.tags['codebook_hash'][:12] if model else 'no such version'}; expected the same. Name another release with --to"
+            f"{model.tags['codebook_hash'][:12] if model else 'no such version'}; expected the same. If the registry was lost, run `sid register`; "
+            "else name another release with --to"
         )
+    codebook_files(registry, model)
     for table in (ITEM_EMBEDDINGS, SEMANTIC_IDS):
         pinned = release.table_versions[table.name]
         try:
-            files = warehouse.files(table, pinned)
+            files = released_files(warehouse, release, table)
         except AnalysisException as error:
             raise NoWayBack(
                 f"{table.name} has no version {pinned} any more ({error.getCondition()}), which release {release.release_id} "
@@ -186,6 +198,13 @@ def _intact(warehouse: Warehouse, registry: Registry, release: Release) -> Model
             f"release {release.release_id} has IDs of hashes {sorted(found)}, its codebook has {wanted}; expected that one alone. {again}"
         )
     return model
+
+
+def released_files(warehouse: Warehouse, release: Release, table: Table) -> list[str]:
+    """The files that readers of a release need: of `semantic_ids` those of its codebook version, as each version has its own."""
+    files = warehouse.files(table, release.table_versions[table.name])
+    own = f"/codebook_version={release.codebook_version}/"
+    return [file for file in files if table is not SEMANTIC_IDS or own in unquote(file)]
 
 
 def _released_ids(warehouse: Warehouse, release: Release) -> DataFrame:

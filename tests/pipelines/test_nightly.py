@@ -171,7 +171,7 @@ def test_a_failed_gate_leaves_champion_and_release(house: House, first: Night) -
 
 def test_a_refit_starts_from_the_champion_and_moves_few_ids(house: House, first: Night) -> None:
     before = house.ids(1)
-    house.write(ITEMS + 60)
+    house.write(ITEMS + 50)
     night = house.night(date(2026, 2, 10), "train.interactions=")
     assert night.evaluated is not None
     assert night.evaluated.passed, night.evaluated.reasons
@@ -179,7 +179,7 @@ def test_a_refit_starts_from_the_champion_and_moves_few_ids(house: House, first:
     release = current_release(house.warehouse.root)
     assert release is not None
     after = house.ids(release.codebook_version)
-    assert len(after) == ITEMS + 60
+    assert len(after) == ITEMS + 50
     assert len({row["semantic_id"] for row in after.values()}) == len(after)
     kept = [item for item in before if after[item]["codes"] == before[item]["codes"] and item != "7"]
     assert all(after[item]["suffix"] == before[item]["suffix"] for item in kept)
@@ -187,7 +187,7 @@ def test_a_refit_starts_from_the_champion_and_moves_few_ids(house: House, first:
 
 
 def test_fewer_items_than_components_is_a_sentence(house: House, first: Night) -> None:
-    with pytest.raises(ConfigError, match=r"has 460 items and fit\.components is 1000"):
+    with pytest.raises(ConfigError, match=r"has 450 items and fit\.components is 1000"):
         house.night(date(2026, 2, 11), "fit.components=1000")
 
 

@@ -25,10 +25,12 @@ from pipelines.promote import GateFailed, NoWayBack, Rollback, promote, rollback
 
 @pytest.fixture(scope="module")
 def before(house: House, first: Night) -> list[Release]:
-    """The releases before the rollback, the newest first; of two codebooks."""
+    """The releases before the rollback, the newest first; of two codebooks, and ten items that only the second one has."""
     if len({release.codebook_version for release in releases(house.warehouse.root)}) == 1:
-        house.write(ITEMS + 60)
+        house.write(ITEMS + 50)
         house.night(date(2026, 2, 10), "train.interactions=")
+    house.write(ITEMS + 60)
+    house.night(date(2026, 2, 12), "train.interactions=")
     return releases(house.warehouse.root)
 
 
@@ -89,8 +91,7 @@ def test_a_rollback_releases_the_old_codebook_with_its_tables(
         False,
     )
     assert champion(house) == old.codebook_version
-    then = house.warehouse.read(ITEM_EMBEDDINGS, old.table_versions[ITEM_EMBEDDINGS.name]).count()
-    assert done.items_without_id == house.warehouse.read(ITEM_EMBEDDINGS).count() - then > 0
+    assert done.items_without_id == 10
 
 
 def test_a_rollback_again_does_nothing(house: House, old: Release, done: Rollback) -> None:

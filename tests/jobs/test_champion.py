@@ -1,0 +1,197 @@
+"""Who is champion by the releases, and what is said where the registry, the rows or the alias say otherwise. Without Spark."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ledger import opened, release, silent, write_ids
+
+from jobs.champion import current_champion
+from jobs.config import ConfigError, load_config
+from jobs.registry import (
+    CHAMPION,
+    CODEBOOK_MODEL,
+    ROLLED_BACK_TAG,
+    WAREHOUSE_TAG,
+    ModelVersion,
+    Registry,
+    RegistryMismatch,
+    register_lost,
+    warehouse_id,
+)
+from jobs.releases import PROMOTED, ROLLED_BACK
+from jobs.tables import id_hashes
+
+A, B, C = "a" * 64, "b" * 64, "c" * 64
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return opened(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow puts the artefacts of a store that says no place for them into the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def add(registry: Registry, codebook_hash: str) -> ModelVersion:
+    """A version with its facts; nothing here looks at its files."""
+    with registry.run("fit", load_config(), {}):
+        return register_lost(registry, CODEBOOK_MODEL, {"codebook_hash": codebook_hash})
+
+
+def champion(registry: Registry, said: list[str] | None = None) -> int | None:
+    model = current_champion(registry, silent if said is None else said.append, whole=False)
+    return model.version if model else None
+
+
+def test_hashes_of_rows_by_version(registry: Registry) -> None:
+    assert id_hashes(registry.root) == {}
+    write_ids(registry, (1, A), (1, A), (2, B))
+    write_ids(registry, (1, C))
+    assert id_hashes(registry.root) == {1: {A[:32], C[:32]}, 2: {B[:32]}}
+
+
+def test_no_statistics_in_the_log_no_difference(registry: Registry) -> None:
+    write_ids(registry, (1, A), (1, C), (2, B))
+    log = Path(registry.root, "semantic_ids", "_delta_log", "00000000000000000000.json")
+    actions = [json.loads(line) for line in log.read_text().splitlines()]
+    for action in actions:
+        action.get("add", {}).pop("stats", None)
+    log.write_text("\n".join(json.dumps(action) for action in actions))
+    assert id_hashes(registry.root) == {1: {A[:32], C[:32]}, 2: {B[:32]}}
+
+
+def test_before_the_first_release_there_is_none(registry: Registry) -> None:
+    assert champion(registry) is None
+    add(registry, A)
+    write_ids(registry, (1, A))
+    assert champion(registry) is None
+    registry.set_alias(CODEBOOK_MODEL, CHAMPION, 1)  # a first promotion, killed before its release was written
+    assert champion(registry) == 1
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [(None, "was missing"), (2, "named version 2"), (1, None)],
+    ids=["removed", "moved", "as it should be"],
+)
+def test_the_alias_follows_the_release(registry: Registry, named: int | None, said: str | None) -> None:
+    add(registry, A)
+    add(registry, B)
+    release(registry, (1, A, PROMOTED))
+    write_ids(registry, (1, A), (2, B))
+    if named is not None:
+        registry.set_alias(CODEBOOK_MODEL, CHAMPION, named)
+    told: list[str] = []
+    assert champion(registry, told) == 1
+    alias = registry.resolve(CODEBOOK_MODEL, CHAMPION)
+    assert alias is not None
+    assert alias.version == 1
+    assert told == ([] if said is None else [f"alias champion {said}; put back to version 1, which the current release is of"])  # fmt: skip
+    assert champion(registry, told) == 1
+    assert len(told) == (said is not None)
+
+
+def test_a_lost_registry_is_a_sentence_before_and_after_the_first_release(registry: Registry) -> None:
+    write_ids(registry, (1, A))
+    with pytest.raises(RegistryMismatch, match=r"has IDs of codebook versions \[1\].*no codebook.*sid register"):
+        champion(registry)
+    release(registry, (1, A, PROMOTED))
+    with pytest.raises(RegistryMismatch, match=r"release 1 is of codebook version 1 with hash aaaaaaaaaaaa, .*sid register"):  # fmt: skip
+        champion(registry)
+    assert registry.versions(CODEBOOK_MODEL) == {}
+
+
+def test_another_codebook_under_the_number_is_a_sentence(registry: Registry) -> None:
+    add(registry, B)
+    release(registry, (1, A, PROMOTED))
+    write_ids(registry, (1, A))
+    with pytest.raises(RegistryMismatch, match=r"hash aaaaaaaaaaaa, the registry's version 1 has hash bbbbbbbbbbbb; .*sid register"):  # fmt: skip
+        champion(registry)
+    assert registry.resolve(CODEBOOK_MODEL, CHAMPION) is None
+
+
+def test_rows_of_another_codebook_are_a_sentence(registry: Registry) -> None:
+    add(registry, B)
+    release(registry, (1, B, PROMOTED))
+    write_ids(registry, (1, A))
+    with pytest.raises(RegistryMismatch, match=r"version 1 carry hash aaaaaaaaaaaa, .* is bbbbbbbbbbbb; .*sid rollback --to"):  # fmt: skip
+        champion(registry)
+
+
+def test_what_was_rolled_back_follows_from_the_releases(registry: Registry) -> None:
+    for name in (A, B, C):
+        add(registry, name)
+    release(registry, (1, A, PROMOTED), (2, B, PROMOTED), (3, C, PROMOTED), (2, B, ROLLED_BACK), (1, A, ROLLED_BACK), (2, B, PROMOTED))  # fmt: skip
+    told: list[str] = []
+    assert champion(registry, told) == 2
+    tags = {n: model.tags.get(ROLLED_BACK_TAG) for n, model in registry.versions(CODEBOOK_MODEL).items()}
+    assert tags == {1: None, 2: None, 3: "from release 3"}
+    registry.set_tag(
+        registry.versions(CODEBOOK_MODEL)[2], ROLLED_BACK_TAG, "from release 6"
+    )  # a rollback that was killed
+    assert champion(registry) == 2
+    assert ROLLED_BACK_TAG not in registry.versions(CODEBOOK_MODEL)[2].tags
+
+
+def test_a_name_on_a_shared_server_is_one_warehouse_s(tmp_path: Path) -> None:
+    shared = f"mlflow.tracking_uri=sqlite:///{tmp_path}/shared.db"
+    first, second = opened(tmp_path / "first", shared), opened(tmp_path / "second", shared)
+    assert champion(first) is None
+    add(first, A)
+    registry_of_none = r"semantic-id-codebook version 1 .* belongs to warehouse {}, this warehouse is {}; .*--set mlflow\.catalogue=NAME"  # fmt: skip
+    ids = [warehouse_id(registry.root) for registry in (first, second)]
+    assert ids[0] != ids[1]
+    with pytest.raises(RegistryMismatch, match=registry_of_none.format(*ids)):
+        champion(second)
+    assert champion(first) is None
+
+    named = opened(tmp_path / "second", shared, "mlflow.catalogue=shoes")
+    assert champion(named) is None
+    assert (add(named, B).name, add(named, C).version) == ("semantic-id-codebook-shoes", 2)
+    assert {n: model.tags[WAREHOUSE_TAG] for n, model in named.versions(CODEBOOK_MODEL).items()} == {1: ids[1], 2: ids[1]}  # fmt: skip
+    assert list(first.versions(CODEBOOK_MODEL)) == [1]
+    third = opened(tmp_path / "third", shared, "mlflow.catalogue=shoes")
+    with pytest.raises(RegistryMismatch, match=r"\(mlflow\.catalogue is 'shoes'\)"):
+        champion(third)
+
+
+@pytest.mark.parametrize("model", ["semantic-id-codebook", "dmqn-ctr"])
+def test_untagged_versions_are_ours_where_our_tables_know_their_hash(tmp_path: Path, model: str) -> None:
+    registry = opened(tmp_path, f"mlflow.tracking_uri=sqlite:///{tmp_path}/shared.db")
+    with registry.run("fit", load_config(), {}):
+        found = register_lost(registry, model, {"codebook_hash": A})
+    registry.client.delete_model_version_tag(found.name, "1", WAREHOUSE_TAG)
+    with pytest.raises(RegistryMismatch, match=r"belongs to warehouse unknown .*set its tag warehouse_id="):
+        champion(registry)
+    write_ids(registry, (1, A))
+    if model == CODEBOOK_MODEL:
+        assert champion(registry) is None
+    release(registry, (1, A, PROMOTED))
+    if model == CODEBOOK_MODEL:
+        assert champion(registry) == 1
+
+
+def test_the_default_store_is_one_warehouse_s_whatever_the_tags(registry: Registry) -> None:
+    """A copy of a warehouse, or one from before versions had tags; its names stay as they are."""
+    add(registry, A)
+    registry.client.set_model_version_tag(CODEBOOK_MODEL, "1", WAREHOUSE_TAG, "another")
+    assert champion(registry) is None
+    assert opened(Path(registry.root), "mlflow.catalogue=shoes").name(CODEBOOK_MODEL) == "semantic-id-codebook"
+
+
+def test_a_warehouse_has_one_id(tmp_path: Path) -> None:
+    made = warehouse_id(str(tmp_path))
+    assert len(made) == 32
+    assert warehouse_id(str(tmp_path)) == warehouse_id(tmp_path.as_uri()) == made
+    assert json.loads((tmp_path / "warehouse.json").read_text()) == {"id": made, "format": 1}
+
+
+def test_a_catalogue_is_a_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"mlflow\.catalogue"):
+        load_config(overrides=["mlflow.catalogue=a/b"])

@@ -1,0 +1,126 @@
+"""Codebooks in the warehouse: whole or not there, verified by hash, copied in from a registry that has them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from data import topics
+from ledger import opened
+
+from jobs.codebooks import check_recipe, codebook_files, keep, load_files, note_version, noted_versions, stored_files
+from jobs.config import load_config
+from jobs.registry import CODEBOOK_MODEL, ModelVersion, Registry, RegistryMismatch, register
+from jobs.tables import SchemaError
+from tokenizer import CodebookError, fit_rqgmm, save_codebook
+
+RECIPE = {
+    "item_id": "item_id", "dims": {"text": 6}, "weights": {"text": 1.0}, "normalize": True, "dtype": "float32",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A codebook's folder and hash."""
+    folder = tmp_path_factory.mktemp("fitted") / "codebook"
+    rqgmm = fit_rqgmm(torch.from_numpy(topics(60, 6)), levels=2, components=4, seed=0).rqgmm
+    return folder, save_codebook(folder, rqgmm, {"fusion": RECIPE})
+
+
+def model(codebook_hash: str, version: int = 1, **tags: str) -> ModelVersion:
+    return ModelVersion("m", version, "", {"codebook_hash": codebook_hash, **tags})
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("as_uri", [False, True], ids=["folder", "uri"])
+def test_a_kept_codebook_is_read_as_it_was(tmp_path: Path, fitted: tuple[Path, str], as_uri: bool) -> None:
+    folder, name = fitted
+    root = tmp_path.as_uri() if as_uri else str(tmp_path)
+    keep(root, folder, name)
+    files = stored_files(root, name)
+    assert files is not None
+    assert files == {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert load_files(files, name).hash == name
+    assert sorted(path.name for path in (tmp_path / "codebooks" / name).iterdir()) == ["codebook.safetensors", "manifest.json"]  # fmt: skip
+
+
+def test_without_its_manifest_a_folder_does_not_count(tmp_path: Path, fitted: tuple[Path, str]) -> None:
+    """As a kill between the two files leaves it."""
+    folder, name = fitted
+    keep(str(tmp_path), folder, name)
+    (tmp_path / "codebooks" / name / "manifest.json").unlink()
+    assert stored_files(str(tmp_path), name) is None
+    keep(str(tmp_path), folder, name)
+    assert stored_files(str(tmp_path), name) is not None
+
+
+@pytest.mark.parametrize("file", ["codebook.safetensors", "manifest.json"])
+def test_a_damaged_codebook_is_a_sentence(tmp_path: Path, fitted: tuple[Path, str], file: str) -> None:
+    folder, name = fitted
+    keep(str(tmp_path), folder, name)
+    flip(tmp_path / "codebooks" / name / "codebook.safetensors")
+    if file == "manifest.json":
+        (tmp_path / "codebooks" / name / file).write_text("{")
+    files = stored_files(str(tmp_path), name)
+    assert files is not None
+    with pytest.raises(CodebookError, match=f"^codebooks/{name} in the warehouse cannot be used: .*from a backup"):
+        load_files(files, name)
+    keep(str(tmp_path), folder, name)  # a fit that ends in the same codebook writes it whole again
+    files = stored_files(str(tmp_path), name)
+    assert files is not None
+    assert load_files(files, name).hash == name
+
+
+def test_what_a_version_was_registered_with_is_written_down_once(tmp_path: Path, fitted: tuple[Path, str]) -> None:
+    folder, name = fitted
+    keep(str(tmp_path), folder, name)
+    note_version(str(tmp_path), model(name, fit_key="k", rolled_back="from release 2", warehouse_id="w"))
+    note_version(str(tmp_path), model(name, version=3, fit_key="other"))
+    note_version(str(tmp_path), model(name, fit_key="later"))
+    assert noted_versions(str(tmp_path)) == [
+        (1, {"codebook_hash": name, "fit_key": "k"}),
+        (3, {"codebook_hash": name, "fit_key": "other"}),
+    ]
+    (tmp_path / "codebooks" / name / "versions.json").write_text("{")
+    with pytest.raises(CodebookError, match=r"versions\.json in codebooks/.* is damaged"):
+        noted_versions(str(tmp_path))
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
+    """On a shared store, under a name of its own."""
+    monkeypatch.chdir(tmp_path)  # where MLflow puts artefacts of a store that says no other place
+    return opened(tmp_path, f"mlflow.tracking_uri=sqlite:///{tmp_path}/shared.db", "mlflow.catalogue=shoes")
+
+
+def test_a_warehouse_from_before_gets_its_codebook_from_the_registry(
+    registry: Registry, fitted: tuple[Path, str]
+) -> None:
+    folder, name = fitted
+    code = Path(check_recipe.__code__.co_filename).with_name("codebook_model.py")
+    with registry.run("fit", load_config(), {}):
+        registered = register(registry, CODEBOOK_MODEL, code, folder, {"codebook_hash": name, "shape": "2x4x6"})
+    assert registered.name == "semantic-id-codebook-shoes"
+    assert stored_files(registry.root, name) is None
+    assert load_files(codebook_files(registry, registered), name).hash == name
+    assert stored_files(registry.root, name) is not None
+    assert noted_versions(registry.root) == [(1, {"codebook_hash": name, "shape": "2x4x6"})]
+    gone = ModelVersion(registered.name, 9, "", {"codebook_hash": "f" * 64})
+    with pytest.raises(RegistryMismatch, match="codebook version 9 has its files neither in codebooks/ffff"):
+        codebook_files(registry, gone)
+
+
+def test_a_codebook_is_for_the_recipe_it_was_fitted_on() -> None:
+    fitted_on = {"fusion": RECIPE}
+    check_recipe(fitted_on, model("a"), json.dumps(RECIPE))
+    check_recipe(fitted_on, model("a"), json.dumps({**RECIPE, "item_id": "id", "dtype": "float16"}))
+    for other in ({"dims": {"text": 8}}, {"weights": {"text": 2.0}}, {"normalize": False}, {"dims": {"image": 6}}):
+        with pytest.raises(SchemaError, match=r"codebook version 1 \(hash a\) was fitted on vectors of the recipe"):
+            check_recipe(fitted_on, model("a"), json.dumps({**RECIPE, **other}))
