@@ -18,8 +18,7 @@ import typer
 from benchmarks.fit import clustered, side_by_side
 from benchmarks.opponents import faiss_kernels
 from tokenizer import RQGMM, DiagonalGMM, fit_rqgmm
-from tokenizer.gmm import product
-from tokenizer.rqgmm import encode_block
+from tokenizer.kernels import linear, pieces
 
 REPEATS = 24
 
@@ -49,16 +48,16 @@ def encode(
     quantizer.train(x[:20_000].numpy())
     matrix = np.ascontiguousarray(x.numpy())
 
-    size, means = encode_block(x, components), rqgmm.levels[0].means
-    slopes, out = means.T.contiguous(), torch.empty(size, components)
+    blocks, means = pieces(x, components), rqgmm.levels[0].means
+    slopes, out = means.T.contiguous(), torch.empty(len(blocks[0]), components)
 
     def products(one: Callable[[torch.Tensor], object], count: int) -> None:
-        for block in x.split(size):
+        for block in blocks:
             for _ in range(levels * count):
                 one(block)
 
     def onednn(block: torch.Tensor) -> torch.Tensor:
-        return product(block, means)
+        return linear(block, means)
 
     def blas(block: torch.Tensor) -> torch.Tensor:
         return torch.mm(block, slopes, out=out[: len(block)])

@@ -12,8 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial, reduce
-from operator import add
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -27,8 +26,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from benchmarks.opponents import faiss_kernels, rq_gmm, rq_kmeans
-from tokenizer import FIT_BLOCK, DiagonalGMM, GMMStatistics, e_step, fit_rqgmm, m_step
-from tokenizer.gmm import Scratch, annealing_step, by_threads, isotropic, map_means
+from tokenizer import DiagonalGMM, e_step, fit_rqgmm, m_step
+from tokenizer.annealing import ANNEALING_TRUNCATION
+from tokenizer.data import Residuals, Rows
+from tokenizer.gmm import hard_e_step, spherical_gmm, update_means
 
 ITERATIONS = 10
 REPEATS = 3
@@ -96,9 +97,9 @@ class Annealing:
 
     def __init__(self, x: torch.Tensor, components: int) -> None:
         trace = fit_rqgmm(x, levels=1, components=components, seed=0).trace
-        self.x, self.scratch = x, Scratch()
         self.temperatures = [step.temperature for step in trace if step.temperature > 0]
-        first = e_step(isotropic(x[:components].clone(), 1.0), x, hard=True, second_moments=False)
+        self.rows, self.components = rows_of(x, components), components
+        first = hard_e_step(spherical_gmm(x[:components].clone(), 1.0), x)
         centre = x.mean(0)
         self.variance = float(first.squared_error) / x.numel()
         self.start = centre + 0.25 * (x[:components] - centre)
@@ -106,8 +107,9 @@ class Annealing:
     def run(self) -> None:
         means = self.start
         for temperature in self.temperatures:
-            step = partial(annealing_step, isotropic(means, temperature * self.variance), scratch=self.scratch)
-            means = map_means(sum_of_blocks(self.x, step), means, prior=1.0).float()
+            gmm = spherical_gmm(means, temperature * self.variance)
+            step = partial(e_step, gmm, second_moments=False, truncation=ANNEALING_TRUNCATION)
+            means = update_means(self.rows.sum(step, self.components), means, prior_rows=1.0).float()
 
 
 class EM:
@@ -115,22 +117,21 @@ class EM:
 
     def __init__(self, x: torch.Tensor, components: int) -> None:
         first = sklearn_em(x.numpy(), components, 1)
-        self.x, self.scratch = x, Scratch()
+        self.rows = rows_of(x, components)
         self.start = DiagonalGMM(
-            *(torch.from_numpy(found).float() for found in (first.weights_, first.means_, first.covariances_))
+            *(torch.from_numpy(values).float() for values in (first.weights_, first.means_, first.covariances_))
         )
 
     def run(self) -> None:
         gmm = self.start
         for _ in range(ITERATIONS):
-            sums = sum_of_blocks(self.x, partial(e_step, gmm, scratch=self.scratch))
-            gmm = m_step(sums, gmm, shrinkage=0.0, fitted_weights=True, floor=1e-9)
+            stats = self.rows.sum(partial(e_step, gmm), gmm.components)
+            gmm = m_step(stats, gmm, shrinkage=0.0, fitted_weights=True, floor=1e-9)
 
 
-def sum_of_blocks(x: torch.Tensor, step: Callable[[torch.Tensor], GMMStatistics]) -> GMMStatistics:
-    """As a fit adds them."""
-    blocks = x.split(FIT_BLOCK)
-    return reduce(add, by_threads(step, blocks, len(blocks), x.device))
+def rows_of(x: torch.Tensor, components: int) -> Residuals:
+    """As a fit passes over them."""
+    return Residuals(Rows(x, components, x.device), beam=1)
 
 
 MEMORY = """
@@ -158,10 +159,10 @@ def memory(rows: int, folder: Path) -> tuple[float, float]:
         for start in range(0, rows, 50_000):
             part = clustered(min(50_000, rows - start), 128, seed=start).numpy()
             writer.write_table(pa.table({"embedding": [row.tobytes() for row in part]}, schema), row_group_size=16_384)
-    told = subprocess.run(
+    finished = subprocess.run(
         [sys.executable, "-c", MEMORY, path.resolve().as_uri()], capture_output=True, text=True, check=True
     )
-    before, after = map(float, told.stdout.split())
+    before, after = map(float, finished.stdout.split())
     path.unlink()
     return before, after
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from benchmarks.fit import side_by_side
 from jobs.config import ConfigError
 from tokenizer import FIT_BLOCK, RQGMM
-from tokenizer.gmm import annealing_step, isotropic, product
-from tokenizer.rqgmm import encode_block
+from tokenizer.annealing import ANNEALING_TRUNCATION
+from tokenizer.gmm import DiagonalGMM, GMMStatistics, e_step, spherical_gmm
+from tokenizer.kernels import linear, pieces
 
 REPEATS = 5
 
@@ -38,29 +39,30 @@ def gpu(
         )
     where = torch.device(device)
     x = torch.cat([_unit(min(65_536, rows - start), dim, where, start) for start in range(0, rows, 65_536)])
-    found = []
+    figures_by_components = []
     for k in components or [128, 1024, 8192]:
-        found.append(measured(x, levels, k))
-        typer.echo("  ".join(f"{name} {value:.4g}" for name, value in found[-1].items()))
+        measures = measured(x, levels, k)
+        figures_by_components.append(measures)
+        typer.echo("  ".join(f"{name} {value:.4g}" for name, value in measures.items()))
     name = torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"
-    figures = {"device": name, "rows": rows, "dim": dim, "levels": levels, "figures": found}
+    figures = {"device": name, "rows": rows, "dim": dim, "levels": levels, "figures": figures_by_components}
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 def measured(x: Tensor, levels: int, k: int) -> dict[str, float]:
     variance = float(x.square().mean())
-    gmm = isotropic(x[:k].clone(), variance)
-    rqgmm = RQGMM(tuple(isotropic(x[n * k : (n + 1) * k] / 2**n, variance) for n in range(levels)))
+    gmm = spherical_gmm(x[:k].clone(), variance)
+    rqgmm = RQGMM(tuple(spherical_gmm(x[n * k : (n + 1) * k] / 2**n, variance) for n in range(levels)))
     slopes = torch.cat([level.means for level in rqgmm.levels])  # (levels K, D)
     resp = torch.rand(FIT_BLOCK, k, device=x.device)
     works: dict[str, Callable[[], object]] = {
         "annealing": lambda: [annealing_step(gmm, block) for block in x.split(FIT_BLOCK)],
         "annealing_products": lambda: [
-            (product(b, gmm.means), product(resp[: len(b)].T, b.T)) for b in x.split(FIT_BLOCK)
+            (linear(b, gmm.means), linear(resp[: len(b)].T, b.T)) for b in x.split(FIT_BLOCK)
         ],
         "encode": lambda: rqgmm.encode(x),
-        "encode_products": lambda: [product(block, slopes) for block in x.split(encode_block(x, k))],
+        "encode_products": lambda: [linear(block, slopes) for block in pieces(x, k)],
     }
     seconds = side_by_side({name: _finished(x.device, work) for name, work in works.items()}, REPEATS)
     return {
@@ -70,6 +72,10 @@ def measured(x: Tensor, levels: int, k: int) -> dict[str, float]:
         "annealing_seconds": seconds["annealing"],
         "encode_rows_per_second": len(x) / seconds["encode"],
     }
+
+
+def annealing_step(gmm: DiagonalGMM, x: Tensor) -> GMMStatistics:
+    return e_step(gmm, x, second_moments=False, truncation=ANNEALING_TRUNCATION)
 
 
 def _unit(rows: int, dim: int, device: torch.device, seed: int) -> Tensor:

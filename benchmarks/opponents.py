@@ -27,8 +27,8 @@ class Fitted:
 
 def faiss_kernels() -> str:
     """The processor whose kernels faiss's BLAS uses, by its own name."""
-    loaded = (found for found in threadpool_info() if "faiss" in found["filepath"])
-    return next((str(found["architecture"]) for found in loaded if "architecture" in found), "unknown")
+    libraries = (library for library in threadpool_info() if "faiss" in library["filepath"])
+    return next((str(library["architecture"]) for library in libraries if "architecture" in library), "unknown")
 
 
 def rq_gmm(x: Tensor, levels: int, components: int, seed: int) -> Fitted:
@@ -77,23 +77,23 @@ def rq_kmeans_pp(x: Tensor, levels: int, components: int, seed: int) -> Fitted:
 
 def _residual_kmeans(x: Tensor, levels: int, centres: Callable[[np.ndarray, int], np.ndarray]) -> Fitted:
     residual = np.ascontiguousarray(x.numpy(), np.float32).copy()
-    found = []
+    codebooks = []
     for level in range(levels):
         means = np.ascontiguousarray(centres(residual, level))
         residual -= means[_nearest(means, residual)]
-        found.append(means)
+        codebooks.append(means)
 
     def encode(rows: Tensor) -> Tensor:
         residual = np.ascontiguousarray(rows.numpy(), np.float32).copy()
         codes = []
-        for means in found:
+        for means in codebooks:
             codes.append(_nearest(means, residual))
             residual -= means[codes[-1]]
         return torch.tensor(np.stack(codes, axis=1), dtype=torch.int32)
 
     return Fitted(
         encode,
-        lambda codes, _: sum((torch.tensor(m)[codes[:, n].long()] for n, m in enumerate(found)), torch.zeros(())),
+        lambda codes, _: sum((torch.tensor(m)[codes[:, n].long()] for n, m in enumerate(codebooks)), torch.zeros(())),
     )
 
 
@@ -135,7 +135,7 @@ def prq_kmeans(x: Tensor, levels: int, components: int, seed: int, top: int = 3,
     Its reconstruction keeps one scalar per level and row beside the codes, so its RMSE is not of codes alone.
     """
     centre = x.mean(0)
-    found: list[Tensor] = []
+    codebooks: list[Tensor] = []
     residual = x - centre
     generator = torch.Generator().manual_seed(seed)
     for _ in range(levels):
@@ -145,23 +145,23 @@ def prq_kmeans(x: Tensor, levels: int, components: int, seed: int, top: int = 3,
             weight = (-near.square() / near.square().mean()).softmax(dim=1)
             total = torch.zeros(components).index_add_(0, index.flatten(), weight.flatten())
             sums = torch.zeros_like(means)
-            for place in range(index.shape[1]):
-                sums.index_add_(0, index[:, place], weight[:, place, None] * residual)
+            for rank in range(index.shape[1]):
+                sums.index_add_(0, index[:, rank], weight[:, rank, None] * residual)
             means = torch.where(total[:, None] > 1e-6, sums / total.clamp_min(1e-6)[:, None], means)
-        found.append(means)
+        codebooks.append(means)
         chosen = means[torch.cdist(residual, means).argmin(1)]
         residual = residual - _projection(residual, chosen)
 
     def encode(rows: Tensor) -> Tensor:
         residual, codes = rows - centre, []
-        for means in found:
+        for means in codebooks:
             codes.append(torch.cdist(residual, means).argmin(1))
             residual = residual - _projection(residual, means[codes[-1]])
         return torch.stack(codes, dim=1).int()
 
     def decode(codes: Tensor, rows: Tensor) -> Tensor:
         residual = rows - centre
-        for level, means in enumerate(found):
+        for level, means in enumerate(codebooks):
             residual = residual - _projection(residual, means[codes[:, level].long()])
         return rows - residual
 

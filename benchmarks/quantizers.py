@@ -132,17 +132,15 @@ def draw(rows: Sequence[Row], names: Sequence[str], title: str, file: Path) -> N
 
     figure = Figure(figsize=(10, 0.5 * len(names) + 2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for place, name in enumerate(reversed(names)):
+    for row, name in enumerate(reversed(names)):
         for part, colour, marker in (("train", "tab:blue", "o"), ("held-out", "tab:orange", "s")):
-            values = [row.rmse for row in rows if row.quantizer == name and row.split == part]
-            left.plot(
-                values, [place] * len(values), marker, color=colour, alpha=0.7, label=part if place == 0 else None
-            )
+            values = [measured.rmse for measured in rows if measured.quantizer == name and measured.split == part]
+            left.plot(values, [row] * len(values), marker, color=colour, alpha=0.7, label=part if row == 0 else None)
         train = mean(rows, name, "train")
         assert train is not None
-        right.plot(train.perplexity, [place] * len(train.perplexity), "-", color="lightgrey", zorder=0)
+        right.plot(train.perplexity, [row] * len(train.perplexity), "-", color="lightgrey", zorder=0)
         for level, value in enumerate(train.perplexity):
-            right.plot(value, place, marker=f"${level + 1}$", color="tab:blue", markersize=8)
+            right.plot(value, row, marker=f"${level + 1}$", color="tab:blue", markersize=8)
     left.set_yticks(range(len(names)), list(reversed(names)))
     left.set_xlabel("RMSE per element, one mark per seed")
     left.legend()

@@ -21,13 +21,13 @@ FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglo
 
 
 def imported(path: Path) -> set[str]:
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
-    return found
+            names.add(node.module.split(".")[0])
+    return names
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -40,6 +40,24 @@ def test_imports_follow_the_arrows(path: Path) -> None:
         assert "environ" not in path.read_text()
 
 
+def test_one_file_of_the_library_knows_processes_and_one_knows_speed() -> None:
+    """torch.distributed in collectives, thread pools and oneDNN in kernels, nowhere else."""
+    texts = {path.name: path.read_text() for path in sorted((ROOT / "tokenizer").glob("*.py"))}
+    for word, home in (
+        ("distributed as dist", "collectives.py"),
+        ("ThreadPoolExecutor", "kernels.py"),
+        ("mkldnn", "kernels.py"),
+    ):
+        assert [name for name, text in texts.items() if word in text] == [home]
+    for name, text in texts.items():
+        imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import | ast.ImportFrom)]
+        modules = {getattr(node, "module", None) for node in imports} | {
+            alias.name for node in imports for alias in node.names
+        }
+        assert name == "collectives.py" or not any(str(module).startswith("torch.distributed") for module in modules)
+        assert text.count("\n") <= 400
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_has_the_name_of_a_standard_module(path: Path) -> None:
     assert path.stem.startswith("__") or path.stem not in sys.stdlib_module_names
@@ -47,8 +65,8 @@ def test_no_file_has_the_name_of_a_standard_module(path: Path) -> None:
 
 def test_the_steps_load_neither_torch_nor_spark() -> None:
     code = "import sys, pipelines.steps; print({'torch', 'pyspark', 'mlflow'} & set(sys.modules))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert told.stdout.strip() == "set()"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert finished.stdout.strip() == "set()"
 
 
 def test_the_steps_need_what_others_write() -> None:

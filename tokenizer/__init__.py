@@ -1,15 +1,26 @@
-"""Semantic IDs from embeddings: residual-quantized Gaussian mixtures (arXiv 2602.12593). Tensors in, tensors out."""
+"""Semantic IDs from embeddings: residual-quantized Gaussian mixtures (arXiv 2602.12593). Tensors in, tensors out.
 
-from tokenizer.codebook import Codebook, content_hash, load_codebook, save_codebook
+In a notebook: `Fusion`, `fit` and `load`, the latter under the name load_codebook too.
+"""
+
+from tokenizer.annealing import Method
+from tokenizer.codebook import Codebook, SemanticIds, content_hash, fit, load_codebook, save_codebook
+from tokenizer.data import FIT_BLOCK
 from tokenizer.errors import CodebookError, DataError, LostWorker, TokenizerError
+from tokenizer.fitting import RQGMMFit, fit_rqgmm
+from tokenizer.fusion import Fusion
 from tokenizer.gate import Thresholds, Verdict, check_gate
 from tokenizer.gmm import DiagonalGMM, GMMStatistics, e_step, m_step
+from tokenizer.iterations import Iteration
 from tokenizer.quality import LevelUsage, Quality, level_usage, measure_quality, neighbour_recall
-from tokenizer.rqgmm import FIT_BLOCK, RQGMM, Assignment, Iteration, RQGMMFit, fit_rqgmm
-from tokenizer.semantic_id import parse, text_of, tokens
+from tokenizer.rqgmm import RQGMM, Assignment
+from tokenizer.semantic_id import item_tokens, parse, text_of, tokens
+
+load = load_codebook
 
 __all__ = [
-    "FIT_BLOCK", "RQGMM", "Assignment", "Codebook", "CodebookError", "DataError", "DiagonalGMM", "GMMStatistics", "Iteration", "LevelUsage",
-    "LostWorker", "Quality", "RQGMMFit", "Thresholds", "TokenizerError", "Verdict", "check_gate", "content_hash", "e_step", "fit_rqgmm",
-    "level_usage", "load_codebook", "m_step", "measure_quality", "neighbour_recall", "parse", "save_codebook", "text_of", "tokens",
+    "FIT_BLOCK", "RQGMM", "Assignment", "Codebook", "CodebookError", "DataError", "DiagonalGMM", "Fusion", "GMMStatistics",
+    "Iteration", "LevelUsage", "LostWorker", "Method", "Quality", "RQGMMFit", "SemanticIds", "Thresholds", "TokenizerError",
+    "Verdict", "check_gate", "content_hash", "e_step", "fit", "fit_rqgmm", "item_tokens", "level_usage", "load",
+    "load_codebook", "m_step", "measure_quality", "neighbour_recall", "parse", "save_codebook", "text_of", "tokens",
 ]  # fmt: skip

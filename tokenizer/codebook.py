@@ -1,33 +1,112 @@
-"""A codebook on disk: a folder of `codebook.safetensors` and `manifest.json`, known by the hash of its content."""
+"""A codebook: a fitted RQ-GMM with its recipe, in memory and as a folder of `codebook.safetensors` and `manifest.json`."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from tokenizer.errors import CodebookError, TokenizerError
+from tokenizer.annealing import Method
+from tokenizer.data import Data
+from tokenizer.errors import CodebookError, DataError
+from tokenizer.fitting import fit_rqgmm
+from tokenizer.fusion import Fusion
 from tokenizer.gmm import DiagonalGMM
-from tokenizer.rqgmm import RQGMM
+from tokenizer.iterations import Iteration
+from tokenizer.quality import Quality, measure_quality
+from tokenizer.rqgmm import RQGMM, Assignment
+from tokenizer.semantic_id import text_of
 
 FORMAT = 1
 TENSORS, MANIFEST = "codebook.safetensors", "manifest.json"
 
 
 @dataclass(frozen=True, eq=False)
+class SemanticIds(Assignment):
+    """`Assignment` with the codes as text."""
+
+    @property
+    def text(self) -> list[str]:
+        """`12-87`, one per row; items of equal codes have equal text."""
+        return [text_of(codes, 0) for codes in self.codes.tolist()]
+
+
+@dataclass(frozen=True, eq=False)
 class Codebook:
-    """A fitted RQ-GMM with what is known of its making; `hash` is the name of its content."""
+    """A fitted RQ-GMM. `manifest` says how it was made, `hash` names what decides which codes an item gets."""
 
     rqgmm: RQGMM
-    manifest: Mapping[str, Any]
-    hash: str
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def hash(self) -> str:
+        return content_hash(self.rqgmm, self.manifest.get("fusion"))
+
+    @cached_property
+    def fusion(self) -> Fusion | None:
+        """How the embeddings were made, if the manifest says so.
+
+        Raises:
+            CodebookError: it says something else.
+        """
+        recipe = self.manifest.get("fusion")
+        try:
+            return None if recipe is None else Fusion.from_dict(recipe)
+        except DataError as error:
+            raise CodebookError(f"the codebook's recipe is wrong: {error}") from error
+
+    def encode(self, x: Tensor) -> SemanticIds:
+        """Semantic IDs of embeddings (N, D)."""
+        result = self.rqgmm.assign(x)
+        return SemanticIds(result.codes, result.confidence, result.log_likelihood)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """(N, D) float32: the embeddings that codes (N, L) stand for."""
+        return self.rqgmm.decode(codes)
+
+    def quality(self, x: Tensor) -> Quality:
+        """Reconstruction, use of the components, collisions and neighbours kept, for embeddings (N, D)."""
+        return measure_quality(x, self.rqgmm.encode(x), self.rqgmm)
+
+    def save(self, folder: str | Path) -> str:
+        """Write the folder; returns the hash."""
+        return save_codebook(Path(folder), self.rqgmm, self.manifest)
+
+
+def fit(
+    x: Data, *, levels: int = 2, components: int = 128, seed: int = 0, method: Method = "annealed", beam: int = 1,
+    fusion: Fusion | None = None, progress: Callable[[Iteration], None] | None = None,
+) -> Codebook:  # fmt: skip
+    """A codebook of embeddings (N, D), or of a re-iterable of batches of them; see `fit_rqgmm`.
+
+    `progress` is called with each step; by default, and where standard error is a terminal, a line there tells it.
+    """
+    line = progress is None and sys.stderr.isatty()
+    fitted = fit_rqgmm(
+        x, levels=levels, components=components, seed=seed, method=method, beam=beam,
+        on_iteration=_progress_line if line else progress,
+    )  # fmt: skip
+    if line:
+        print(file=sys.stderr)
+    settings = {"levels": levels, "components": components, "seed": seed, "method": method, "beam": beam}
+    manifest = {"fit": settings, **({} if fusion is None else {"fusion": fusion.to_dict()})}
+    return Codebook(fitted.rqgmm, manifest)
+
+
+def _progress_line(step: Iteration) -> None:
+    where = f"level {step.level}" if step.level else "all levels"
+    text = f"fit: {where}, step {step.iteration}, RMSE {step.rmse:.5f}"
+    print(f"\r{text:<50}", end="", file=sys.stderr, flush=True)
 
 
 def content_hash(rqgmm: RQGMM, fusion: Any = None) -> str:
@@ -41,6 +120,14 @@ def content_hash(rqgmm: RQGMM, fusion: Any = None) -> str:
     return digest.hexdigest()
 
 
+def _tensors(rqgmm: RQGMM) -> dict[str, Tensor]:
+    return {
+        f"level{number}.{name}": getattr(gmm, name).contiguous()
+        for number, gmm in enumerate(rqgmm.levels, start=1)
+        for name in ("weights", "means", "variances")
+    }
+
+
 def save_codebook(folder: Path, rqgmm: RQGMM, manifest: Mapping[str, Any]) -> str:
     """Write the folder and return the content hash."""
     name = content_hash(rqgmm, manifest.get("fusion"))
@@ -52,7 +139,7 @@ def save_codebook(folder: Path, rqgmm: RQGMM, manifest: Mapping[str, Any]) -> st
     return name
 
 
-def load_codebook(folder: Path, *, expect_hash: str | None = None) -> Codebook:
+def load_codebook(folder: str | Path, *, expect_hash: str | None = None) -> Codebook:
     """Read a codebook and check it against its manifest and, if given, the caller's hash.
 
     Raises:
@@ -60,43 +147,63 @@ def load_codebook(folder: Path, *, expect_hash: str | None = None) -> Codebook:
     """
     folder = Path(folder)
     for file in (TENSORS, MANIFEST):
-        if not (folder / file).exists():
+        if not (folder / file).is_file():
             raise CodebookError(
-                f"codebook folder {folder.name} has no {file}; expected {TENSORS} and {MANIFEST}. Was it copied whole?"
+                f"codebook folder {folder.name} has no file {file}; expected {TENSORS} and {MANIFEST}. Was it copied whole?"
             )
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         tensors = load_file(str(folder / TENSORS))
-        if manifest["format"] != FORMAT:
-            raise CodebookError(
-                f"codebook format is {manifest['format']}; this version reads {FORMAT}. Install a newer semantic-id-pipeline"
-            )
-        levels = tuple(
-            DiagonalGMM(tensors[f"level{n}.weights"], tensors[f"level{n}.means"], tensors[f"level{n}.variances"])
-            for n in range(1, manifest["levels"] + 1)
-        )
-        rqgmm = RQGMM(levels, beam=manifest.get("beam", 1))
+        rqgmm = _checked(manifest, tensors)
     except CodebookError:
         raise
-    except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TokenizerError) as error:
+    # The files may hold anything: bytes that are no JSON or safetensors, numbers and nesting beyond what Python takes.
+    except (OSError, ValueError, RecursionError, OverflowError, MemoryError, SafetensorError) as error:
         raise CodebookError(
-            f"codebook folder {folder.name} is damaged ({type(error).__name__}: {error}); expected what save_codebook wrote. Fetch it again"
+            f"codebook folder {folder.name} is damaged ({type(error).__name__}: {error}); expected what save_codebook wrote. "
+            "Fetch it again"
         ) from error
-    name = content_hash(rqgmm, manifest.get("fusion"))
-    if name != manifest["hash"]:
+    codebook = Codebook(rqgmm, manifest)
+    if codebook.hash != manifest["hash"]:
         raise CodebookError(
-            f"codebook content hashes to {name[:12]}, its manifest says {str(manifest['hash'])[:12]}; expected the same. Fetch it again"
+            f"codebook content hashes to {codebook.hash[:12]}, its manifest says {manifest['hash'][:12]}; expected the same. "
+            "Fetch it again"
         )
-    if expect_hash is not None and name != expect_hash:
+    if expect_hash is not None and codebook.hash != expect_hash:
         raise CodebookError(
-            f"codebook is {name[:12]}, the caller expects {expect_hash[:12]}; expected the same content. Resolve the version again"
+            f"codebook is {codebook.hash[:12]}, the caller expects {expect_hash[:12]}; expected the same content. "
+            "Resolve the version again"
         )
-    return Codebook(rqgmm, manifest, name)
+    return codebook
 
 
-def _tensors(rqgmm: RQGMM) -> dict[str, torch.Tensor]:
-    return {
-        f"level{number}.{name}": getattr(gmm, name).contiguous()
-        for number, gmm in enumerate(rqgmm.levels, start=1)
-        for name in ("weights", "means", "variances")
-    }
+def _checked(manifest: Any, tensors: Mapping[str, Tensor]) -> RQGMM:
+    """The model that manifest and tensors describe; ValueError says where they disagree."""
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{MANIFEST} holds a {type(manifest).__name__}; expected an object")
+    if manifest.get("format") != FORMAT or isinstance(manifest["format"], bool):
+        raise CodebookError(
+            f"codebook format is {manifest.get('format')!r}; this version reads {FORMAT}. Install a newer semantic-id-pipeline"
+        )
+    manifest.setdefault("beam", 1)  # older codebooks of format 1 do not have it
+    for name in ("levels", "components", "dim", "beam"):
+        value = manifest.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} is {value!r}; expected an integer of at least 1")
+    if not isinstance(manifest.get("hash"), str):
+        raise ValueError(f"hash is {manifest.get('hash')!r}; expected text")
+    levels, k, d = (manifest[name] for name in ("levels", "components", "dim"))
+    if len(tensors) != 3 * levels:
+        raise ValueError(f"{TENSORS} holds {len(tensors)} tensors; expected 3 for each of {levels} levels")
+    expected = {"weights": (k,), "means": (k, d), "variances": (k, d)}
+    mixtures = []
+    for number in range(1, levels + 1):
+        parts = {}
+        for part, shape in expected.items():
+            tensor = tensors.get(f"level{number}.{part}")
+            if tensor is None or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+                what = "missing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise ValueError(f"level{number}.{part} is {what}; expected float32 of shape {shape}")
+            parts[part] = tensor
+        mixtures.append(DiagonalGMM(**parts))
+    return RQGMM(tuple(mixtures), manifest["beam"])

@@ -1,154 +1,37 @@
-"""One mixture of Gaussians with diagonal covariance: density, E-step, statistics, M-step.
+"""A mixture of Gaussians with diagonal covariances: density, E-step, statistics, M-step.
 
-RQ-GMM (arXiv 2602.12593, section 3) fits one per level; equation numbers are of Bishop, PRML, section 9.2.
-Notation is in tokenizer/README.md: N rows, D dimensions, K components.
+RQ-GMM (arXiv 2602.12593, section 3) fits one per level. Equation numbers are those of Bishop, PRML, chapter 9.
+N rows, D dimensions, K components; a table of the symbols is in tokenizer/README.md.
 """
 
 from __future__ import annotations
 
 import math
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import TypeVar
+from functools import cached_property
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag, linear, one_hot
 
 from tokenizer.errors import DataError
+from tokenizer.kernels import (
+    argmax,
+    linear,
+    responsibilities,
+    squared_distances,
+    squared_norms,
+    sums_by_code,
+    values_at,
+    weighted_squares,
+)
 
-Indices = npt.NDArray[np.int64]
-Block = TypeVar("Block")
-Result = TypeVar("Result")
-LOG_2PI = math.log(2 * math.pi)
-NEGLIGIBLE = 1e-5  # responsibilities below this share of their row's largest count as none
-NEGLIGIBLE_ANNEALING = 1e-3  # the same while annealing, whose steps need not be exact
-CACHED_ROWS = 2048  # at most, and CACHED_CELLS affinities, does a processor's cache hold with what they come from
-CACHED_CELLS = 2**18
-SPARSE = 1 / 16  # share of the responsibilities up to which sums by gathering cost less than a product
-CHEAP = 2**14  # components times dimensions up to which a product costs less than to look for what counts
-
-
-# torch sends float32 products to MKL, which leaves the 512-bit registers of other makers' processors unused. oneDNN, in
-# every torch for the CPU, uses them: 2.2 times as fast on AMD's, in the same precision.
-_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # None in a torch without oneDNN
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (N, D) times the transpose of weight (K, D), plus bias (K,): (N, K), float32.
-
-    By oneDNN a row of the result depends neither on which neighbours it has (as long as there is one) nor on the threads.
-    """
-    if x.device.type == "cpu" and _onednn is not None:
-        result: Tensor = _onednn(x, weight, bias, "none", [], "")
-        return result
-    return linear(x, weight, bias)
-
-
-def factor(weight: Tensor) -> Tensor:
-    """weight (K, D) for many products: in the order that oneDNN puts it in each time, unless so small that once costs more.
-
-    No other operation can read the result.
-    """
-    if weight.device.type != "cpu" or _onednn is None or weight.numel() < CHEAP:
-        return weight
-    result: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), CACHED_ROWS)
-    return result
-
-
-def cached_rows(components: int) -> int:
-    """Rows of a block that a CPU works off at once."""
-    return min(CACHED_ROWS, max(512, CACHED_CELLS // components))
-
-
-@contextmanager
-def without_denormals() -> Iterator[None]:
-    """Numbers too small for a normal float32 are zero: exponentials of cold responsibilities underflow, and arithmetic on
-    denormals is many times slower. A state of the thread, and of those that it begins."""
-    zero_already = float(torch.tensor(1e-39) * 1) == 0
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(zero_already)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Operations by one thread: sums that several share depend on how many they are."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)  # what a thread sets for itself holds for threads yet to come as well
-
-
-def by_threads(
-    work: Callable[[Block], Result], blocks: Iterable[Block], count: int, device: torch.device
-) -> Iterator[Result]:
-    """`work(block)` of `count` blocks in their order, each by one thread; as many are taken ahead as keep all threads busy.
-
-    Against every operation by all threads: a core finds in its own cache what it wrote there for the operation before,
-    and what takes one thread anyway (NumPy, small tensors, Python) waits for nobody. Few blocks are worked that way.
-    Either way without denormals.
-    """
-    threads = torch.get_num_threads()
-    with without_denormals():
-        if device.type != "cpu" or threads == 1 or count < 2 * threads:
-            yield from map(work, blocks)
-            return
-        begun: deque[Future[Result]] = deque()
-        with one_thread(), ThreadPoolExecutor(threads, initializer=partial(torch.set_num_threads, 1)) as pool:
-            for block in blocks:
-                if len(begun) > threads:
-                    yield begun.popleft().result()
-                begun.append(pool.submit(work, block))
-            while begun:
-                yield begun.popleft().result()
-
-
-class Scratch(threading.local):
-    """Tensors that one block after the other writes over; every thread has its own.
-
-    A fresh tensor of megabytes costs a page fault every 4 KiB, and the faults of one step as much as its products.
-    """
-
-    def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
-
-    def matrix(self, name: str, shape: Sequence[int], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Of this shape (rows, columns), on the device of `like`; it holds what was last written under `name`."""
-        rows, columns = shape
-        held = self._held.get(name)
-        if held is None or len(held) < rows or held.shape[1] != columns or held.device != like.device:
-            held = self._held[name] = torch.empty(rows, columns, dtype=dtype, device=like.device)
-        return held if len(held) == rows else held[:rows]
-
-
-def with_squares(x: Tensor, out: Tensor | None = None) -> Tensor:
-    """(N, 2 D): x (N, D) beside its squares, the sufficient statistics of a Gaussian with diagonal covariance.
-
-    x may lie in its place in `out` already.
-    """
-    n, d = x.shape
-    out = x.new_empty(n, 2 * d) if out is None else out
-    if x.data_ptr() != out.data_ptr():
-        out[:, :d] = x
-    torch.square(x, out=out[:, d:])
-    return out
+TRUNCATION = 1e-5  # responsibilities below this share of their row's largest may be set to zero
+WEIGHT_SMOOTHING = 1e-3  # rows added to each component's count, so that no weight is zero
 
 
 @dataclass(frozen=True, eq=False)
 class DiagonalGMM:
-    """weights (K,), means (K, D), variances (K, D); float32. An unfitted or degenerate one cannot be built."""
+    """weights (K,), means (K, D), variances (K, D), float32."""
 
     weights: Tensor
     means: Tensor
@@ -161,9 +44,8 @@ class DiagonalGMM:
                 f"weights {tuple(self.weights.shape)}, means {tuple(self.means.shape)}, variances {tuple(self.variances.shape)} "
                 "do not fit together; expected (K,), (K, D), (K, D)"
             )
-        lowest, highest = self.means.aminmax()  # NaN where there is one
-        least, largest = self.variances.aminmax()
-        if not (lowest.isfinite() and highest.isfinite() and least > 0 and largest.isfinite()):
+        smallest, _ = self.variances.aminmax()  # NaN if there is one
+        if not (self.means.isfinite().all() and self.variances.isfinite().all() and smallest > 0):
             raise DataError(
                 "means and variances must be finite and variances above 0; was the mixture fitted on NaN, Inf or huge values?"
             )
@@ -183,330 +65,181 @@ class DiagonalGMM:
 
     @cached_property
     def tied(self) -> bool:
-        """All components share one variance per dimension; then the log-joint costs one matrix product, not two."""
+        """All components have the same variances."""
         return bool((self.variances == self.variances[:1]).all())
 
     @cached_property
-    def shift(self) -> Tensor | None:
-        """Where the means lie far from zero compared with their spread, products with them lose digits: work around their centre."""
+    def variance(self) -> float | None:
+        """The variance of every component and dimension, where they are all equal and the weights too; else None."""
+        spherical = (self.variances == self.variances[0, 0]).all() and (self.weights == self.weights[0]).all()
+        return float(self.variances[0, 0]) if spherical else None
+
+    @cached_property
+    def origin(self) -> Tensor | None:
+        """(D,): where the means lie far from zero compared with their spread, their centre, else None.
+
+        The products of `log_joint` would lose their digits there; they are taken of x - origin.
+        """
         centre = self.means.double().mean(0)
         return centre.float() if centre.square().sum() > 100 * self.variances.double().mean(0).sum() else None
 
     @cached_property
-    def _linear(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Coefficients of the log-joint, `x @ slope.T + x^2 @ curvature.T + intercept`: (K, D), (K, D), (K,).
+    def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The log-joint as a polynomial: slope (K, D), quadratic (K, D) and constant (K,), float32, with
 
-        The curvature of a tied mixture is (1, D).
+
+        log pi_k + log N(x | mu_k, var_k) = constant_k + sum_d (slope_kd x_d + quadratic_kd x_d^2)
+            slope = mu / var,   quadratic = -1 / (2 var),   constant = log pi - sum_d (log(2 pi var_d) + mu_d^2 / var_d) / 2
+
+        `quadratic` is (1, D) if the components share it. Computed in float64, float32.
         """
-        means = (self.means - self.shift if self.shift is not None else self.means).double()
+        means = (self.means - self.origin if self.origin is not None else self.means).double()
         variances = (self.variances[:1] if self.tied else self.variances).double()
-        precision = 1 / variances
-        log_norm = -0.5 * (variances.log().sum(1) + self.dim * LOG_2PI)
-        intercept = self.weights.double().log() + log_norm - 0.5 * (means.square() * precision).sum(1)
-        return (means * precision).float(), (-0.5 * precision).float(), intercept.float()
-
-    @cached_property
-    def variance(self) -> float | None:
-        """The one variance of a mixture that is isotropic with flat weights, else None."""
-        one = (self.variances == self.variances[0, 0]).all() and (self.weights == self.weights[0]).all()
-        return float(self.variances[0, 0]) if one else None
-
-    @cached_property
-    def log_normaliser(self) -> float:
-        """Of an isotropic mixture with flat weights: log weight and the constant of the density, the same for all."""
-        return math.log(float(self.weights[0])) - 0.5 * self.dim * (math.log(float(self.variances[0, 0])) + LOG_2PI)
-
-    @cached_property
-    def _factor(self) -> Tensor:
-        """What `affinity` multiplies x with, slope (K, D); or x and its squares, slope beside curvature (K, 2 D)."""
-        slope, curvature, _ = self._linear
-        return factor(slope if self.tied else torch.cat([slope, curvature], dim=1))
-
-    def affinity(self, x: Tensor, moments: Tensor | None = None) -> Tensor:
-        """(N, K): the log-joint up to a term of each row, which changes neither argmax nor posterior.
-
-        `moments`, x with its squares (N, 2 D), saves computing them again.
-        """
-        intercept = self._linear[2]
-        if self.shift is not None:
-            x, moments = x - self.shift, None
-        if self.tied:
-            return product(x, self._factor, intercept)
-        return product(with_squares(x) if moments is None else moments, self._factor, intercept)
-
-    def row_term(self, x: Tensor) -> Tensor:
-        """(N,): what `affinity` leaves out of the log-joint."""
-        if not self.tied:
-            return x.new_zeros(len(x))
-        if self.shift is not None:
-            x = x - self.shift
-        return product(x.square(), self._linear[1])[:, 0]
+        log_norm = (2 * math.pi * variances).log().sum(1)
+        constant = self.weights.double().log() - 0.5 * (log_norm + (means.square() / variances).sum(1))
+        return (means / variances).float(), (-0.5 / variances).float(), constant.float()
 
     def log_joint(self, x: Tensor) -> Tensor:
-        """(N, K): log pi_k + log N(x_n | mu_k, diag var_k)."""
-        return self.affinity(x) + self.row_term(x)[:, None]
+        """(N, K): log pi_k + log N(x_n | mu_k, diag(var_k)) (PRML eq. 9.7, logarithm of the summand)."""
+        slope, quadratic, constant = self.coefficients
+        x = x - self.origin if self.origin is not None else x
+        log_joint = linear(x, slope, constant)
+        if self.variance is not None:
+            return log_joint.add_(squared_norms(x).mul_(-0.5 / self.variance)[:, None])
+        return log_joint.add_(weighted_squares(x, quadratic))
+
+    def log_likelihood(self, x: Tensor) -> Tensor:
+        """(N,): log p(x_n) = log sum_k pi_k N(x_n | mu_k, diag(var_k)) (PRML eq. 9.14)."""
+        return self.log_joint(x).logsumexp(dim=1)
 
     def responsibilities(self, x: Tensor) -> Tensor:
-        """(N, K): p(k | x_n), rows sum to 1 (PRML eq. 9.23)."""
-        return self.affinity(x).softmax(dim=1)
+        """(N, K): gamma_nk = p(k | x_n); rows sum to 1 (PRML eq. 9.13)."""
+        return self.log_joint(x).softmax(dim=1)
 
 
-def most_probable(affinity: Tensor) -> Tensor:
-    """(N,): index of the largest of each row (N, K); the lowest where several are."""
-    if affinity.is_cuda:
-        return affinity.argmax(dim=1)
-    return torch.from_numpy(affinity.numpy().argmax(axis=1))  # vectorised, as torch's is not: 8 times as fast
-
-
-def value_at(affinity: Tensor, code: Tensor) -> Tensor:
-    """(N,): of each row (N, K) the one at the index `code` (N,)."""
-    return affinity.gather(1, code[:, None])[:, 0]
-
-
-def shares(affinity: Tensor, best: Tensor) -> Tensor:
-    """(N, K): exp(affinity_k - best), responsibilities but for their sum. Overwrites the affinities (N, K)."""
-    affinity.sub_(best[:, None])
-    if affinity.is_cuda:
-        return affinity.exp_()
-    exponentials = affinity.numpy()
-    np.exp(exponentials, out=exponentials)  # torch's is MKL's, and takes twice as long on processors of other makers
-    return affinity
-
-
-def certainty(affinity: Tensor, best: Tensor) -> Tensor:
-    """(N,): posterior of the most probable component. Overwrites the affinities (N, K).
-
-    A softmax would also divide what nobody reads.
-    """
-    return shares(affinity, best).sum(dim=1).reciprocal_()
+def spherical_gmm(means: Tensor, variance: float) -> DiagonalGMM:
+    """Flat weights, and one variance for every component and dimension."""
+    k = len(means)
+    return DiagonalGMM(torch.full((k,), 1 / k), means, torch.full_like(means, variance))
 
 
 @dataclass(frozen=True, eq=False)
 class GMMStatistics:
-    """What an M-step needs of the data; float64. Statistics of disjoint rows add."""
+    """What an M-step needs of the rows, float64. The statistics of disjoint rows add."""
 
-    count: Tensor  # (K,)    sum_n gamma_nk
+    count: Tensor  # (K,)    N_k = sum_n gamma_nk
     sum_x: Tensor  # (K, D)  sum_n gamma_nk x_n
-    sum_xx: Tensor | None  # (K, D)  sum_n gamma_nk x_n^2, where asked for
-    log_likelihood: Tensor  # ()  sum_n log p(x_n); NaN where not asked for
-    squared_error: Tensor  # ()  sum_n |x_n - mu_code(n)|^2; with second moments its expectation under gamma
-    certainty: Tensor  # ()  sum_n max_k gamma_nk
-
-    @staticmethod
-    def of_no_rows(components: int, dim: int, device: torch.device, *, second_moments: bool = False) -> GMMStatistics:
-        shapes: tuple[tuple[int, ...], ...] = ((components,), (components, dim), (components, dim), (), (), ())
-        count, sum_x, sum_xx, *scalars = (torch.zeros(s, dtype=torch.float64, device=device) for s in shapes)
-        return GMMStatistics(count, sum_x, sum_xx if second_moments else None, *scalars)
+    sum_xx: Tensor | None  # (K, D)  sum_n gamma_nk x_n^2; None where variances are not fitted
+    squared_error: Tensor  # ()  sum_nk gamma_nk |x_n - mu_k|^2
+    log_likelihood: Tensor  # ()  sum_n log p(x_n)
+    max_posterior: Tensor  # ()  sum_n max_k gamma_nk
 
     def __add__(self, other: GMMStatistics) -> GMMStatistics:
-        both = None if self.sum_xx is None or other.sum_xx is None else self.sum_xx + other.sum_xx
         return GMMStatistics(
-            self.count + other.count,
-            self.sum_x + other.sum_x,
-            both,
-            self.log_likelihood + other.log_likelihood,
-            self.squared_error + other.squared_error,
-            self.certainty + other.certainty,
+            count=self.count + other.count,
+            sum_x=self.sum_x + other.sum_x,
+            sum_xx=None if self.sum_xx is None or other.sum_xx is None else self.sum_xx + other.sum_xx,
+            squared_error=self.squared_error + other.squared_error,
+            log_likelihood=self.log_likelihood + other.log_likelihood,
+            max_posterior=self.max_posterior + other.max_posterior,
         )
 
-    def cpu(self) -> GMMStatistics:
-        both = None if self.sum_xx is None else self.sum_xx.cpu()
-        return GMMStatistics(
-            self.count.cpu(), self.sum_x.cpu(), both, self.log_likelihood.cpu(), self.squared_error.cpu(), self.certainty.cpu()
-        )  # fmt: skip
 
-    def on_grid(self, rows: int, largest: float) -> GMMStatistics:
-        """Rounded so that adding the statistics of all `rows`, of elements up to `largest` and log-likelihoods up to ten
-        thousand nats an element, is exact in any order.
-
-        Every number becomes a multiple of a power of two below 2^-52 of what the sum can reach; doubles add such
-        numbers without rounding, so the number of processes and their order change no bit.
-        """
-
-        def rounded(value: Tensor, reach: float) -> Tensor:
-            grid = 2.0 ** (math.frexp(max(reach, 1e-290))[1] - 52)
-            return (value / grid).round() * grid
-
-        dim = self.sum_x.shape[1]
-        return GMMStatistics(
-            rounded(self.count, 2 * rows),
-            rounded(self.sum_x, 2 * rows * largest),
-            None if self.sum_xx is None else rounded(self.sum_xx, 2 * rows * largest**2),
-            rounded(self.log_likelihood, 1e4 * rows * dim),
-            rounded(self.squared_error, 8 * rows * dim * largest**2),
-            rounded(self.certainty, 2 * rows),
-        )
+def inner_product(a: Tensor, b: Tensor) -> Tensor:
+    """(): sum_kd a_kd b_kd, by rows first: so the rounding does not depend on the number of threads."""
+    return (a * b).sum(1).sum()
 
 
 def e_step(
-    gmm: DiagonalGMM, x: Tensor, *, hard: bool = False, second_moments: bool = True, scratch: Scratch | None = None
+    gmm: DiagonalGMM, x: Tensor, *, second_moments: bool = True, truncation: float = TRUNCATION
 ) -> GMMStatistics:
-    """Expected counts and moments of `x` (N, D) under `gmm` (PRML eq. 9.23, 9.28).
-
-    `hard` responsibilities are one-hot (classification EM). Sums of a block are float32, their sums over blocks float64.
-    """
-    scratch = scratch or Scratch()
-
-    def sums(x: Tensor) -> list[Tensor]:
-        n, d = x.shape
-        rows = with_squares(x, scratch.matrix("moments", (n, 2 * d), x)) if second_moments else x
-        affinity = gmm.affinity(x, rows if second_moments else None)  # (N, K)
-        if hard or not second_moments:
-            code = most_probable(affinity)
-        best, sure, *totals = _soft_sums(affinity, None if hard else rows, NEGLIGIBLE, scratch)
-        log_likelihood = (best - sure.log() + gmm.row_term(x)).double().sum()  # sum of the joint = largest / its share
-        if hard:
-            sure, totals = torch.ones_like(sure), sums_by_code(code, rows, gmm.components)
-        if not second_moments:
-            mean = torch.index_select(gmm.means, 0, code, out=scratch.matrix("rows", x.shape, x))
-            totals.append(torch.linalg.vector_norm(torch.sub(x, mean, out=mean), dim=1).double().square().sum())
-        return [log_likelihood, sure.double().sum(), *totals]
-
-    log_likelihood, certainty, count, weighted, *error = (total.double() for total in _added(sums, x, gmm.components))
-    if not second_moments:
-        return GMMStatistics(count, weighted, None, log_likelihood, error[0], certainty)
+    """Expected statistics of the rows x (N, D) under the responsibilities (PRML eq. 9.13, 9.18)."""
+    resp = responsibilities(gmm.log_joint(x), truncation, gmm.dim)  # (N, K)
+    sum_x = resp.weighted_sums(x).double()  # (K, D)
+    sum_xx = resp.weighted_squares(x).double() if second_moments else None  # (K, D)
     means = gmm.means.double()
-    sum_x, sum_xx = weighted[:, : gmm.dim], weighted[:, gmm.dim :]
-    # sum_nk gamma_nk |x_n - mu_k|^2
-    squared_error = sum_xx.sum() + count @ means.square().sum(1) - 2 * (means * sum_x).sum()
-    return GMMStatistics(count, sum_x, sum_xx, log_likelihood, squared_error.clamp_min(0), certainty)
+    # sum_nk gamma_nk |x_n - mu_k|^2 = sum_n |x_n|^2 - 2 sum_k mu_k . sum_x_k + sum_k N_k |mu_k|^2
+    squares = squared_norms(x).double().sum()
+    squared_error = squares - 2 * inner_product(means, sum_x) + resp.count @ means.square().sum(1)
+    return GMMStatistics(
+        count=resp.count,
+        sum_x=sum_x,
+        sum_xx=sum_xx,
+        squared_error=squared_error.clamp_min(0),
+        log_likelihood=resp.log_evidence.double().sum(),
+        max_posterior=resp.largest.double().sum(),
+    )
 
 
-def annealing_step(gmm: DiagonalGMM, x: Tensor, scratch: Scratch | None = None) -> GMMStatistics:
-    """`e_step` of an `isotropic` mixture without the likelihood, for the many passes of annealing.
+def hard_e_step(gmm: DiagonalGMM, x: Tensor, *, second_moments: bool = False) -> GMMStatistics:
+    """The E-step of classification EM (Celeux and Govaert 1992): gamma is 1 for the most probable component, else 0.
 
-    Responsibilities are softmax(log-joint / T) (deterministic annealing, Rose 1998); of an isotropic mixture they are those
-    of T times its variance, which is the variance of `gmm`.
-    The error comes from the best score, |x - mu|^2 = |x|^2 - 2 variance score, so no mean is gathered.
+    The log-likelihood is that of the rows with their components, sum_n max_k log p(x_n, k).
     """
-    scratch = scratch or Scratch()
-    variance = float(gmm.variances[0, 0])
-
-    def sums(x: Tensor) -> list[Tensor]:
-        score = gmm.affinity(x)  # (N, K)
-        best, sure, *totals = _soft_sums(score, x, NEGLIGIBLE_ANNEALING, scratch)
-        squared = torch.linalg.vector_norm(x if gmm.shift is None else x - gmm.shift, dim=1).double().square().sum()
-        error = squared - 2 * variance * (best.double() - gmm.log_normaliser).sum()
-        return [error, sure.double().sum(), *totals]
-
-    error, certainty, count, sum_x = (total.double() for total in _added(sums, x, gmm.components))
-    unknown = torch.tensor(math.nan, dtype=torch.float64, device=x.device)
-    return GMMStatistics(count, sum_x, None, unknown, error.clamp_min(0), certainty)
+    log_joint = gmm.log_joint(x)  # (N, K)
+    code = argmax(log_joint)  # (N,)
+    count, sum_x = sums_by_code(code, x, gmm.components)
+    return GMMStatistics(
+        count=count,
+        sum_x=sum_x.double(),
+        sum_xx=sums_by_code(code, x.square(), gmm.components)[1].double() if second_moments else None,
+        squared_error=squared_distances(x, gmm.means, code).double().sum(),
+        log_likelihood=values_at(log_joint, code).double().sum(),
+        max_posterior=count.sum(),
+    )
 
 
-def _added(sums: Callable[[Tensor], list[Tensor]], x: Tensor, components: int) -> list[Tensor]:
-    """`sums` of pieces of `x` that a cache holds, added; of all of `x` on a GPU."""
-    pieces = max(1, round(len(x) / cached_rows(components))) if x.device.type == "cpu" else 1
-    first, *others = torch.split(x, max(1, math.ceil(len(x) / pieces)))
-    totals = sums(first)
-    for piece in others:
-        totals = [total.add_(more) for total, more in zip(totals, sums(piece), strict=True)]
-    return totals
+def update_weights(stats: GMMStatistics) -> Tensor:
+    """(K,): pi_k = N_k / N (PRML eq. 9.22), smoothed."""
+    smoothed = stats.count + WEIGHT_SMOOTHING
+    return smoothed / smoothed.sum()
 
 
-def _soft_sums(affinity: Tensor, rows: Tensor | None, negligible: float, scratch: Scratch) -> list[Tensor]:
-    """[largest affinity (N,), its responsibility (N,), sum_n gamma_nk (K,), and sum_n gamma_nk row_n (K, F) if given rows (N, F)].
+def update_means(stats: GMMStatistics, previous: Tensor, *, prior_rows: float = 0.0) -> Tensor:
+    """(K, D) float64: mu_k = (sum_n gamma_nk x_n + a m) / (N_k + a), with a = `prior_rows` and m the mean of all rows.
 
-    Responsibilities below the share `negligible` of their row's largest may count as none. Once rows are certain of a few
-    components each, only those are normalised and gathered: no exponential of the others, and no product. May overwrite the
-    affinities (N, K).
+    a = 0 gives PRML eq. 9.17. Otherwise the mode of the posterior under a Gaussian prior worth `a` rows at m (eq. 2.141);
+    one row is the unit information prior of Kass and Wasserman (1995). A component without rows keeps its `previous` mean.
     """
-    n, k = affinity.shape
-    best = affinity.amax(dim=1)
-
-    def products() -> list[Tensor]:
-        share = shares(affinity, best)
-        sure = share.sum(dim=1).reciprocal_()
-        resp = share.mul_(sure[:, None])
-        return [best, sure, resp.sum(0).double(), *([] if rows is None else [_weighted_sums(resp, rows)])]
-
-    # On a GPU products are cheap, and sums by index would depend on the order of threads.
-    if rows is None or affinity.is_cuda or k * rows.shape[1] < CHEAP:
-        return products()
-    kept = scratch.matrix("kept", (n, k), affinity, torch.bool).numpy()
-    # By NumPy, twice as fast as torch.
-    np.greater_equal(affinity.numpy(), (best + math.log(negligible)).numpy()[:, None], out=kept)
-    if np.count_nonzero(kept) > SPARSE * n * k:
-        return products()
-    place = np.flatnonzero(kept)
-    row, component = np.divmod(place, k)
-    share = np.exp(affinity.view(-1).numpy()[place] - best.numpy()[row])
-    sure = (1 / torch.from_numpy(np.bincount(row, share, minlength=n))).float()
-    weight = torch.from_numpy(share * sure.numpy()[row])
-    return [best, sure, *gathered_sums(component, row, weight, rows, k)]
+    mean = stats.sum_x.sum(0) / stats.count.sum()
+    count = stats.count[:, None]
+    means = (stats.sum_x + prior_rows * mean) / (count + prior_rows).clamp_min(1e-6)
+    return torch.where(count > 1e-6, means, previous.double())
 
 
-def _weighted_sums(resp: Tensor, rows: Tensor) -> Tensor:
-    """(K, D): sum_n resp_nk rows_n. oneDNN wants the factor with fewer rows first."""
-    return product(resp.T, rows.T) if resp.shape[1] <= rows.shape[1] else product(rows.T, resp.T).T
+def pooled_variance(stats: GMMStatistics, previous: Tensor, means: Tensor) -> Tensor:
+    """(): sum_nk gamma_nk |x_n - mu_k|^2 / (N D) for the new `means`, from the error under the `previous` ones."""
+    old = previous.double()
+    gain = 2 * inner_product(means - old, stats.sum_x) - stats.count @ (means.square() - old.square()).sum(1)
+    return (stats.squared_error - gain) / (stats.count.sum() * means.shape[1])
 
 
-def sums_by_code(code: Tensor, rows: Tensor, components: int) -> list[Tensor]:
-    """The sums of `_soft_sums` where responsibilities are one-hot."""
-    if code.is_cuda:
-        resp = one_hot(code, components).float()
-        return [resp.sum(0).double(), resp.T @ rows]
-    return gathered_sums(code.numpy(), np.arange(len(code)), None, rows, components)
-
-
-def gathered_sums(
-    component: Indices, row: Indices, weight: Tensor | None, rows: Tensor, components: int
-) -> list[Tensor]:
-    """[sum_m weight_m (K,), sum_m weight_m rows[row_m] (K, F)] over the m of each component, in the order given."""
-    order = np.argsort(component.astype(np.min_scalar_type(components - 1)), kind="stable")
-    members = np.bincount(component, minlength=components)
-    begin = torch.from_numpy(np.cumsum(members) - members)
-    member = torch.from_numpy(row[order])
-    if weight is None:
-        return [torch.from_numpy(members), embedding_bag(member, rows, begin, mode="sum")]
-    count = torch.from_numpy(np.bincount(component, weight.numpy(), minlength=components))
-    weight = weight[torch.from_numpy(order)]
-    return [count, embedding_bag(member, rows, begin, mode="sum", per_sample_weights=weight)]
-
-
-def map_means(stats: GMMStatistics, previous: Tensor, *, prior: float = 0.0) -> Tensor:
-    """(K, D) float64: means under a prior of `prior` rows at the mean of all rows; without rows or prior, as before.
-
-    The posterior mode of a Gaussian prior (PRML eq. 2.141). One row is the unit information prior of Kass and
-    Wasserman (1995); it matters where components have few rows, and there keeps their noise out of the codebook.
-    """
-    weight = stats.count[:, None] + prior
-    centre = stats.sum_x.sum(0) / stats.count.sum()
-    means = (stats.sum_x + prior * centre) / weight.clamp_min(1e-6)
-    return torch.where(stats.count[:, None] > 1e-6, means, previous.double())
+def component_variances(stats: GMMStatistics, means: Tensor) -> Tensor:
+    """(K, D): var_k = sum_n gamma_nk (x_n - mu_k)^2 / N_k (PRML eq. 9.19, its diagonal)."""
+    if stats.sum_xx is None:
+        raise ValueError("variances of single components need second moments; call e_step(second_moments=True)")
+    count = stats.count.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+    return stats.sum_xx / count - 2 * means * stats.sum_x / count + means.square()
 
 
 def m_step(
-    stats: GMMStatistics, previous: DiagonalGMM, *, shrinkage: float, fitted_weights: bool, floor: float, prior: float = 0.0
+    stats: GMMStatistics, previous: DiagonalGMM, *, shrinkage: float, fitted_weights: bool, floor: float, prior_rows: float = 0.0
 ) -> DiagonalGMM:  # fmt: skip
-    """Weights, means and variances from the statistics (PRML eq. 9.24-9.26); means as in `map_means`.
+    """The mixture that maximises the expected log-likelihood (PRML eq. 9.17, 9.19, 9.22).
 
-    `shrinkage` s pulls each variance to the mean variance of the level: (1 - s) var_k + s mean; 1 gives one variance for
-    all, 0 the paper's model. Weights are flat unless fitted. With shrinkage 1 second moments are not needed if the
-    statistics are hard: the error under the old means gives that under the new ones.
+    Args:
+        shrinkage: s in var_k <- (1 - s) var_k + s (pooled variance). 0 is the textbook's diagonal covariance, 1 one
+            variance for all components and dimensions.
+        fitted_weights: else the weights stay flat.
+        floor: least variance.
+        prior_rows: see `update_means`.
     """
-    used = stats.count > 0
-    means = map_means(stats, previous.means, prior=prior)  # (K, D)
-    elements = stats.count.sum() * means.shape[1]
-    if stats.sum_xx is None:
-        if shrinkage < 1:
-            raise ValueError("the M-step of variances needs second moments; call e_step(second_moments=True)")
-        old = previous.means.double()
-        saved = (stats.sum_x * (means - old)).sum() * 2 - (stats.count[:, None] * (means.square() - old.square())).sum()
-        within = ((stats.squared_error - saved) / elements).clamp_min(floor)
-        variances = within.expand_as(means)
-    else:
-        count = stats.count.clamp_min(torch.finfo(torch.float64).tiny)[:, None]  # (K, 1)
-        variances = (stats.sum_xx / count - 2 * means * stats.sum_x / count + means.square()).clamp_min(0)  # (K, D)
-        within = ((stats.count[:, None] * variances)[used].sum() / elements).clamp_min(floor)
-        variances = torch.where(used[:, None], variances, within)
-        variances = ((1 - shrinkage) * variances + shrinkage * within).clamp_min(floor)
+    means = update_means(stats, previous.means, prior_rows=prior_rows)
+    pooled = pooled_variance(stats, previous.means, means).clamp_min(floor)
+    variances = pooled.expand_as(means)
+    if shrinkage < 1:
+        own = torch.where(stats.count[:, None] > 0, component_variances(stats, means), pooled)
+        variances = ((1 - shrinkage) * own + shrinkage * pooled).clamp_min(floor)
     k = len(stats.count)
-    weights = (stats.count + 1e-3) / (stats.count + 1e-3).sum() if fitted_weights else torch.full((k,), 1 / k)
+    weights = update_weights(stats) if fitted_weights else torch.full((k,), 1 / k)
     return DiagonalGMM(weights.float(), means.float(), variances.float().contiguous())
-
-
-def isotropic(means: Tensor, variance: float) -> DiagonalGMM:
-    """Flat weights and one variance for every component and dimension."""
-    k = len(means)
-    return DiagonalGMM(torch.full((k,), 1 / k), means, torch.full_like(means, variance))

@@ -69,13 +69,13 @@ def measure_quality(x: Tensor, codes: Tensor, rqgmm: RQGMM, *, neighbour_sample:
 def neighbour_recall(x: Tensor, x_hat: Tensor, *, neighbours: int = 10) -> float:
     """Share of each row's exact nearest rows by `x` that are among its nearest by `x_hat` (N, D); 1 for under two rows.
 
-    Rows with equal `x_hat` are equally near; which of them count is settled by their order, as a ranker would.
+    Rows with equal `x_hat` are equally near; the first ones in order count, as for a ranker.
     """
     k = min(neighbours, len(x) - 1)
     if k < 1:
         return 1.0
-    found = [_nearest(rows, k) for rows in (x, x_hat)]
-    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(*found, strict=True)]))
+    nearest = [_nearest(rows, k) for rows in (x, x_hat)]
+    return float(np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(*nearest, strict=True)]))
 
 
 def _nearest(rows: Tensor, k: int) -> np.ndarray:
@@ -87,5 +87,5 @@ def _nearest(rows: Tensor, k: int) -> np.ndarray:
     _, near = index.search(matrix, k + 1)
     own = near == np.arange(len(near))[:, None]
     own[~own.any(1), -1] = True  # among many equal rows the row itself may not be listed: drop the last instead
-    kept: np.ndarray = near[~own].reshape(len(near), k)
-    return kept
+    others: np.ndarray = near[~own].reshape(len(near), k)
+    return others

@@ -26,8 +26,7 @@ from jobs.fit import EmbeddingFiles, FitFailed
 from jobs.load import Fusion
 from jobs.registry import open_registry
 from jobs.tables import ITEM_EMBEDDINGS, Warehouse
-from tokenizer import FIT_BLOCK, RQGMM, Iteration
-from tokenizer.rqgmm import Method
+from tokenizer import FIT_BLOCK, RQGMM, Iteration, Method
 
 # TorchDistributor leaves the pipe to its workers open.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from data import topics
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tokenizer import (
@@ -19,6 +21,7 @@ from tokenizer import (
     Thresholds,
     check_gate,
     fit_rqgmm,
+    item_tokens,
     level_usage,
     load_codebook,
     neighbour_recall,
@@ -85,6 +88,90 @@ def test_a_damaged_codebook_is_refused(file: str, rqgmm: RQGMM, tmp_path: Path) 
         load_codebook(tmp_path)
 
 
+BYTES = st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=4)
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([0, -1, 2**63, 10**30, True, 2.0, "2"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=5,
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    field=st.sampled_from(["format", "levels", "components", "dim", "beam", "hash", "fusion", ""]), value=ANYTHING, missing=st.booleans()
+)  # fmt: skip
+def test_any_value_of_any_manifest_field_gives_the_codebook_or_a_codebook_error(
+    rqgmm: RQGMM, tmp_path: Path, field: str, value: Any, missing: bool
+) -> None:
+    name = save_codebook(tmp_path, rqgmm, {"fusion": {"a": 1}})
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    changed: Any = value if not field else {**manifest, field: value}
+    if field and missing:
+        del changed[field]
+    (tmp_path / "manifest.json").write_text(json.dumps(changed))
+    same = isinstance(changed, dict) and {**manifest, **changed} == manifest and (field == "beam" or field in changed)
+    with suppress(CodebookError):
+        loaded = load_codebook(tmp_path)
+        assert loaded.hash == name
+        assert same or field in ("fusion", "beam")
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    file=st.sampled_from(["codebook.safetensors", "manifest.json"]),
+    flips=BYTES,
+    length=st.none() | st.integers(0, 2000),
+)
+def test_any_damage_to_the_bytes_gives_the_codebook_or_a_codebook_error(
+    rqgmm: RQGMM, tmp_path: Path, file: str, flips: list[tuple[int, int]], length: int | None
+) -> None:
+    name = save_codebook(tmp_path, rqgmm, {"items": 200})
+    data = bytearray((tmp_path / file).read_bytes())
+    for position, mask in flips:
+        data[position % len(data)] ^= mask
+    (tmp_path / file).write_bytes(data[:length])
+    with suppress(CodebookError):
+        loaded = load_codebook(
+            tmp_path
+        )  # damage that the hash does not cover, such as to the number of items or a space
+        assert loaded.hash == name
+        assert torch.equal(loaded.rqgmm.levels[1].means, rqgmm.levels[1].means)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "C64", "F4", "X"],
+)  # fmt: skip
+def test_tensors_of_another_type_are_refused(rqgmm: RQGMM, tmp_path: Path, dtype: str) -> None:
+    save_codebook(tmp_path, rqgmm, {})
+    data = (tmp_path / "codebook.safetensors").read_bytes()
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")].replace(b'"F32"', json.dumps(dtype).encode(), 1)
+    (tmp_path / "codebook.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + int.from_bytes(data[:8], "little") :])  # fmt: skip
+    if dtype == "F32":
+        assert load_codebook(tmp_path).rqgmm.components == 4
+    else:
+        with pytest.raises(CodebookError):
+            load_codebook(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, '{"format": 1e999}', '{"levels": NaN}', "null", "\ud800"])
+def test_a_manifest_that_is_none_is_refused(rqgmm: RQGMM, tmp_path: Path, text: str) -> None:
+    save_codebook(tmp_path, rqgmm, {})
+    (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(CodebookError):
+        load_codebook(tmp_path)
+
+
+def test_folders_in_place_of_files_are_refused(rqgmm: RQGMM, tmp_path: Path) -> None:
+    for file in ("codebook.safetensors", "manifest.json"):
+        save_codebook(tmp_path / file, rqgmm, {})
+        (tmp_path / file / file).unlink()
+        (tmp_path / file / file).mkdir()
+        with pytest.raises(CodebookError, match=f"has no file {file}"):
+            load_codebook(tmp_path / file)
+    with pytest.raises(CodebookError, match="has no file"):
+        load_codebook(tmp_path / "nothing here")
+
+
 def test_another_content_than_expected_is_refused(rqgmm: RQGMM, tmp_path: Path) -> None:
     save_codebook(tmp_path, rqgmm, {})
     with pytest.raises(CodebookError, match="the caller expects aaaaaaaaaaaa"):
@@ -100,7 +187,9 @@ def test_text_and_codes_agree(codes: list[int], suffix: int) -> None:
     assert parse(text_of(codes, suffix), len(codes)) == (tuple(codes), suffix)
 
 
-@pytest.mark.parametrize("text", ["", "1", "1-2-0", "1-2-3-4", "a-b", "1--2", "-1-2"])
+@pytest.mark.parametrize(
+    "text", ["", "1", "1-2-0", "1-2-3-4", "a-b", "1--2", "-1-2", "01-2", "1-\u0663", "1-2\n", "1-" + "9" * 5000]
+)
 def test_what_is_not_a_semantic_id_is_refused(text: str) -> None:
     with pytest.raises(DataError, match="not a semantic ID of 2 levels"):
         parse(text, 2)
@@ -108,6 +197,13 @@ def test_what_is_not_a_semantic_id_is_refused(text: str) -> None:
 
 def test_tokens_are_offset_by_level() -> None:
     assert tokens(torch.tensor([[1, 2], [0, 3]]), 4).tolist() == [[1, 6], [0, 7]]
+
+
+def test_tokens_of_items_come_after_padding_and_end_with_the_tuple_s() -> None:
+    """Rows: 0 padding, 1..4 and 5..8 the codes of two levels, then the tuples in order; (-1, -1) is one of them, unused."""
+    rows, size = item_tokens(torch.tensor([[-1, -1], [1, 2], [0, 3], [1, 2]]), 4)
+    assert rows.tolist() == [[0, 0, 0], [2, 7, 11], [1, 8, 10], [2, 7, 11]]
+    assert size == 12
 
 
 def test_usage_by_hand() -> None:

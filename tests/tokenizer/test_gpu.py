@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from data import topics
 
 from tokenizer import RQGMM, e_step, fit_rqgmm, measure_quality
-from tokenizer.gmm import annealing_step, isotropic
+from tokenizer.annealing import ANNEALING_TRUNCATION
+from tokenizer.collectives import sum_statistics
+from tokenizer.gmm import hard_e_step, spherical_gmm
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")]
 CUDA = torch.device("cuda")
@@ -26,10 +29,10 @@ def rqgmm(x: torch.Tensor) -> RQGMM:
 
 
 def test_statistics_are_those_of_the_cpu(x: torch.Tensor) -> None:
-    gmm = isotropic(x[:64].clone(), 0.9)
-    for step, options in ((annealing_step, {}), (e_step, {"hard": True}), (e_step, {})):
-        here = step(gmm, x[:8192], **options)  # type: ignore[operator]
-        there = step(gmm.to(CUDA), x[:8192].to(CUDA), **options).cpu()  # type: ignore[operator]
+    gmm = spherical_gmm(x[:64].clone(), 0.9)
+    annealing_step = partial(e_step, second_moments=False, truncation=ANNEALING_TRUNCATION)
+    for step in (annealing_step, hard_e_step, e_step):
+        here, there = step(gmm, x[:8192]), sum_statistics(step(gmm.to(CUDA), x[:8192].to(CUDA)))
         torch.testing.assert_close(there.count, here.count, rtol=1e-3, atol=1.0)
         torch.testing.assert_close(there.sum_x, here.sum_x, rtol=1e-3, atol=1.0)
         assert float(there.squared_error) == pytest.approx(float(here.squared_error), rel=1e-4)

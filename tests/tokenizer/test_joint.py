@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenizer import RQGMM, fit_rqgmm
-from tokenizer.joint import joint_means
+from tokenizer.joint import count_pairs, joint_means
 
 
 def problem(n: int, levels: int, k: int, d: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
@@ -32,14 +33,22 @@ def decoded(codes: torch.Tensor, means: list[torch.Tensor]) -> torch.Tensor:
 
 
 def sums_of_residuals(x: torch.Tensor, codes: torch.Tensor, means: list[torch.Tensor]) -> list[torch.Tensor]:
-    left = x - decoded(codes, means)
-    return [torch.zeros_like(mean).index_add(0, codes[:, level].long(), left) for level, mean in enumerate(means)]
+    residual = x - decoded(codes, means)
+    return [torch.zeros_like(mean).index_add(0, codes[:, level].long(), residual) for level, mean in enumerate(means)]
 
 
 def cost(x: torch.Tensor, codes: torch.Tensor, means: list[torch.Tensor], anchors: list[torch.Tensor], prior: float) -> float:  # fmt: skip
     """What the posterior mode minimises."""
-    away = sum(float((mean - anchor).square().sum()) for mean, anchor in zip(means, anchors, strict=True))
-    return float((x - decoded(codes, means)).square().sum()) + prior * away
+    prior_cost = sum(float((mean - anchor).square().sum()) for mean, anchor in zip(means, anchors, strict=True))
+    return float((x - decoded(codes, means)).square().sum()) + prior * prior_cost
+
+
+def test_pairs_are_counted_as_a_slow_loop_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenizer.joint.PAIR_ROWS", 7)
+    codes = torch.randint(4, (40, 2), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    slow = Counter(map(tuple, codes.tolist()))
+    a, b, count = count_pairs(codes[:, 0], codes[:, 1], 4)
+    assert dict(zip(zip(a.tolist(), b.tolist(), strict=True), count.tolist(), strict=True)) == slow
 
 
 shapes = st.tuples(st.integers(1, 30), st.integers(1, 4), st.integers(1, 9), st.integers(1, 5), st.integers(0, 1000))
@@ -50,13 +59,13 @@ shapes = st.tuples(st.integers(1, 30), st.integers(1, 4), st.integers(1, 9), st.
 def test_many_sweeps_solve_the_least_squares_problem(shape: tuple[int, int, int, int, int], prior: float) -> None:
     n, levels, k, _, _ = shape
     x, codes, means, anchors = problem(*shape)
-    found = joint_means(sums_of_residuals(x, codes, means), codes, means, anchors, prior, sweeps=1000)
+    solution = joint_means(sums_of_residuals(x, codes, means), codes, means, anchors, prior, sweeps=1000)
     design = np.zeros((n, levels * k))
     for level in range(levels):
         design[np.arange(n), level * k + codes[:, level].numpy()] = 1
     stacked = np.concatenate([design, math.sqrt(prior) * np.eye(levels * k)])
-    wanted = np.linalg.lstsq(stacked, np.concatenate([x.numpy(), math.sqrt(prior) * torch.cat(anchors).numpy()]))[0]
-    np.testing.assert_allclose(torch.cat(found), wanted, atol=1e-6)
+    expected = np.linalg.lstsq(stacked, np.concatenate([x.numpy(), math.sqrt(prior) * torch.cat(anchors).numpy()]))[0]
+    np.testing.assert_allclose(torch.cat(solution), expected, atol=1e-6)
 
 
 @settings(max_examples=40, deadline=None)
@@ -71,10 +80,10 @@ def test_no_sweep_lowers_the_posterior(shape: tuple[int, int, int, int, int], pr
 def test_a_component_without_rows_goes_to_its_anchor() -> None:
     x, codes, means, anchors = problem(30, 2, 5, 3, seed=1)
     codes.clamp_(max=3)
-    for found, anchor in zip(
+    for mean, anchor in zip(
         joint_means(sums_of_residuals(x, codes, means), codes, means, anchors, 1.0, 3), anchors, strict=True
     ):
-        torch.testing.assert_close(found[4], anchor[4])
+        torch.testing.assert_close(mean[4], anchor[4])
 
 
 def rmse(rqgmm: RQGMM, x: torch.Tensor) -> float:
@@ -91,11 +100,11 @@ def test_all_levels_together_explain_the_rows_better_than_one_after_the_other(
     fit = fit_rqgmm(
         x, levels=3, components=components, seed=0, beam=beam, on_level=lambda so_far: levels.append(so_far.rqgmm)
     )
-    alone, together = rmse(levels[-1], x), rmse(fit.rqgmm, x)
-    assert together < 0.995 * alone
+    alone, jointly = rmse(levels[-1], x), rmse(fit.rqgmm, x)
+    assert jointly < 0.995 * alone
     errors = [step.rmse for step in fit.trace if step.level == 0]
     assert errors == sorted(errors, reverse=True)
-    assert (errors[0], errors[-1]) == pytest.approx((alone, together), rel=1e-5)
+    assert (errors[0], errors[-1]) == pytest.approx((alone, jointly), rel=1e-5)
     codes = fit.rqgmm.encode(x)
     assert all(len(codes[:, level].unique()) == components for level in range(3))
     residual = x

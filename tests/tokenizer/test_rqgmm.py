@@ -22,9 +22,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.mixture import GaussianMixture
 
-from tokenizer import RQGMM, DataError, e_step, fit_rqgmm, load_codebook, measure_quality
-from tokenizer.gmm import CHEAP, NEGLIGIBLE_ANNEALING, annealing_step, isotropic
-from tokenizer.rqgmm import FIT_BLOCK, largest_eigenvalue
+from tokenizer import (
+    FIT_BLOCK,
+    RQGMM,
+    DataError,
+    DiagonalGMM,
+    GMMStatistics,
+    e_step,
+    fit_rqgmm,
+    load_codebook,
+    measure_quality,
+)
+from tokenizer.annealing import ANNEALING_TRUNCATION
+from tokenizer.collectives import on_grid
+from tokenizer.data import Residuals, Rows
+from tokenizer.dead_components import reassign_dead_components, worst_rows
+from tokenizer.gmm import spherical_gmm
+from tokenizer.greedy import ResidualPath, SphericalPath, SphericalTables
+from tokenizer.kernels import DENSE_CELLS
+from tokenizer.start import distinct_rows, largest_eigenvalue
 
 
 @pytest.fixture(scope="module")
@@ -37,27 +53,69 @@ def rqgmm(x: torch.Tensor) -> RQGMM:
     return fit_rqgmm(x, levels=2, components=16, seed=0, iterations=20, shrinkage=0.5).rqgmm
 
 
-def test_encode_is_the_slow_loop(x: torch.Tensor, rqgmm: RQGMM) -> None:
-    rows = x[:50].double().numpy()
-    codes, likelihood, posterior = np.zeros((50, 2), int), np.zeros(50), np.ones(50)
-    for n, row in enumerate(rows):
+def log_joint(gmm: DiagonalGMM, residual: np.ndarray) -> np.ndarray:
+    """(K,): log pi_k + log N(residual | mu_k, var_k), written out."""
+    return np.array(
+        [
+            math.log(gmm.weights[k]) - 0.5 * sum(math.log(2 * math.pi * v) + (r - m) ** 2 / v for r, m, v in zip(residual, gmm.means[k].tolist(), gmm.variances[k].tolist(), strict=True))
+            for k in range(gmm.components)
+        ]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shrinkage", [1.0, 0.5])
+@pytest.mark.parametrize("levels", [1, 3])
+def test_encode_is_the_slow_loop(x: torch.Tensor, levels: int, shrinkage: float) -> None:
+    """Codes, confidence and likelihood as their definitions say, by residuals and without them."""
+    rqgmm = fit_rqgmm(x, levels=levels, components=16, seed=0, iterations=20, shrinkage=shrinkage).rqgmm
+    codes, likelihood, posterior = np.zeros((50, levels), int), np.zeros(50), np.ones(50)
+    for n, row in enumerate(x[:50].double().numpy()):
         residual = row.copy()
         for level, gmm in enumerate(rqgmm.levels):
-            joint = np.array(
-                [
-                    math.log(gmm.weights[k]) - 0.5 * sum(math.log(2 * math.pi * v) + (r - m) ** 2 / v for r, m, v in zip(residual, gmm.means[k].tolist(), gmm.variances[k].tolist(), strict=True))
-                    for k in range(gmm.components)
-                ]
-            )  # fmt: skip
+            joint = log_joint(gmm, residual)
             evidence = joint.max() + math.log(np.exp(joint - joint.max()).sum())
-            codes[n, level] = joint.argmax()
-            likelihood[n] += evidence
+            code = codes[n, level] = joint.argmax()
+            likelihood[n] += evidence if level == levels - 1 else math.log(gmm.weights[code])
             posterior[n] *= math.exp(joint.max() - evidence)
-            residual -= gmm.means[codes[n, level]].double().numpy()
-    found = rqgmm.assign(x[:50])
-    np.testing.assert_array_equal(found.codes, codes)
-    np.testing.assert_allclose(found.log_likelihood, likelihood, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(found.confidence, posterior, rtol=1e-3, atol=1e-4)
+            residual -= gmm.means[code].double().numpy()
+    result = rqgmm.assign(x[:50])
+    np.testing.assert_array_equal(result.codes, codes)
+    np.testing.assert_allclose(result.log_likelihood, likelihood, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(result.confidence, posterior, rtol=1e-3, atol=1e-4)
+
+
+def test_the_likelihood_is_a_bound_of_the_model_s_and_that_of_scikit_learn_with_one_level(x: torch.Tensor) -> None:
+    """log p(x) = log sum_c prod_l pi_c_l N(x | sum_l mu_c_l, var_c_L), here over all tuples c."""
+    rqgmm = fit_rqgmm(x, levels=2, components=8, seed=0).rqgmm
+    rows = x[:30]
+    first, last = rqgmm.levels
+    tuples = [
+        float(first.weights[k].log()) + last.log_joint(rows - first.means[k]).double() for k in range(8)
+    ]  # (30, 8) each
+    exact = torch.cat(tuples, dim=1).logsumexp(1)
+    bound = rqgmm.log_likelihood(rows).double()
+    assert (bound <= exact + 1e-3).all()
+    assert float((exact - bound).mean()) < 0.5
+    one = RQGMM(rqgmm.levels[:1])
+    twin = GaussianMixture(8, covariance_type="diag")
+    twin.weights_, twin.means_, twin.covariances_ = (
+        part.double().numpy() for part in (first.weights, first.means, first.variances)
+    )
+    twin.precisions_cholesky_ = 1 / np.sqrt(twin.covariances_)
+    np.testing.assert_allclose(one.log_likelihood(rows), twin.score_samples(rows.double().numpy()), rtol=1e-4)
+
+
+def test_scores_without_residuals_are_those_of_the_residuals(x: torch.Tensor) -> None:
+    levels = fit_rqgmm(x, levels=3, components=16, seed=0).rqgmm.levels
+    slow, fast = ResidualPath(levels, x[:200]), SphericalPath(SphericalTables(levels), x[:200])
+    for gmm in levels:
+        scores = slow.scores()
+        row_term, score = fast.row_term(), fast.scores()
+        torch.testing.assert_close(score + row_term[:, None], scores, rtol=1e-4, atol=1e-2)
+        code = scores.argmax(1)
+        slow.choose(code, scores.amax(1))
+        fast.choose(code, score.amax(1))
+        assert gmm.variance is not None
 
 
 @settings(max_examples=20, deadline=None)
@@ -66,6 +124,9 @@ def test_codes_do_not_depend_on_batches_or_order(x: torch.Tensor, rqgmm: RQGMM, 
     codes = rqgmm.encode(x)
     parts = torch.tensor_split(x, sorted(set(cut)))
     assert torch.equal(torch.cat([rqgmm.encode(part) for part in parts]), codes)
+    assert torch.equal(
+        rqgmm.encode(x[cut[0] : cut[0] + 1] if cut else x[:1]), codes[cut[0] : cut[0] + 1] if cut else codes[:1]
+    )
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     assert torch.equal(rqgmm.encode(x[order]), codes[order])
 
@@ -74,23 +135,23 @@ def test_the_number_of_threads_changes_neither_fit_nor_codes(monkeypatch: pytest
     x = torch.from_numpy(topics(5000, 48, groups=60, spread=0.5))
     many = x.repeat(3, 1)[:-7]  # blocks enough for every thread to have its own
     before = torch.get_num_threads()
-    found = []
+    results = []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             fit = fit_rqgmm(x, levels=2, components=64, seed=0)  # one block, by all threads
             rqgmm = fit.rqgmm
-            sure = rqgmm.assign(many)
+            assigned = rqgmm.assign(many)
             with monkeypatch.context() as patch:
-                patch.setattr("tokenizer.rqgmm.FIT_BLOCK", 512)  # ten, each by one thread
+                patch.setattr("tokenizer.data.FIT_BLOCK", 512)  # ten, each by one thread
                 fits = [fit_rqgmm(data, levels=2, components=64, seed=0, beam=b).rqgmm for data in (x, x.split(777)) for b in (1, 2)]  # fmt: skip
-            found.append(
+            results.append(
                 [
                     torch.tensor(
-                        [[step.temperature, step.rmse, step.certainty] for step in fit.trace], dtype=torch.float64
+                        [[step.temperature, step.rmse, step.max_posterior] for step in fit.trace], dtype=torch.float64
                     )
                 ]
-                + [rqgmm.encode(many), sure.codes, sure.confidence, sure.log_likelihood]
+                + [rqgmm.encode(many), assigned.codes, assigned.confidence, assigned.log_likelihood]
                 + [level.means for fitted in (rqgmm, *fits) for level in fitted.levels]
             )
             assert torch.get_num_threads() == threads
@@ -98,21 +159,21 @@ def test_the_number_of_threads_changes_neither_fit_nor_codes(monkeypatch: pytest
         torch.set_num_threads(before)
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(torch.get_num_threads).result() == before
-    assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
+    assert all(torch.equal(one, other) for others in results[1:] for one, other in zip(results[0], others, strict=True))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e37], ids=str)
 def test_what_is_not_finite_at_any_level_is_refused(value: float) -> None:
     """1e37 overflows in the first level's products, and not in the second's."""
     rqgmm = RQGMM(
-        tuple(isotropic(torch.linspace(-size, size, 4)[:, None].expand(4, 6).clone(), 0.01) for size in (1.0, 1e-3))
+        tuple(spherical_gmm(torch.linspace(-size, size, 4)[:, None].expand(4, 6).clone(), 0.01) for size in (1.0, 1e-3))
     )
     assert rqgmm.encode(torch.ones(20, 6)).shape == (20, 2)
     broken = torch.ones(20, 6)
     broken[7, 3] = value
-    for encoded in (rqgmm.encode, rqgmm.assign, replace(rqgmm, beam=2).encode):
+    for encode in (rqgmm.encode, rqgmm.assign, replace(rqgmm, beam=2).encode):
         with pytest.raises(DataError, match="NaN, Inf or numbers too large"):
-            encoded(broken)
+            encode(broken)
 
 
 def test_no_rows_have_no_codes(x: torch.Tensor, rqgmm: RQGMM) -> None:
@@ -137,7 +198,7 @@ def test_a_beam_as_wide_as_all_tuples_finds_the_most_probable_one(x: torch.Tenso
     """Against every tuple of codes, scored in a slow loop by the density of the last residual and the weights of all."""
     fit = fit_rqgmm(x, levels=3, components=4, seed=0, method="em", iterations=5)
     searched = replace(fit.rqgmm, beam=16).encode(x[:40])
-    for row, found in zip(x[:40], searched.tolist(), strict=True):
+    for row, chosen in zip(x[:40], searched.tolist(), strict=True):
         scores = {}
         for codes in product(range(4), repeat=3):
             residual, score = row[None], 0.0
@@ -146,7 +207,23 @@ def test_a_beam_as_wide_as_all_tuples_finds_the_most_probable_one(x: torch.Tenso
                 score += float(gmm.log_joint(residual)[0, code]) if last else float(gmm.weights[code].log())
                 residual = residual - gmm.means[code]
             scores[codes] = score
-        assert scores[tuple(found)] == pytest.approx(max(scores.values()), abs=1e-3)
+        assert scores[tuple(chosen)] == pytest.approx(max(scores.values()), abs=1e-3)
+
+
+def test_the_lowest_index_wins_a_tie_in_encode_and_in_the_beam() -> None:
+    """Of components with equal means, and of paths that end at the same place, the first ones count."""
+    means = torch.tensor([[2.0, 0.0], [0.0, 0.0], [2.0, 0.0], [0.0, 0.0]])
+    twins = spherical_gmm(means, 1.0)
+    rows = torch.tensor([[2.0, 0.0], [0.0, 0.0], [1.0, 0.0], [2.0, 0.5]])
+    assert RQGMM((twins,)).encode(rows)[:, 0].tolist() == [0, 1, 0, 0]
+    # (2, 0) = mu_0 + mu_1 = mu_1 + mu_0 and so on, all of one probability: the first of all tuples is (0, 1).
+    for beam in (2, 4, 16):
+        assert RQGMM((twins, twins), beam=beam).encode(rows[:1]).tolist() == [[0, 1]]
+    many = spherical_gmm(torch.zeros(64, 2), 1.0)
+    for beam in (1, 2, 7, 64):
+        assert RQGMM((many, many, many), beam=beam).encode(rows).tolist() == [[0, 0, 0]] * 4
+    component, _ = RQGMM((many,)).posteriors(rows, top=5)[0]
+    assert component.tolist() == [[0, 1, 2, 3, 4]] * 4
 
 
 def test_a_beam_lowers_the_error_and_one_is_greedy(x: torch.Tensor) -> None:
@@ -226,9 +303,9 @@ def test_a_warm_start_moves_few_codes_and_a_free_refit_many(x: torch.Tensor) -> 
 
 
 def test_posteriors_sum_to_one_and_start_with_the_code(x: torch.Tensor, rqgmm: RQGMM) -> None:
-    found = rqgmm.posteriors(x[:100], top=16)
+    posteriors = rqgmm.posteriors(x[:100], top=16)
     codes = rqgmm.encode(x[:100])
-    for level, (component, probability) in enumerate(found):
+    for level, (component, probability) in enumerate(posteriors):
         torch.testing.assert_close(probability.sum(1), torch.ones(100), rtol=0, atol=1e-4)
         assert torch.equal(component[:, 0], codes[:, level])
 
@@ -242,11 +319,30 @@ def test_given_codes_get_their_own_posterior(x: torch.Tensor, rqgmm: RQGMM) -> N
     assert torch.equal(other.codes, (best.codes + 1) % 16)
 
 
-def test_the_critical_temperature_needs_the_largest_eigenvalue() -> None:
+def test_the_largest_eigenvalue_is_that_of_the_covariance() -> None:
     x = torch.from_numpy(topics(500, 12, spread=1.0))
-    centred = x - x.mean(0)
-    exact = torch.linalg.eigvalsh((centred.T @ centred).double() / len(x))[-1]
-    assert largest_eigenvalue(centred) == pytest.approx(float(exact), rel=1e-2)
+    exact = np.linalg.eigvalsh(np.cov(x.double().numpy().T, bias=True))[-1]
+    assert largest_eigenvalue(x, x.double().mean(0)) == pytest.approx(exact, rel=1e-4)
+
+
+def test_a_start_has_distinct_rows_where_there_are_as_many() -> None:
+    rows = torch.arange(5.0).repeat(20)[:, None]
+    assert len(torch.unique(distinct_rows(rows, 5, 0))) == 5
+    assert distinct_rows(rows, 8, 0).shape == (8, 1)
+    assert torch.equal(distinct_rows(rows, 8, 3), distinct_rows(rows, 8, 3))
+
+
+def test_dead_components_move_to_the_rows_of_the_largest_error() -> None:
+    x = torch.tensor([[0.0], [0.0], [5.0], [5.0], [9.0], [0.1]])
+    residuals = Residuals(Rows(x, 1, torch.device("cpu")), beam=1)
+    gmm = spherical_gmm(torch.tensor([[0.0], [-100.0], [-200.0], [-300.0]]), 1.0)
+    rows, errors = worst_rows(gmm, 3, residuals)
+    assert rows[:, 0].tolist() == pytest.approx([9.0, 5.0, 0.1])  # 5 counts once
+    assert errors.tolist() == pytest.approx([81.0, 25.0, 0.01])
+    dead = torch.tensor([False, True, False, True])
+    moved = reassign_dead_components(gmm, dead, residuals)
+    assert moved.means[:, 0].tolist() == [0.0, 9.0, -200.0, 5.0]
+    assert reassign_dead_components(gmm, dead & False, residuals) is gmm
 
 
 @pytest.mark.parametrize(
@@ -316,32 +412,50 @@ def test_any_number_of_processes_of_torchrun_gives_the_codebook_of_one(tmp_path:
 def test_rounded_statistics_add_to_the_same_bits_in_any_order(rows: int, seed: int, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = scale * torch.randn(rows, 4, generator=generator)
-    gmm = isotropic(scale * torch.randn(3, 4, generator=generator), scale**2)
-    parts = [e_step(gmm, row, second_moments=True).on_grid(rows, float(x.abs().amax())) for row in x.split(1)]
+    gmm = spherical_gmm(scale * torch.randn(3, 4, generator=generator), scale**2)
+    parts = [on_grid(e_step(gmm, row), rows, float(x.abs().amax())) for row in x.split(1)]
     order = torch.randperm(rows, generator=generator).tolist()
     forward, shuffled = reduce(add, parts), reduce(add, [parts[n] for n in order])
-    for name in ("count", "sum_x", "sum_xx", "squared_error", "certainty"):
+    for name in ("count", "sum_x", "sum_xx", "squared_error", "log_likelihood", "max_posterior"):
         assert torch.equal(getattr(forward, name), getattr(shuffled, name))
     exact = e_step(gmm, x).sum_x
     torch.testing.assert_close(forward.sum_x, exact, rtol=1e-5, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("dim", [24, CHEAP // 16 + 1], ids=["by products", "by gathering"])
-def test_an_annealing_step_is_an_e_step_at_that_temperature(dim: int) -> None:
+@pytest.mark.parametrize("dim", [24, DENSE_CELLS // 16 + 1], ids=["dense", "sparse"])
+def test_a_mixture_of_t_times_the_variance_is_the_one_at_temperature_t(dim: int) -> None:
+    """Responsibilities softmax(log-joint / T) (Rose 1998) are those of an e_step with T times the variance."""
     x = torch.from_numpy(topics(1000, dim, groups=40, spread=0.4))
-    gmm = isotropic(x[:16].clone(), 0.3)
+    gmm = spherical_gmm(x[:16].clone(), 0.3)
     for temperature in (30.0, 3.0, 0.5):
-        fast = annealing_step(isotropic(gmm.means, temperature * 0.3), x)
+        hot = spherical_gmm(gmm.means, temperature * 0.3)
+        stats = e_step(hot, x, second_moments=False, truncation=ANNEALING_TRUNCATION)
         resp = (gmm.log_joint(x).double() / temperature).softmax(1)
-        nearest = torch.cdist(x, gmm.means).square().amin(1)
-        torch.testing.assert_close(
-            fast.count, resp.sum(0), rtol=2e-3, atol=2.0
-        )  # rows that are 99.9 % sure count as sure
-        torch.testing.assert_close(fast.sum_x, resp.T @ x.double(), rtol=2e-3, atol=2.0)
-        assert float(fast.count.sum()) == pytest.approx(len(x), rel=1e-5)
-        assert float(fast.squared_error) == pytest.approx(float(nearest.sum()), rel=1e-4)
-        left_out = NEGLIGIBLE_ANNEALING if dim > 24 else 1e-4  # gathered rows are normalised without what is negligible
-        assert float(fast.certainty) == pytest.approx(float(resp.amax(1).sum()), rel=left_out)
+        distance = torch.cdist(x.double(), gmm.means.double()).square()
+        torch.testing.assert_close(stats.count, resp.sum(0), rtol=2e-3, atol=2.0)  # what is truncated counts elsewhere
+        torch.testing.assert_close(stats.sum_x, resp.T @ x.double(), rtol=2e-3, atol=2.0)
+        assert float(stats.count.sum()) == pytest.approx(len(x), rel=1e-5)
+        assert float(stats.squared_error) == pytest.approx(float((resp * distance).sum()), rel=1e-3)
+        assert float(stats.max_posterior) == pytest.approx(float(resp.amax(1).sum()), rel=ANNEALING_TRUNCATION)
+
+
+@pytest.mark.parametrize("beam", [1, 3])
+def test_residuals_in_memory_are_those_streamed(beam: int) -> None:
+    x = torch.from_numpy(topics(FIT_BLOCK + 700, 6, groups=30, spread=0.4))
+    levels = fit_rqgmm(x, levels=2, components=8, seed=0, iterations=8).rqgmm.levels
+    sources = [Residuals(Rows(data, 8, torch.device("cpu")), beam) for data in (x, x.split(900))]
+    totals: list[GMMStatistics] = []
+    for residuals in sources:
+        for gmm in levels:
+            residuals.descend(gmm)
+        totals.append(residuals.sum(lambda rows: e_step(levels[0], rows), 8))
+    rows = [torch.cat(list(residuals)) for residuals in sources]
+    assert len(rows[0]) == sources[0].rows == beam * len(x)
+    assert torch.equal(*rows)
+    assert all(torch.equal(getattr(totals[0], name), getattr(totals[1], name)) for name in ("count", "sum_x", "sum_xx"))
+    greedy = RQGMM(levels, beam=beam)
+    if beam == 1:
+        torch.testing.assert_close(rows[0], x - greedy.decode(greedy.encode(x)), rtol=1e-4, atol=1e-5)
 
 
 def test_clusters_far_tighter_than_apart_are_found() -> None:
