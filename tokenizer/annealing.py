@@ -115,7 +115,7 @@ def anneal(level: Level, start: DiagonalGMM, mean: Tensor, lambda_max: float, st
         means = (means.double() + OVERRELAXATION * step_length).float()
         if float(stats.max_posterior) >= MAX_POSTERIOR * level.residuals.rows:
             break
-        gain = float(stats.count @ step_length.square().sum(1))  # of the M-step in squared error, for given responsibilities
+        gain = float(stats.count @ step_length.square().sum(1))  # in squared error, for these responsibilities
         temperature *= FAST_COOLING if gain <= ANNEALING_TOL * float(stats.squared_error) else COOLING
     return spherical_gmm(means, variance)
 
@@ -135,7 +135,7 @@ def em(level: Level, gmm: DiagonalGMM, steps: int) -> DiagonalGMM:
 
 
 def classification_em(level: Level, gmm: DiagonalGMM, steps: int) -> DiagonalGMM:
-    """Classification EM until the squared error changes by less than REL_TOL, then no component is left without rows.
+    """Classification EM until the RMSE changes by less than REL_TOL; then components without rows move to rows of their own.
 
     With one variance for all components (shrinkage 1) that is Lloyd's k-means.
     """

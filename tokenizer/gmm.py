@@ -146,8 +146,17 @@ class GMMStatistics:
 
 
 def inner_product(a: Tensor, b: Tensor) -> Tensor:
-    """(): sum_kd a_kd b_kd, by rows first: so the rounding does not depend on the number of threads."""
+    """(): sum_kd a_kd b_kd; by rows first, so that the rounding does not depend on the number of threads."""
     return (a * b).sum(1).sum()
+
+
+def expected_squared_error(gmm: DiagonalGMM, x: Tensor, count: Tensor, sum_x: Tensor) -> Tensor:
+    """(): sum_nk gamma_nk |x_n - mu_k|^2 = sum_n |x_n|^2 - 2 sum_k mu_k . (sum_n gamma_nk x_n) + sum_k N_k |mu_k|^2."""
+    means = gmm.means.double()
+    if gmm.origin is not None:
+        x, means, sum_x = x - gmm.origin, means - gmm.origin, sum_x - count[:, None] * gmm.origin
+    error = squared_norms(x).double().sum() - 2 * inner_product(means, sum_x) + count @ means.square().sum(1)
+    return error.clamp_min(0)
 
 
 def e_step(
@@ -156,16 +165,11 @@ def e_step(
     """Expected statistics of the rows x (N, D) under the responsibilities (PRML eq. 9.13, 9.18)."""
     resp = responsibilities(gmm.log_joint(x), truncation, gmm.dim)  # (N, K)
     sum_x = resp.weighted_sums(x).double()  # (K, D)
-    sum_xx = resp.weighted_squares(x).double() if second_moments else None  # (K, D)
-    means = gmm.means.double()
-    # sum_nk gamma_nk |x_n - mu_k|^2 = sum_n |x_n|^2 - 2 sum_k mu_k . sum_x_k + sum_k N_k |mu_k|^2
-    squares = squared_norms(x).double().sum()
-    squared_error = squares - 2 * inner_product(means, sum_x) + resp.count @ means.square().sum(1)
     return GMMStatistics(
         count=resp.count,
         sum_x=sum_x,
-        sum_xx=sum_xx,
-        squared_error=squared_error.clamp_min(0),
+        sum_xx=resp.weighted_squares(x).double() if second_moments else None,
+        squared_error=expected_squared_error(gmm, x, resp.count, sum_x),
         log_likelihood=resp.log_evidence.double().sum(),
         max_posterior=resp.largest.double().sum(),
     )

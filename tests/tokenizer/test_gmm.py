@@ -175,6 +175,13 @@ def test_means_far_from_zero_lose_no_digits() -> None:
     assert agree >= 0.98  # float32 itself rounds x + 1000
 
 
+def test_the_error_of_rows_far_from_zero_keeps_its_digits() -> None:
+    gmm, x = mixture(5, 4, tied=True), torch.from_numpy(topics(100, 4))
+    far = DiagonalGMM(gmm.weights, gmm.means + 300, gmm.variances)
+    near, away = (e_step(model, rows).squared_error for model, rows in ((gmm, x), (far, x + 300)))
+    assert float(away) == pytest.approx(float(near), rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "broken", [{"variances": torch.zeros(2, 3)}, {"means": torch.full((2, 3), torch.nan)}, {"weights": torch.ones(3)}]
 )

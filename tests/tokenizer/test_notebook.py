@@ -14,6 +14,7 @@ from data import topics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tokenizer
 from tokenizer import CodebookError, DataError, Fusion, Iteration, fit, load, parse
 
 
@@ -46,6 +47,17 @@ def test_from_vectors_to_semantic_ids_and_back(tmp_path: Path, monkeypatch: pyte
     one = loaded.fusion(text=text[7:8], image=image[7:8])
     assert loaded.encode(one).text == ids.text[7:8]
     assert fit(x, levels=2, components=16, seed=0, fusion=fusion).hash == name
+
+
+def test_the_readme_s_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = Path(tokenizer.__file__).with_name("README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"text": topics(300, 384, groups=12), "image": topics(300, 1280, groups=9, seed=1)}
+    exec(code, names)
+    assert names["x"].shape == (300, 1664)  # type: ignore[attr-defined]
+    assert len(names["ids"].text) == 300  # type: ignore[attr-defined]
+    assert sorted(file.name for file in (tmp_path / "codebook").iterdir()) == ["codebook.safetensors", "manifest.json"]
 
 
 def test_progress_is_called_with_each_step_and_nothing_is_printed_where_there_is_no_terminal(

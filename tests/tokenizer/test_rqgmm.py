@@ -214,7 +214,7 @@ def test_the_lowest_index_wins_a_tie_in_encode_and_in_the_beam() -> None:
     """Of components with equal means, and of paths that end at the same place, the first ones count."""
     means = torch.tensor([[2.0, 0.0], [0.0, 0.0], [2.0, 0.0], [0.0, 0.0]])
     twins = spherical_gmm(means, 1.0)
-    rows = torch.tensor([[2.0, 0.0], [0.0, 0.0], [1.0, 0.0], [2.0, 0.5]])
+    rows = torch.tensor([[2.0, 0.0], [0.0, 0.0], [2.5, 0.0], [2.0, 0.5]])
     assert RQGMM((twins,)).encode(rows)[:, 0].tolist() == [0, 1, 0, 0]
     # (2, 0) = mu_0 + mu_1 = mu_1 + mu_0 and so on, all of one probability: the first of all tuples is (0, 1).
     for beam in (2, 4, 16):
