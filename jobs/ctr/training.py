@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from jobs.config import TrainConfig
 from jobs.ctr.dmqn import DMQN, DMQNShape
+from tokenizer import item_tokens
 
 Array = npt.NDArray[np.float64]
 
@@ -45,19 +46,6 @@ class Trained:
     test: Metrics
     validation_auc: tuple[float, ...]  # by epoch
     scores: Array  # of the test examples
-
-
-def item_tokens(codes: Tensor, components: int) -> tuple[Tensor, int]:
-    """Token rows of every item, (I, L + 1), and the size of the table: one token per level, one for the whole tuple of codes.
-
-    Row 0 of `codes` is padding; a row of -1 is an item without a semantic ID. Both have only padding tokens.
-    """
-    known = codes[:, 0] >= 0
-    levels = codes.shape[1]
-    per_level = codes.long() + torch.arange(levels) * components + 1
-    _, prefix = torch.unique(codes, dim=0, return_inverse=True)
-    tokens = torch.cat([per_level, (prefix + levels * components + 1)[:, None]], dim=1)
-    return torch.where(known[:, None], tokens, 0), levels * components + int(prefix.max()) + 2
 
 
 def shuffled_codes(codes: Tensor, seed: int) -> Tensor:
