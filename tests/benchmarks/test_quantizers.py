@@ -29,9 +29,9 @@ def test_vectors_of_every_form_are_the_same_rows(tmp_path: Path, form: str) -> N
         kinds = {"list": pa.list_(pa.float32()), "double": pa.list_(pa.float64()), "binary": pa.binary()}
         rows = [row.tobytes() for row in x] if form == "binary" else [row.tolist() for row in x]
         pq.write_table(pa.table({"v": pa.array([*rows, None], kinds[form])}), path)
-    found, left_out = read_vectors(path, [] if form == "npy" else ["v"])
+    vectors, left_out = read_vectors(path, [] if form == "npy" else ["v"])
     assert left_out == (0 if form == "npy" else 1)
-    np.testing.assert_allclose(found, x / np.linalg.norm(x, axis=1, keepdims=True), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(vectors, x / np.linalg.norm(x, axis=1, keepdims=True), rtol=1e-5, atol=1e-6)
 
 
 def test_principal_components_keep_distances(tmp_path: Path) -> None:
@@ -53,8 +53,8 @@ def test_every_quantizer_is_measured(tmp_path: Path) -> None:
     app, out = Typer(), tmp_path / "out.json"
     app.command()(quantizers)
     flags = f"--embeddings {tmp_path}/x.npy --levels 2 --components 8 --seeds 1 --json {out} --picture {tmp_path}/p.png"
-    told = CliRunner().invoke(app, flags.split())
-    assert told.exit_code == 0, told.output
+    result = CliRunner().invoke(app, flags.split())
+    assert result.exit_code == 0, result.output
     rows = json.loads(out.read_text())["rows"]
     assert {row["quantizer"] for row in rows} == set(QUANTIZERS)
     assert {row["split"] for row in rows} == {"train", "held-out"}
@@ -77,6 +77,6 @@ def test_wrong_flags_are_answered_with_a_sentence(tmp_path: Path, flags: str, sa
     np.save(tmp_path / "x.npy", topics(60, 8))
     app = Typer()
     app.command()(quantizers)
-    told = CliRunner().invoke(app, f"--embeddings {tmp_path}/x.npy {flags}".split())
-    assert isinstance(told.exception, WrongVectors)
-    assert says in str(told.exception)
+    result = CliRunner().invoke(app, f"--embeddings {tmp_path}/x.npy {flags}".split())
+    assert isinstance(result.exception, WrongVectors)
+    assert says in str(result.exception)
