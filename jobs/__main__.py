@@ -272,6 +272,7 @@ def train(
     from jobs.releases import current_release
 
     with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
+        log = job.check_interactions(work.config, work.warehouse)
         model = current_champion(work.registry, notice)
         release = current_release(work.warehouse.root)
         if release is None:
@@ -288,6 +289,7 @@ def train(
                 work.run_date,
                 work.pictures,
                 typer.echo,
+                log,
             ),
             json_file,
         )

@@ -197,7 +197,16 @@ class GateConfig(Section):
 
 
 class TrainConfig(Section):
-    interactions: Text = Field("", description="Parquet of user_id, item_id and label | rating, timestamp | order")
+    interactions: Text = Field(
+        "", description="Parquet or Delta table of user_id, item_id and label | rating, timestamp | order"
+    )
+    max_share_without_id: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="largest share of interactions with items that have no semantic ID; above it the ids of the log are taken "
+        "for those of another catalogue, 1 allows all",
+    )
     history: Whole = Field(200, ge=1, le=100_000, description="most recent behaviours kept per example")
     click_rating: float = Field(4.0, ge=-1e9, le=1e9, description="a rating at or above it is a click")
     negatives: Whole = Field(

@@ -6,12 +6,14 @@ The control is the same network of the same size, trained alike; its items carry
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,90 +23,155 @@ from pyspark.sql import functions as F
 from safetensors.torch import save_file
 
 from jobs.config import Config, ConfigError
-from jobs.ctr.examples import FEATURES, build_examples, read_log
+from jobs.ctr.examples import EXAMPLES_RECIPE, FEATURES, build_examples
+from jobs.ctr.log import Log, covered, examine, read_rows
 from jobs.ctr.training import Examples, Metrics, Trained, item_tokens, shuffled_codes, train_dmqn
 from jobs.pictures import draw_ctr
 from jobs.registry import CANDIDATE, CTR_MODEL, ModelVersion, Registry, pinned, register
 from jobs.sources import open_source
-from jobs.tables import CTR_EXAMPLES, SEMANTIC_IDS, SchemaError, Warehouse
+from jobs.tables import CTR_EXAMPLES, ITEM_EMBEDDINGS, SEMANTIC_IDS, SchemaError, Warehouse
 
 SPLITS = ("train", "validation", "test")
+EXAMPLES_OF = "sid.examples"  # property of ctr_examples: what it is made of
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    version: int
-    auc: float
-    auc_control: float
-    gauc: float
-    gauc_control: float
-    log_loss: float
-    log_loss_control: float
+    """None of a metric is undefined; without a `version` the log had no rows and nothing was trained."""
+
+    version: int | None
+    auc: float | None
+    auc_control: float | None
+    gauc: float | None
+    gauc_control: float | None
+    gauc_users: int  # that have clicks and non-clicks in the test split: GAUC is over these
+    log_loss: float | None
+    log_loss_control: float | None
+    rows_in: int  # of the log: rows_used + those dropped
+    rows_used: int
+    dropped: Mapping[str, int]  # by reason
     examples: int
-    without_id: int  # items of the log that have no semantic ID
+    without_negative: int  # rows for which no negative could be sampled: behaviour, but no examples
+    items: int  # of the log
+    without_id: int  # of these, how many have no semantic ID
+    share_without_id: float  # of the used rows of the log, those about such items
     note: str
     seconds: float = 0.0
     nothing_to_do: bool = False
 
+    def summary(self) -> str:
+        if self.version is None:
+            return self.note
+        return f"AUC {self.shown('auc')} with semantic IDs, {self.shown('auc_control')} with random codes"
+
+    def shown(self, metric: str) -> str:
+        value = getattr(self, metric)
+        return "undefined" if value is None else f"{value:.4f}"
+
+
+def check_interactions(config: Config, warehouse: Warehouse) -> Log:
+    """Examine the interactions before anything else runs; those that the examples of this warehouse are made of are known.
+
+    Raises:
+        ConfigError: no interactions are named, or nothing is there.
+        SchemaError: nothing can be learned from them.
+    """
+    if not config.train.interactions:
+        raise ConfigError("train.interactions is empty; give a Parquet file of clicks: --set train.interactions=PATH")
+    source = open_source(config.train.interactions)
+    stored = warehouse.property(CTR_EXAMPLES, EXAMPLES_OF) or ""
+    if stored.startswith("{") and (of := json.loads(stored))["key"] == _examples_key(config, source.fingerprint):
+        return Log.from_json(of["log"], source)
+    try:
+        return examine(source, config.train, warehouse.spark)
+    except SchemaError as error:
+        raise SchemaError(f"train.interactions {config.train.interactions}: {error}") from error
+
+
+def check_ids(config: Config, warehouse: Warehouse, log: Log) -> None:
+    """Whether the log is about the items of this catalogue, before a codebook is fitted.
+
+    Raises:
+        SchemaError: it is not.
+    """
+    if log.rows_used:
+        covered(log, warehouse.read(ITEM_EMBEDDINGS).select("item_id"), config.train)
+
+
+def _examples_key(config: Config, fingerprint: str) -> str:
+    """The same for the same examples: recipe, log, settings."""
+    return f"{EXAMPLES_RECIPE}-{fingerprint[:16]}-{config.digest('train')}"
+
 
 def run(
     config: Config, warehouse: Warehouse, registry: Registry, codebook: ModelVersion, versions: Mapping[str, int],
-    run_date: date, pictures: Path, told: Callable[[str], None],
+    run_date: date, pictures: Path, told: Callable[[str], None], log: Log,
 ) -> TrainResult:  # fmt: skip
     """Train on the semantic IDs of `codebook` at the pinned table `versions` and register a candidate.
 
     Raises:
-        ConfigError: no interactions, or none that could be learned from.
+        SchemaError: the log is about other items, or a part of it holds nothing to learn.
     """
     began = time.monotonic()
-    if not config.train.interactions:
-        raise ConfigError("train.interactions is empty; give a Parquet file of clicks: --set train.interactions=PATH")
-    log_stamp = open_source(config.train.interactions).fingerprint[:16]
-    train_key = (
-        f"{codebook.tags['codebook_hash'][:16]}-{versions[SEMANTIC_IDS.name]}-{log_stamp}-{config.digest('train')}"
-    )
+    if not log.rows_used:
+        return _nothing(log)
+    examples_key = _examples_key(config, log.source.fingerprint)
+    train_key = f"{codebook.tags['codebook_hash'][:16]}-{versions[SEMANTIC_IDS.name]}-{examples_key}"
     found = registry.find(CTR_MODEL, "train_key", train_key)
     if found is not None:
-        return TrainResult(
-            **{
-                **json.loads(found.tags["result"]),
-                "version": found.version,
-                "seconds": time.monotonic() - began,
-                "nothing_to_do": True,
-            }
-        )
+        stored = {**json.loads(found.tags["result"]), "version": found.version, "nothing_to_do": True}
+        return TrainResult(**{**stored, "seconds": time.monotonic() - began})
 
-    ids = (
+    published = (
         warehouse.read(SEMANTIC_IDS, versions[SEMANTIC_IDS.name])
         .where(F.col("codebook_version") == codebook.version)
-        .select("item_id", "codes").orderBy("item_id").toArrow()
-    )  # fmt: skip
-    log = read_log(warehouse.spark, config.train)
+        .select("item_id", "codes")
+    )
+    coverage = covered(log, published.select("item_id"), config.train)
+    ids = published.orderBy("item_id").toArrow()
     told("building examples")
-    examples_key = f"{log_stamp}-{config.digest('train')}"
-    if warehouse.property(CTR_EXAMPLES, "sid.examples") != examples_key:
-        warehouse.replace(CTR_EXAMPLES, build_examples(log, config.train), "")
-        warehouse.set_property(CTR_EXAMPLES, "sid.examples", examples_key)
+    if not log.seen_before:
+        rows = read_rows(log, warehouse.spark)
+        if warehouse.exists(CTR_EXAMPLES):
+            # Killed before the property is set again, the next run must not take these rows for those of the old log.
+            warehouse.set_property(CTR_EXAMPLES, EXAMPLES_OF, "")
+        warehouse.replace(CTR_EXAMPLES, build_examples(rows, log, config.train), "")
+        of = {"key": examples_key, "log": log.to_json()}
+        warehouse.set_property(CTR_EXAMPLES, EXAMPLES_OF, json.dumps(of))
     examples_version = warehouse.version(CTR_EXAMPLES)
     # In a fixed order, so that the same examples train the same model however Spark wrote them.
     order = ("user_id", "ts", "item_id", "label")
     table = warehouse.read(CTR_EXAMPLES, examples_version).orderBy(*order).toArrow()
     splits, items = as_tensors(table, config.train.history)
     for name in SPLITS:
-        if not 0 < float(splits[name].label.sum()) < len(splits[name]):
+        clicks, rows_of_split = int(splits[name].label.sum()), len(splits[name])
+        if not 0 < clicks < rows_of_split:
             raise SchemaError(
-                f"the {name} split has {len(splits[name])} examples of one class; expected clicks and non-clicks. Give a longer log"
+                f"the {name} split has {clicks:,} clicks in {rows_of_split:,} examples; expected clicks and non-clicks in each of "
+                f"{', '.join(SPLITS)}, which follow each other in time ({log.note}). Give a longer log"
             )
     components = int(codebook.tags["shape"].split("x")[1])
     codes = _codes(ids, items)
     with_ids = _trained("with semantic IDs", splits, codes, components, config, told)
     control = _trained("control", splits, shuffled_codes(codes, config.train.seed), components, config, told)
+    if not math.isfinite(with_ids.test.log_loss + control.test.log_loss):
+        raise ConfigError(
+            f"training diverged: with train.learning_rate = {config.train.learning_rate:g} the model scores NaN; expected numbers. "
+            "Lower it"
+        )
+    clicks = sum(int(split.label.sum()) for split in splits.values())
     result = TrainResult(
         version=0,
         **_named(with_ids.test, ""),
-        **_named(control.test, "_control"),
+        **{name: value for name, value in _named(control.test, "_control").items() if name != "gauc_users_control"},
+        rows_in=log.rows_in,
+        rows_used=log.rows_used,
+        dropped=log.dropped,
         examples=table.num_rows,
-        without_id=int((codes[1:, 0] < 0).sum()),
+        without_negative=log.rows_used - clicks if log.positives_only else 0,
+        items=coverage.items,
+        without_id=coverage.items_without,
+        share_without_id=coverage.share_without,
         note=log.note,
     )
     picture = pictures / f"ctr-{codebook.tags['codebook_hash'][:12]}.png"
@@ -121,15 +188,29 @@ def run(
         registry.run("train", config, {k: v for k, v in tags.items() if k != "result"}) as run_,
         tempfile.TemporaryDirectory() as scratch,
     ):
-        for name, value in asdict(result).items():
-            if isinstance(value, float):
-                registry.client.log_metric(run_.info.run_id, name, value)
+        for name, value in _metrics(result).items():
+            registry.client.log_metric(run_.info.run_id, name, value)
         registry.client.log_artifact(run_.info.run_id, str(picture), "pictures")
         folder = Path(scratch) / "dmqn"
         _save(folder, with_ids, codes, components, items, tags)
         model = register(registry, CTR_MODEL, Path(__file__).parent / "ctr" / "dmqn_model.py", folder, tags)
     registry.set_alias(CTR_MODEL, CANDIDATE, model.version)
-    return TrainResult(**{**asdict(result), "version": model.version, "seconds": time.monotonic() - began})
+    return replace(result, version=model.version, seconds=time.monotonic() - began)
+
+
+def _nothing(log: Log) -> TrainResult:
+    return TrainResult(
+        version=None, auc=None, auc_control=None, gauc=None, gauc_control=None, gauc_users=0, log_loss=None,
+        log_loss_control=None, rows_in=log.rows_in, rows_used=0, dropped=log.dropped, examples=0, without_negative=0, items=0,
+        without_id=0, share_without_id=0.0, note=log.note, nothing_to_do=True,
+    )  # fmt: skip
+
+
+def _metrics(result: TrainResult) -> dict[str, float]:
+    """The numbers of a result under the names they have in MLflow."""
+    facts = {**asdict(result), **{f"dropped_{reason}": count for reason, count in result.dropped.items()}}
+    left_out = ("version", "seconds", "nothing_to_do")
+    return {name: value for name, value in facts.items() if isinstance(value, int | float) and name not in left_out}
 
 
 def as_tensors(table: pa.Table, keep: int) -> tuple[dict[str, Examples], list[str]]:
@@ -193,8 +274,9 @@ def _trained(
     )  # fmt: skip
 
 
-def _named(metrics: Metrics, suffix: str) -> dict[str, float]:
-    return {f"{name}{suffix}": value for name, value in asdict(metrics).items()}
+def _named(metrics: Metrics, suffix: str) -> dict[str, Any]:
+    """None instead of NaN, which JSON does not have."""
+    return {f"{name}{suffix}": None if math.isnan(value) else value for name, value in asdict(metrics).items()}
 
 
 def _by_rarity(
@@ -213,7 +295,7 @@ def _by_rarity(
     names, ours, theirs = [], [], []
     for low, high in zip([-1, *bounds], [*bounds, int(seen.max())], strict=True):
         rows = (seen > low) & (seen <= high)
-        if rows.sum() >= 50:
+        if rows.sum() >= 50 and len(np.unique(test.label.numpy()[rows])) == 2:
             names.append("0" if high == 0 else f"{low + 1}-{high}")
             ours.append(auc(test.label.numpy()[rows], with_ids.scores[rows]))
             theirs.append(auc(test.label.numpy()[rows], control.scores[rows]))

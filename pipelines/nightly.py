@@ -20,6 +20,7 @@ from pyspark.sql import functions as F
 from jobs import encode, evaluate, fit, load, train
 from jobs.champion import current_champion
 from jobs.config import Config
+from jobs.ctr.log import Log
 from jobs.encode import EncodeResult
 from jobs.fit import FitResult
 from jobs.load import LoadResult
@@ -46,6 +47,7 @@ class Night:
     """What happened; filled step by step, so that a night that stops early can still be told."""
 
     run_date: date
+    log: Log | None = None  # the interactions, where there are any to train on
     loaded: LoadResult | None = None
     refit_because: str | None = None
     fitted: FitResult | None = None
@@ -69,10 +71,17 @@ def run(
 
     A verdict that does not pass stops the night before `train`: the champion stays as it is.
     """
+    if config.train.interactions:
+        with _timed(night, reporter, "interactions", config.train.interactions):
+            night.log = train.check_interactions(config, warehouse)
+        reporter.done("interactions", night.log.account())
     champion = current_champion(registry, lambda text: reporter.done("champion", text))
     with _timed(night, reporter, "load", config.load.source):
         night.loaded = load.run(config, warehouse, night.run_date)
     reporter.done("load", _load_facts(night.loaded))
+    if night.log is not None and not (night.log.seen_before and night.loaded.nothing_to_do):
+        with _timed(night, reporter, "interactions", "their items in the catalogue"):
+            train.check_ids(config, warehouse, night.log)
 
     if champion is not None:
         night.encoded = _encode(config, warehouse, registry, champion, night, reporter)
@@ -97,7 +106,7 @@ def run(
     if night.gate_message is not None or night.release is None:
         return
 
-    if config.train.interactions:
+    if night.log is not None:
         with _timed(night, reporter, "train", config.train.interactions):
             night.trained = train.run(
                 config,
@@ -108,12 +117,9 @@ def run(
                 night.run_date,
                 pictures,
                 reporter.note,
+                night.log,
             )
-        reporter.done(
-            "train",
-            f"AUC {night.trained.auc:.4f} with semantic IDs, {night.trained.auc_control:.4f} without"
-            + _idle(night.trained),
-        )
+        reporter.done("train", night.trained.summary() + _idle(night.trained))
 
 
 def refit_reason(config: Config, warehouse: Warehouse, champion: ModelVersion | None, night: Night) -> str | None:

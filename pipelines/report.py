@@ -76,7 +76,7 @@ def facts(night: Night, warehouse: str, pictures: Path, seconds: float) -> dict[
     """The night as flat keys; None where it did not get that far."""
     metrics = night.evaluated.metrics if night.evaluated else {}
     model = night.fitted.model if night.fitted else None
-    trained = night.trained
+    trained, log = night.trained, night.log
     return {
         "rows_in": night.loaded.rows_in if night.loaded else None,
         "rows_stored": night.loaded.rows_stored if night.loaded else None,
@@ -94,9 +94,16 @@ def facts(night: Night, warehouse: str, pictures: Path, seconds: float) -> dict[
         "codebook_hash": night.release.codebook_hash
         if night.release
         else (model.tags["codebook_hash"] if model else None),
+        "interactions_in": log.rows_in if log else None,
+        "interactions_used": log.rows_used if log else None,
+        "interactions_dropped": dict(log.dropped) if log else None,
+        "items_of_interactions": trained.items if trained else None,
+        "items_without_id": trained.without_id if trained else None,
+        "share_without_id": trained.share_without_id if trained else None,
         "auc": trained.auc if trained else None,
         "auc_control": trained.auc_control if trained else None,
         "gauc": trained.gauc if trained else None,
+        "gauc_users": trained.gauc_users if trained else None,
         "log_loss": trained.log_loss if trained else None,
         "nothing_to_do": night.nothing_to_do,
         "seconds": round(seconds, 1),
@@ -161,17 +168,25 @@ def print_summary(
             "champion",
             f"codebook version {night.release.codebook_version}, hash {night.release.codebook_hash[:12]}, release {night.release.release_id}",
         )
+    if night.log:
+        grid.add_row("interactions", night.log.account())
     if night.trained:
         t = night.trained
-        grid.add_row(
-            "CTR model",
-            f"AUC {t.auc:.4f} with semantic IDs, {t.auc_control:.4f} with random codes (lift {t.auc - t.auc_control:+.4f})",
-        )
-        grid.add_row(
-            "",
-            f"GAUC {t.gauc:.4f} against {t.gauc_control:.4f}; log-loss {t.log_loss:.4f} against {t.log_loss_control:.4f}",
-        )
-        if t.note:
+        grid.add_row("CTR model", t.summary())
+        if t.version is not None:
+            if t.auc is not None and t.auc_control is not None:
+                grid.add_row("", f"AUC lift {t.auc - t.auc_control:+.4f}")
+            grid.add_row(
+                "",
+                f"GAUC {t.shown('gauc')} against {t.shown('gauc_control')} over {t.gauc_users:,} users; "
+                f"log-loss {t.shown('log_loss')} against {t.shown('log_loss_control')}",
+            )
+            grid.add_row(
+                "",
+                f"without semantic ID: {t.without_id:,} of {t.items:,} items, {t.share_without_id:.1%} of the interactions",
+            )
+            if t.without_negative:
+                grid.add_row("", f"{t.without_negative:,} rows have no negative to sample: behaviour, no examples")
             grid.add_row("", t.note)
         if expected:
             grid.add_row("expected", expected)

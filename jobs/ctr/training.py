@@ -35,8 +35,11 @@ class Examples:
 
 @dataclass(frozen=True)
 class Metrics:
+    """NaN is undefined: an AUC needs clicks and non-clicks."""
+
     auc: float
     gauc: float
+    gauc_users: int  # that have both, over which GAUC is the mean
     log_loss: float
 
 
@@ -70,7 +73,7 @@ def train_dmqn(
     model = DMQN(shape)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     generator = torch.Generator().manual_seed(config.seed)
-    best, best_auc, aucs = copy.deepcopy(model), -1.0, []
+    best, aucs = copy.deepcopy(model), list[float]()
     for epoch in range(config.epochs):
         model.train()
         for rows in batches(train, config.batch_size, generator):
@@ -81,10 +84,9 @@ def train_dmqn(
         aucs.append(auc(validation.label.numpy(), predict(model, validation, tokens)))
         if told is not None:
             told(epoch + 1, aucs[-1])
-        if aucs[-1] > best_auc:
-            best, best_auc = copy.deepcopy(model), aucs[-1]
-        else:
+        if epoch and not aucs[-1] > max(aucs[:-1]):  # nor where it is undefined
             break
+        best = copy.deepcopy(model)
     scores = predict(best, test, tokens)
     return Trained(best, measure(test, scores), tuple(aucs), scores)
 
@@ -122,29 +124,31 @@ def _logits(model: DMQN, examples: Examples, rows: Tensor, tokens: Tensor) -> Te
 
 def measure(examples: Examples, scores: Array) -> Metrics:
     label = examples.label.numpy()
-    return Metrics(auc(label, scores), gauc(examples.user.numpy(), label, scores), log_loss(label, scores))
+    return Metrics(auc(label, scores), *gauc(examples.user.numpy(), label, scores), log_loss(label, scores))
 
 
 def auc(label: npt.NDArray[np.float32], score: Array) -> float:
-    """Area under the ROC curve from ranks, ties shared; 0.5 where only one class is present."""
+    """Area under the ROC curve from ranks, ties shared; NaN where only one class is present or a score is no number."""
     positives = float(label.sum())
     negatives = len(label) - positives
-    if positives == 0 or negatives == 0:
-        return 0.5
+    if positives == 0 or negatives == 0 or np.isnan(score).any():
+        return float("nan")
     _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
     rank = (np.cumsum(count) - (count - 1) / 2)[inverse]
     return float((rank[label > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def gauc(user: npt.NDArray[np.int64], label: npt.NDArray[np.float32], score: Array) -> float:
-    """AUC per user, weighted by the user's impressions; users with one class only are left out."""
-    total = weight = 0.0
+def gauc(user: npt.NDArray[np.int64], label: npt.NDArray[np.float32], score: Array) -> tuple[float, int]:
+    """AUC per user, weighted by the user's impressions, and the number of users it is over: those with clicks and
+    non-clicks. NaN where there are none."""
+    total, weight, users = 0.0, 0, 0
     order = np.argsort(user, kind="stable")
     for rows in np.split(order, np.flatnonzero(np.diff(user[order])) + 1):
         if 0 < label[rows].sum() < len(rows):
             total += len(rows) * auc(label[rows], score[rows])
             weight += len(rows)
-    return total / weight if weight else 0.5
+            users += 1
+    return (total / weight if users else float("nan")), users
 
 
 def log_loss(label: npt.NDArray[np.float32], score: Array) -> float:

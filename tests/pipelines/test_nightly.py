@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from datetime import date
@@ -10,15 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
-from house import ITEMS, House
+from house import ITEMS, House, Silent
 
 from jobs.config import ConfigError
 from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL
 from jobs.releases import current_release
 from jobs.reports import report
-from jobs.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS
+from jobs.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, SchemaError
+from pipelines import nightly
 from pipelines.lineage import print_item
 from pipelines.nightly import Night
 from pipelines.report import facts
@@ -39,10 +42,12 @@ def test_the_first_night_ends_in_a_release_and_a_model(house: House, first: Nigh
     assert champion.tags["codebook_hash"] == release.codebook_hash
     assert house.registry.resolve(CTR_MODEL, CANDIDATE) is not None
     assert first.trained is not None
-    assert first.trained.without_id == 5
+    assert (first.trained.without_id, first.trained.items) == (5, 405)
+    assert 0.005 < first.trained.share_without_id < 0.025
+    assert first.trained.rows_in == first.trained.rows_used == 4000
     told = facts(first, "w", Path("p"), 1.0)
     json.dumps(told)
-    assert {"rows_in", "rmse", "utilization", "perplexity", "distinct", "largest_collision", "verdict", "champion_version", "codebook_hash", "auc", "auc_control", "gauc", "log_loss", "seconds", "warehouse", "pictures"} <= set(told)  # fmt: skip
+    assert {"rows_in", "rmse", "utilization", "perplexity", "distinct", "largest_collision", "verdict", "champion_version", "codebook_hash", "interactions_in", "interactions_used", "interactions_dropped", "items_without_id", "share_without_id", "auc", "auc_control", "gauc", "gauc_users", "log_loss", "seconds", "warehouse", "pictures"} <= set(told)  # fmt: skip
     drawn = {path.name.split("-")[0] for path in (house.root / "pictures").glob("*.png")}
     assert drawn == {"convergence", "usage", "likelihood", "ctr"}
 
@@ -78,6 +83,51 @@ def test_the_same_night_again_does_nothing(house: House, first: Night) -> None:
     assert again.trained is not None
     assert first.trained is not None
     assert again.trained.auc == first.trained.auc
+
+
+def clicks(house: House, name: str, **columns: object) -> str:
+    """A setting that names a log like the night's own but for some columns; None is a log without rows."""
+    log = pq.read_table(house.root / "in" / "clicks.parquet").to_pandas()
+    path = house.root / "in" / f"{name}.parquet"
+    (log.assign(**columns) if columns else log.head(0)).to_parquet(path, index=False)
+    return f"train.interactions={path}"
+
+
+def test_an_unusable_log_stops_the_night_before_load(house: House, first: Night) -> None:
+    for setting, kind, message in (
+        (
+            clicks(house, "moment", timestamp=1_750_000_000),
+            SchemaError,
+            "one value in all 4,000 rows (2025-06-15 15:06:40)",
+        ),
+        (clicks(house, "comma", rating="5,0"), SchemaError, "column 'rating' holds the text '5,0'"),
+        (f"train.interactions={house.root}/nowhere.parquet", ConfigError, "does not exist"),
+    ):
+        night = Night(DAY)
+        with pytest.raises(kind, match=re.escape(message)):
+            nightly.run(house.configured(setting), house.warehouse, house.registry, night, house.root, Silent())
+        assert night.loaded is None
+
+
+def test_a_log_of_another_catalogue_stops_the_night_before_fit(house: House, first: Night) -> None:
+    setting = clicks(house, "padded", item_id=[f"{n % 400:06d}" for n in range(4000)])
+    night = Night(DAY)
+    with pytest.raises(SchemaError, match=r"100% of the interactions .*\('000000' is '0'\)"):
+        nightly.run(house.configured(setting), house.warehouse, house.registry, night, house.root, Silent())
+    assert night.loaded is not None
+    assert night.encoded is None
+    assert night.fitted is None
+
+
+def test_an_empty_log_of_the_day_is_said_and_the_ids_are_released(house: House, first: Night) -> None:
+    night = house.night(DAY, clicks(house, "empty"))
+    assert night.release is not None
+    assert night.trained is not None
+    assert night.trained.version is None
+    assert "the log has no rows" in night.trained.summary()
+    values = facts(night, "w", Path("p"), 1.0)
+    assert json.loads(json.dumps(values, allow_nan=False))["auc"] is None
+    assert values["interactions_in"] == 0
 
 
 def test_delta_rs_and_duckdb_read_the_ids_both_ways(house: House, first: Night) -> None:
