@@ -62,7 +62,12 @@ class TrainResult:
     def summary(self) -> str:
         if self.version is None:
             return self.note
-        return f"AUC {self.shown('auc')} with semantic IDs, {self.shown('auc_control')} with random codes"
+        text = f"AUC {self.shown('auc')} with semantic IDs, {self.shown('auc_control')} with random codes"
+        return (
+            text
+            if self.auc is None or self.auc_control is None
+            else f"{text} (lift {self.auc - self.auc_control:+.4f})"
+        )
 
     def shown(self, metric: str) -> str:
         value = getattr(self, metric)

@@ -174,8 +174,6 @@ def print_summary(
         t = night.trained
         grid.add_row("CTR model", t.summary())
         if t.version is not None:
-            if t.auc is not None and t.auc_control is not None:
-                grid.add_row("", f"AUC lift {t.auc - t.auc_control:+.4f}")
             grid.add_row(
                 "",
                 f"GAUC {t.shown('gauc')} against {t.shown('gauc_control')} over {t.gauc_users:,} users; "
