@@ -84,3 +84,49 @@ def test_errors_do_not_repeat_credentials() -> None:
 def test_dimensions_that_no_vector_has_are_refused(dim: int) -> None:
     with pytest.raises(ConfigError, match=rf"load\.dims.*dimension of v is {dim}; expected 1 to 65536"):
         load_config(overrides=[f"load.dims={{v = {dim}}}"])
+
+
+def test_a_file_of_a_windows_editor_is_read(tmp_path: Path) -> None:
+    (tmp_path / "bom.toml").write_bytes(b"\xef\xbb\xbf[fit]\r\ncomponents = 64\r\n")
+    assert load_config([tmp_path / "bom.toml"]).fit.components == 64
+
+
+@pytest.mark.parametrize("content", ["[load]\nsource = 'caf\xe9'\n".encode("latin-1"), bytes(range(256))])
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "wrong.toml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"wrong\.toml is not UTF-8"):
+        load_config([tmp_path / "wrong.toml"])
+
+
+def test_a_folder_is_no_configuration(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder"):
+        load_config([tmp_path])
+
+
+@pytest.mark.parametrize("typed", ["20260101", "1e5", "true", "2026-01-31", "007", "-"])
+def test_text_settings_take_what_was_typed(typed: str) -> None:
+    assert load_config(overrides=[f"load.source={typed}"]).load.source == typed
+
+
+def test_a_key_of_spark_may_have_dots() -> None:
+    config = load_config(overrides=["spark.conf.spark.sql.shuffle.partitions=8"])
+    assert config.spark.conf == {"spark.sql.shuffle.partitions": "8"}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "spark.master=lokal", "spark.driver_memory=banana", "spark.driver_memory=4", "nightly.refit_every_days=99999999999",
+        "nightly.refit_every_days=0", "fit.levels=true", "fit.seed=1e20", "fit.seed=-1", "load.source=[1]",
+    ],
+)  # fmt: skip
+def test_what_cannot_be_meant_is_refused(setting: str) -> None:
+    name = setting.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"{name} = .*expected"):
+        load_config(overrides=[setting])
+
+
+@pytest.mark.parametrize("text", ["20260131", "2026-W05-6", "2026-1-31", "31.01.2026", "9999999-01-01", ""])
+def test_a_day_has_one_form(text: str) -> None:
+    with pytest.raises(ConfigError, match="expected YYYY-MM-DD"):
+        parse_date(text)
