@@ -102,7 +102,7 @@ def test_a_lost_registry_is_registered_anew_and_the_next_night_goes_on(drill: Ho
 def failed(drill: House) -> Night:
     """A night of new items whose candidate fails: a refit is due, and must halve the RMSE."""
     drill.write(ITEMS + 40)
-    return drill.night(DUE, "gate.max_rmse_ratio=0.5", "train.interactions=clicks that are never read")
+    return drill.night(DUE, "gate.max_rmse_ratio=0.5")
 
 
 def test_a_failing_candidate_withholds_no_new_item(drill: House, failed: Night) -> None:
