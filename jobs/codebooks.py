@@ -127,7 +127,7 @@ def stored_hashes(root: str) -> list[str]:
 
 
 def check_recipe(manifest: Mapping[str, Any], model: ModelVersion, table_recipe: str | None) -> None:
-    """A codebook is for vectors of the recipe it was fitted on: the same modalities, dimensions, weights and scaling.
+    """A codebook is for vectors of the recipe it was fitted on: the same modalities, dimensions, weights, scaling and order.
 
     Raises:
         SchemaError: `item_embeddings` is of another.
@@ -135,7 +135,9 @@ def check_recipe(manifest: Mapping[str, Any], model: ModelVersion, table_recipe:
     fitted, stored = manifest.get("fusion"), json.loads(table_recipe) if table_recipe else None
     if fitted is None or stored is None:
         return
-    parts = ("dims", "weights", "normalize")  # the column of ids and the stored width do not change what a code means
+    parts = ["dims", "weights", "normalize"]  # the column of ids and the stored width do not change what a code means
+    if fitted.get("order") and stored.get("order"):  # older recipes do not say it
+        parts.append("order")
     if [fitted.get(part) for part in parts] != [stored.get(part) for part in parts]:
         of = [json.dumps({part: recipe.get(part) for part in parts}, sort_keys=True) for recipe in (fitted, stored)]
         raise SchemaError(

@@ -24,8 +24,8 @@ class Fusion:
     """The recipe from modality vectors to one embedding; part of every codebook that was fitted on such embeddings.
 
     Each modality is scaled to unit length and multiplied by the square root of its weight, a missing one is a block of
-    zeros, the blocks stand side by side in the alphabetical order of their names, and the whole is scaled to unit length.
-    With `normalize` off lengths are left alone. The result is rounded to `dtype`, as it is stored.
+    zeros, the blocks stand side by side, and the whole is scaled to unit length. With `normalize` off lengths are left
+    alone. The result is rounded to `dtype`, as it is stored.
 
         fusion = Fusion({"text": 384, "image": 1280}, weights={"text": 1.0, "image": 0.5})
         x = fusion(text=text, image=image)          # (N, 1664) float32; None where a modality is missing
@@ -33,12 +33,15 @@ class Fusion:
     Attributes:
         dims: dimension of each modality.
         weights: weight of each modality; 1 where not given.
+        order: of the blocks; alphabetical where not given. None is not known, as in codebooks made before it was kept: their
+            recipe can be read, but fuses one modality only.
     """
 
     dims: Mapping[str, int]
     weights: Mapping[str, float] = field(default_factory=dict)
     normalize: bool = True
     dtype: Precision = "float32"
+    order: Sequence[str] | None = ()
 
     def __post_init__(self) -> None:
         for name, dim in self.dims.items():
@@ -56,8 +59,12 @@ class Fusion:
                 raise DataError(f"the weight of {name!r} is {weight!r}; expected a finite number above 0")
         if self.dtype not in ("float32", "float16"):
             raise DataError(f"dtype is {self.dtype!r}; expected float32 or float16")
+        if self.order and sorted(self.order) != sorted(self.dims):
+            raise DataError(f"order is {list(self.order)}; expected each of {sorted(self.dims)} once")
         # One order, which neither JSON nor the order of columns in a file can change.
-        object.__setattr__(self, "dims", {name: self.dims[name] for name in sorted(self.dims)})
+        names = tuple(self.order or sorted(self.dims))
+        object.__setattr__(self, "order", None if self.order is None and len(names) > 1 else names)
+        object.__setattr__(self, "dims", {name: self.dims[name] for name in names})
         object.__setattr__(self, "weights", {name: float(self.weights.get(name, 1.0)) for name in self.dims})
 
     @property
@@ -73,8 +80,13 @@ class Fusion:
                 that do.
 
         Raises:
-            DataError: an unknown modality or another dimension, NaN or Inf, a vector of zeros, or an item without any modality.
+            DataError: an order that is not known, an unknown modality or another dimension, NaN or Inf, a vector of zeros, or an item without any modality.
         """
+        if self.order is None:
+            raise DataError(
+                f"the recipe does not say in which order the blocks of {sorted(self.dims)} stand, as it was made before that was kept; "
+                "expected an order. Name the columns as they were loaded: dataclasses.replace(fusion, order=[...])"
+            )
         unknown = sorted(set(modalities) - set(self.dims))
         if unknown:
             raise DataError(f"{unknown} are no modalities of this fusion; expected some of {list(self.dims)}")
@@ -167,11 +179,12 @@ class Fusion:
             "weights": dict(self.weights),
             "normalize": self.normalize,
             "dtype": self.dtype,
+            "order": list(self.order or ()),
         }
 
     @staticmethod
     def from_dict(recipe: Any) -> Fusion:
-        """Of `to_dict`; other keys, such as the name of an id column, are ignored.
+        """Of `to_dict`, or as a codebook of the pipeline has it; other keys, such as the name of an id column, are ignored.
 
         Raises:
             DataError: a key is missing or has a wrong value.
@@ -184,7 +197,10 @@ class Fusion:
             raise DataError(
                 f"a fusion is stored as {recipe!r}; expected dims and weights by name and normalize true or false"
             )
-        return Fusion(dims, weights, normalize, dtype)
+        order = recipe.get("order") or ()
+        if not isinstance(order, Sequence) or isinstance(order, str):
+            raise DataError(f"order is {order!r}; expected a list of modalities")
+        return Fusion(dims, weights, normalize, dtype, tuple(order) or None)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True)

@@ -124,3 +124,16 @@ def test_a_codebook_is_for_the_recipe_it_was_fitted_on() -> None:
     for other in ({"dims": {"text": 8}}, {"weights": {"text": 2.0}}, {"normalize": False}, {"dims": {"image": 6}}):
         with pytest.raises(SchemaError, match=r"codebook version 1 \(hash a\) was fitted on vectors of the recipe"):
             check_recipe(fitted_on, model("a"), json.dumps({**RECIPE, **other}))
+
+
+def test_a_codebook_is_for_vectors_of_one_order_of_blocks() -> None:
+    both = {
+        **RECIPE,
+        "dims": {"text": 6, "image": 6},
+        "weights": {"text": 1.0, "image": 1.0},
+        "order": ["text", "image"],
+    }
+    check_recipe({"fusion": both}, model("a"), json.dumps(both))
+    check_recipe({"fusion": {**both, "order": []}}, model("a"), json.dumps(both))  # made before the order was kept
+    with pytest.raises(SchemaError, match="was fitted on vectors of the recipe"):
+        check_recipe({"fusion": both}, model("a"), json.dumps({**both, "order": ["image", "text"]}))

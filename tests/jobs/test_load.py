@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+import tokenizer
 from jobs import load
 from jobs.config import Config, ConfigError
 from jobs.load import Fusion, check_rows
@@ -94,6 +95,18 @@ def test_modalities_are_scaled_weighted_and_joined() -> None:
     )  # weight 4 counts twice in length, four times in squared distance
     np.testing.assert_allclose(np.frombuffer(row["embedding"], "<f4"), whole / np.linalg.norm(whole), rtol=1e-6)
     assert row["modalities"] == ["v", "w"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_library_fuses_to_the_bytes_that_load_stores(dtype: str) -> None:
+    """By the recipe as a codebook has it: the blocks in the order of the columns, not of their names."""
+    recipe = Fusion("item_id", {"w": 5, "v": 3}, {"w": 0.5, "v": 1.0}, True, dtype, ("w", "v"))
+    generator = np.random.default_rng(0)
+    w, v = (generator.normal(size=(40, dim)).astype(np.float32) for dim in (5, 3))
+    images = [None if row % 7 == 3 else list(vector) for row, vector in enumerate(v)]
+    stored = check_rows(batch(recipe, w=list(map(list, w)), v=images), recipe)["embedding"].to_pylist()
+    fused = tokenizer.Fusion.from_json(recipe.to_json())(w=w, v=images).numpy().astype(dtype)
+    assert [row.tobytes() for row in fused] == stored
 
 
 def test_a_missing_modality_is_a_block_of_zeros() -> None:

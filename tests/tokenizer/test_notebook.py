@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,3 +179,27 @@ def test_a_recipe_comes_back_from_json_in_any_order_and_with_other_keys() -> Non
     ):
         with pytest.raises(DataError):
             Fusion.from_dict(broken)
+
+
+def test_blocks_stand_in_the_order_of_the_recipe() -> None:
+    vectors = {"text": np.array([[3.0, 4.0]]), "image": np.array([[0.0, 2.0]])}
+    sizes = {"text": 2, "image": 2}
+    assert Fusion(sizes, normalize=False)(**vectors).tolist() == [[0.0, 2.0, 3.0, 4.0]]
+    ordered = Fusion(sizes, normalize=False, order=["text", "image"])
+    assert ordered(**vectors).tolist() == [[3.0, 4.0, 0.0, 2.0]]
+    assert Fusion.from_json(ordered.to_json()) == ordered != Fusion(sizes, normalize=False)
+    with pytest.raises(DataError, match="each of"):
+        Fusion(sizes, order=["text"])
+
+
+def test_a_recipe_of_several_modalities_without_an_order_does_not_fuse() -> None:
+    """As codebooks have it that were made before the order was kept: a guess would give other codes without a word."""
+    recipe = {"dims": {"image": 2, "text": 2}, "weights": {}, "normalize": True, "dtype": "float32"}
+    fusion = Fusion.from_dict(recipe)
+    vectors = {"text": np.array([[3.0, 4.0]]), "image": np.array([[0.0, 2.0]])}
+    with pytest.raises(DataError, match="does not say in which order"):
+        fusion(**vectors)
+    assert Fusion.from_json(fusion.to_json()) == fusion
+    ordered = replace(fusion, order=["text", "image"], normalize=False)
+    assert ordered(**vectors).tolist() == [[3.0, 4.0, 0.0, 2.0]]
+    assert Fusion.from_dict({**recipe, "dims": {"text": 2}})(text=vectors["text"]).shape == (1, 2)
