@@ -21,14 +21,14 @@ import typer
 
 from benchmarks.fit import clustered
 from jobs import encode, fit, load
-from jobs.codebooks import codebook_files
 from jobs.config import load_config
+from jobs.embeddings.packed import pack
 from jobs.encode import ENCODED, encode_group, worker_codebook
-from jobs.packed import pack
-from jobs.registry import open_registry
-from jobs.row_groups import RowGroup, row_groups
-from jobs.session import spark_session
-from jobs.tables import ITEM_EMBEDDINGS, Warehouse, warehouse_root
+from jobs.files.row_groups import RowGroup, row_groups
+from jobs.models.codebooks import codebook_files
+from jobs.models.registry import open_registry
+from jobs.spark.session import spark_session
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, Warehouse, warehouse_root
 from tokenizer import RQGMM
 
 DAY = date(2026, 1, 1)

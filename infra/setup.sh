@@ -25,5 +25,5 @@ echo "set-up: packages (0.5 GB of downloads and more with CUDA the first time; U
 VIRTUAL_ENV=$PWD/.venv .venv/bin/uv pip install -q -r requirements.lock
 VIRTUAL_ENV=$PWD/.venv .venv/bin/uv pip install -q --no-deps -e .
 echo "set-up: Delta jars"
-.venv/bin/python -m jobs.engine >.venv/jars.log 2>&1 || { cat .venv/jars.log >&2; exit 1; }
+.venv/bin/python -m jobs.spark.engine >.venv/jars.log 2>&1 || { cat .venv/jars.log >&2; exit 1; }
 touch .venv/ready

@@ -1,7 +1,7 @@
 """The stages as commands: `python -m jobs <stage>`, or `sid <stage>`.
 
 On a laptop:   python -m jobs load --set load.source=vectors.parquet
-On a cluster:  spark-submit --jars "$(python -m jobs.engine)" infra/spark/submit.py load --config infra/conf/cluster.toml
+On a cluster:  spark-submit --jars "$(python -m jobs.spark.engine)" infra/spark/submit.py load --config infra/conf/cluster.toml
 """
 
 from __future__ import annotations
@@ -120,9 +120,9 @@ def opened(config: Config, run_date: str = "", *, write: bool = True) -> Iterato
     Without `write` nothing is made or changed: neither the folder of the warehouse nor a lock.
     """
     day = parse_date(run_date) if run_date else datetime.now(UTC).date()
-    from jobs.registry import open_registry, warehouse_id
-    from jobs.session import spark_session
-    from jobs.tables import Warehouse, clear_staging, warehouse_root, writer_lock
+    from jobs.models.registry import open_registry, warehouse_id
+    from jobs.spark.session import spark_session
+    from jobs.warehouse.tables import Warehouse, clear_staging, warehouse_root, writer_lock
 
     root = warehouse_root(config.warehouse, write=write)
     with failures.on_warehouse(root, write=write), writer_lock(root, _command(), day) if write else nullcontext():
@@ -178,7 +178,7 @@ def codebook(registry: Any, name: str) -> Any:
     Raises:
         ConfigError: there is none.
     """
-    from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL
+    from jobs.models.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL
 
     number = version_number(name)
     if number is not None:
@@ -217,7 +217,7 @@ def fit(
 ) -> None:
     """item_embeddings -> a codebook, registered as candidate."""
     from jobs import fit as job
-    from jobs.champion import current_champion
+    from jobs.models.champion import current_champion
 
     with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
         champion = current_champion(work.registry, notice)
@@ -231,7 +231,7 @@ def encode(
 ) -> None:  # fmt: skip
     """item_embeddings + a codebook -> semantic_ids of that version."""
     from jobs import encode as job
-    from jobs.champion import current_champion
+    from jobs.models.champion import current_champion
 
     with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
         current_champion(work.registry, notice)
@@ -247,7 +247,7 @@ def evaluate(
 ) -> None:  # fmt: skip
     """semantic_ids of a version -> quality_reports with a verdict, and pictures."""
     from jobs import evaluate as job
-    from jobs.champion import current_champion
+    from jobs.models.champion import current_champion
 
     with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
         champion = current_champion(work.registry, notice)
@@ -268,8 +268,8 @@ def train(
 ) -> None:
     """Interactions + semantic_ids of the current release -> ctr_examples and the CTR model (DMQN)."""
     from jobs import train as job
-    from jobs.champion import current_champion
-    from jobs.releases import current_release
+    from jobs.models.champion import current_champion
+    from jobs.warehouse.releases import current_release
 
     with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
         log = job.check_interactions(work.config, work.warehouse)

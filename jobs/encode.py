@@ -25,13 +25,13 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from jobs.champion import check_rows
-from jobs.codebooks import Files, check_recipe, codebook_files, load_files
 from jobs.config import Config
-from jobs.packed import Float32, unpack
-from jobs.registry import ModelVersion, Registry
-from jobs.row_groups import RowGroup, row_groups
-from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
+from jobs.embeddings.packed import Float32, unpack
+from jobs.files.row_groups import RowGroup, row_groups
+from jobs.models.champion import check_rows
+from jobs.models.codebooks import Files, check_recipe, codebook_files, load_files
+from jobs.models.registry import ModelVersion, Registry
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
 from tokenizer import RQGMM
 from tokenizer.codebook import MANIFEST
 

@@ -22,16 +22,16 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from jobs.champion import check_rows
-from jobs.codebooks import Files, codebook_files
 from jobs.config import Config
+from jobs.embeddings.packed import unpack
 from jobs.encode import usable_files, worker_codebook
-from jobs.packed import unpack
+from jobs.models.champion import check_rows
+from jobs.models.codebooks import Files, codebook_files
+from jobs.models.registry import ModelVersion, Registry
 from jobs.pictures import draw_likelihood, draw_usage
-from jobs.registry import ModelVersion, Registry
-from jobs.releases import versions_to_judge
-from jobs.reports import EvaluateResult, UncertainItem, report
-from jobs.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS, SchemaError, Warehouse
+from jobs.warehouse.releases import versions_to_judge
+from jobs.warehouse.reports import EvaluateResult, UncertainItem, report
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS, SchemaError, Warehouse
 from tokenizer import RQGMM, Thresholds, check_gate, level_usage, neighbour_recall
 
 RECIPE = 2  # of the metrics: a report of an earlier one is made anew

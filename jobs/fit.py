@@ -25,16 +25,16 @@ from typing import Any, Self
 
 import torch
 
-from jobs.checkpoint import Checkpoint
-from jobs.codebooks import codebook_files, load_files, register_codebook
 from jobs.config import Config, ConfigError, FitConfig
+from jobs.embeddings.packed import unpack
+from jobs.files.row_groups import RowGroup, row_groups
 from jobs.load import Fusion
-from jobs.packed import unpack
+from jobs.models.checkpoint import Checkpoint
+from jobs.models.codebooks import codebook_files, load_files, register_codebook
+from jobs.models.registry import CANDIDATE, CODEBOOK_MODEL, ModelVersion, Registry, pinned
 from jobs.pictures import draw_convergence
-from jobs.registry import CANDIDATE, CODEBOOK_MODEL, ModelVersion, Registry, pinned
-from jobs.row_groups import RowGroup, row_groups
-from jobs.session import one_machine
-from jobs.tables import ITEM_EMBEDDINGS, SchemaError, Warehouse
+from jobs.spark.session import one_machine
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, SchemaError, Warehouse
 from tokenizer import FIT_BLOCK, Iteration, LostWorker, RQGMMFit, fit_rqgmm, save_codebook
 
 Progress = Callable[[Iteration], None]

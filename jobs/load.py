@@ -28,9 +28,9 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 
 from jobs.config import MAX_DIM, Config, ConfigError
-from jobs.packed import Float32, pack, packed_as, read_packed, width_of
-from jobs.sources import Source, as_ids, is_id_type, open_source, quoted, read_row_group
-from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SchemaError, Warehouse, WarehouseError, extent
+from jobs.embeddings.packed import Float32, pack, packed_as, read_packed, width_of
+from jobs.files.sources import Source, as_ids, is_id_type, open_source, quoted, read_row_group
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SchemaError, Warehouse, WarehouseError, extent
 
 ROWS_PER_BATCH = 4096
 COMPONENTS_PER_BATCH = 2**26  # of longer rows a batch has fewer

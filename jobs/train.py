@@ -26,10 +26,10 @@ from jobs.config import Config, ConfigError
 from jobs.ctr.examples import EXAMPLES_RECIPE, FEATURES, build_examples
 from jobs.ctr.log import Log, covered, examine, read_rows
 from jobs.ctr.training import Examples, Metrics, Trained, item_tokens, shuffled_codes, train_dmqn
+from jobs.files.sources import open_source
+from jobs.models.registry import CANDIDATE, CTR_MODEL, ModelVersion, Registry, pinned, register
 from jobs.pictures import draw_ctr
-from jobs.registry import CANDIDATE, CTR_MODEL, ModelVersion, Registry, pinned, register
-from jobs.sources import open_source
-from jobs.tables import CTR_EXAMPLES, ITEM_EMBEDDINGS, SEMANTIC_IDS, SchemaError, Warehouse
+from jobs.warehouse.tables import CTR_EXAMPLES, ITEM_EMBEDDINGS, SEMANTIC_IDS, SchemaError, Warehouse
 
 SPLITS = ("train", "validation", "test")
 EXAMPLES_OF = "sid.examples"  # property of ctr_examples: what it is made of

@@ -61,7 +61,7 @@ def demo(
     expected = ""
     if data is None:
         from jobs.demo_data import EXPECTED_LIFT, write_demo_data
-        from jobs.tables import warehouse_root
+        from jobs.warehouse.tables import warehouse_root
 
         data = Path(warehouse_root(where)) / "demo_data"
         if not (data / "interactions.parquet").exists():
@@ -119,8 +119,8 @@ def promote(
     config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None,
 ) -> None:  # fmt: skip
     """Move the champion to a version whose verdict passed, and write the release."""
-    from jobs.champion import current_champion
-    from jobs.reports import report
+    from jobs.models.champion import current_champion
+    from jobs.warehouse.reports import report
     from pipelines.promote import promote as move
 
     with opened(resolved(config, settings, warehouse, json_file=json_file)) as work:
@@ -143,7 +143,7 @@ def rollback(
     config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None,
 ) -> None:  # fmt: skip
     """Make an earlier release the current one again: its codebook the champion, its tables those that readers follow."""
-    from jobs.champion import own_versions
+    from jobs.models.champion import own_versions
     from pipelines.promote import rollback as move
 
     with opened(resolved(config, settings, warehouse, json_file=json_file)) as work:
@@ -173,7 +173,7 @@ def backfill(
 ) -> None:  # fmt: skip
     """Semantic IDs of a codebook version for a list of items, for what changed since a day, or for all; says first what it will do."""
     from jobs import encode
-    from jobs.champion import agreed_champion, current_champion
+    from jobs.models.champion import agreed_champion, current_champion
     from pipelines.backfill import chosen_items, listed_items, plan
     from pipelines.report import write_json
 
@@ -203,8 +203,8 @@ def status(
     config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None
 ) -> None:
     """The current release, the candidate, the last verdict and every table, in one screen."""
-    from jobs.registry import open_registry
-    from jobs.tables import warehouse_root
+    from jobs.models.registry import open_registry
+    from jobs.warehouse.tables import warehouse_root
     from pipelines.lineage import print_status, status_facts
 
     chosen = resolved(config, settings, warehouse, json_file=json_file)

@@ -16,9 +16,9 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from jobs.config import ConfigError
-from jobs.registry import ModelVersion
-from jobs.sources import as_ids, begins_as_parquet, filesystem_of, is_id_type, open_source, read_row_group
-from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
+from jobs.files.sources import as_ids, begins_as_parquet, filesystem_of, is_id_type, open_source, read_row_group
+from jobs.models.registry import ModelVersion
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
 
 ITEM_ID = "item_id"
 BATCH = 65536

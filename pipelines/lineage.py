@@ -7,8 +7,8 @@ from typing import Any
 from pyspark.sql import functions as F
 from rich.table import Table as Grid
 
-from jobs.champion import agreed_champion
-from jobs.registry import (
+from jobs.models.champion import agreed_champion
+from jobs.models.registry import (
     CANDIDATE,
     CHAMPION,
     CODEBOOK_MODEL,
@@ -17,9 +17,9 @@ from jobs.registry import (
     Registry,
     RegistryMismatch,
 )
-from jobs.releases import Release, current_release
-from jobs.reports import report
-from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, TABLES, Warehouse, extent
+from jobs.warehouse.releases import Release, current_release
+from jobs.warehouse.reports import report
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, TABLES, Warehouse, extent
 from pipelines.report import page
 
 

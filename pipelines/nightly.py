@@ -18,17 +18,17 @@ from typing import Protocol
 from pyspark.sql import functions as F
 
 from jobs import encode, evaluate, fit, load, train
-from jobs.champion import current_champion
 from jobs.config import Config
 from jobs.ctr.log import Log
 from jobs.encode import EncodeResult
 from jobs.fit import FitResult
 from jobs.load import LoadResult
-from jobs.registry import ModelVersion, Registry
-from jobs.releases import ROLLED_BACK, Release, current_release, releases, versions_to_judge
-from jobs.reports import EvaluateResult
-from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
+from jobs.models.champion import current_champion
+from jobs.models.registry import ModelVersion, Registry
 from jobs.train import TrainResult
+from jobs.warehouse.releases import ROLLED_BACK, Release, current_release, releases, versions_to_judge
+from jobs.warehouse.reports import EvaluateResult
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
 from pipelines.promote import GateFailed, promote
 from tokenizer import Iteration
 

@@ -14,13 +14,21 @@ from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from jobs.champion import check_rows
-from jobs.codebooks import codebook_files
-from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, ROLLED_BACK_TAG, ModelVersion, Registry
-from jobs.releases import PROMOTED, ROLLED_BACK, Release, current_release, releases, versions_to_judge, write_release
-from jobs.reports import EvaluateResult
-from jobs.row_groups import missing
-from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Table, Warehouse
+from jobs.files.row_groups import missing
+from jobs.models.champion import check_rows
+from jobs.models.codebooks import codebook_files
+from jobs.models.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, ROLLED_BACK_TAG, ModelVersion, Registry
+from jobs.warehouse.releases import (
+    PROMOTED,
+    ROLLED_BACK,
+    Release,
+    current_release,
+    releases,
+    versions_to_judge,
+    write_release,
+)
+from jobs.warehouse.reports import EvaluateResult
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Table, Warehouse
 
 
 class GateFailed(RuntimeError):

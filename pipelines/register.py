@@ -12,12 +12,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.champion import OTHER_REGISTRY, own_versions, restore_marks
-from jobs.codebooks import FOLDER, Files, load_files, noted_versions, register_codebook, stored_files, stored_hashes
 from jobs.config import Config
-from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, LOST_TAG, Registry, RegistryMismatch, register_lost
-from jobs.releases import Release, current_release, releases
-from jobs.tables import HASH_DIGITS, id_hashes
+from jobs.models.champion import OTHER_REGISTRY, own_versions, restore_marks
+from jobs.models.codebooks import (
+    FOLDER,
+    Files,
+    load_files,
+    noted_versions,
+    register_codebook,
+    stored_files,
+    stored_hashes,
+)
+from jobs.models.registry import (
+    CANDIDATE,
+    CHAMPION,
+    CODEBOOK_MODEL,
+    LOST_TAG,
+    Registry,
+    RegistryMismatch,
+    register_lost,
+)
+from jobs.warehouse.releases import Release, current_release, releases
+from jobs.warehouse.tables import HASH_DIGITS, id_hashes
 from tokenizer.codebook import MANIFEST
 
 

@@ -10,8 +10,8 @@ import pytest
 from pyspark.sql import SparkSession
 
 from jobs.config import Config, load_config
-from jobs.session import spark_session
-from jobs.tables import Warehouse
+from jobs.spark.session import spark_session
+from jobs.warehouse.tables import Warehouse
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from data import topics, write_vectors
 from pyspark.sql import SparkSession
 
 from jobs.config import Config, load_config
-from jobs.registry import Registry, open_registry
-from jobs.tables import SEMANTIC_IDS, Warehouse
+from jobs.models.registry import Registry, open_registry
+from jobs.warehouse.tables import SEMANTIC_IDS, Warehouse
 from pipelines import nightly
 from pipelines.nightly import Night
 from tokenizer import Iteration

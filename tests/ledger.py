@@ -13,7 +13,7 @@ import pyarrow as pa
 from deltalake import write_deltalake
 
 from jobs.config import load_config
-from jobs.registry import Registry, open_registry
+from jobs.models.registry import Registry, open_registry
 
 
 def silent(_: str) -> None: ...

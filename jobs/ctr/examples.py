@@ -21,7 +21,7 @@ from pyspark.sql import functions as F
 
 from jobs.config import TrainConfig
 from jobs.ctr.log import Log
-from jobs.tables import CTR_EXAMPLES
+from jobs.warehouse.tables import CTR_EXAMPLES
 
 # Of what build_examples writes. With a higher number every warehouse builds its examples and trains its model anew.
 EXAMPLES_RECIPE = 2

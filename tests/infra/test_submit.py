@@ -11,7 +11,7 @@ import pytest
 from data import topics, write_vectors
 from deltalake import DeltaTable
 
-from jobs.engine import delta_jars, find_java
+from jobs.spark.engine import delta_jars, find_java
 
 pytestmark = [pytest.mark.spark, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]

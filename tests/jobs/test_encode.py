@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from jobs.embeddings.packed import pack
 from jobs.encode import ENCODED, ROWS_A_TASK, _published, _tasks, encode_group
-from jobs.packed import pack
-from jobs.registry import ModelVersion
-from jobs.row_groups import RowGroup, row_groups
+from jobs.files.row_groups import RowGroup, row_groups
+from jobs.models.registry import ModelVersion
 from tokenizer import RQGMM, fit_rqgmm, text_of
 
 ITEMS, HOLD = 90, 1.1

@@ -22,8 +22,8 @@ from pyspark.sql import SparkSession
 from jobs import failures
 from jobs.config import ConfigError
 from jobs.failures import EXIT_CODES, UNUSABLE, WRONG_DATA, WRONG_SETTINGS, Failure, about, failure
-from jobs.row_groups import row_groups
-from jobs.tables import SchemaError, WarehouseError
+from jobs.files.row_groups import row_groups
+from jobs.warehouse.tables import SchemaError, WarehouseError
 
 ROOT = Path(__file__).parents[2]
 

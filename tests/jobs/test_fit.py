@@ -20,12 +20,12 @@ from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
 from jobs import fit, load
-from jobs.checkpoint import Checkpoint
 from jobs.config import Config, ConfigError, FitConfig
 from jobs.fit import EmbeddingFiles, FitFailed
 from jobs.load import Fusion
-from jobs.registry import open_registry
-from jobs.tables import ITEM_EMBEDDINGS, Warehouse
+from jobs.models.checkpoint import Checkpoint
+from jobs.models.registry import open_registry
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, Warehouse
 from tokenizer import FIT_BLOCK, RQGMM, Iteration, Method
 
 # TorchDistributor leaves the pipe to its workers open.

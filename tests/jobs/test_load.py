@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 import tokenizer
 from jobs import load
 from jobs.config import Config, ConfigError
+from jobs.embeddings.packed import as_float_arrays, pack, unpack
 from jobs.load import Fusion, check_rows
-from jobs.packed import as_float_arrays, pack, unpack
-from jobs.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SchemaError, Warehouse, WarehouseError
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SchemaError, Warehouse, WarehouseError
 
 DAY, NEXT_DAY = date(2026, 1, 1), date(2026, 1, 2)
 Settings = Callable[..., Config]

@@ -17,9 +17,9 @@ from pyspark.sql import functions as F
 
 from jobs.config import Config, load_config
 from jobs.ctr.log import covered, examine, read_rows
-from jobs.sources import open_source
-from jobs.tables import CTR_EXAMPLES, SchemaError, Warehouse
+from jobs.files.sources import open_source
 from jobs.train import EXAMPLES_OF, check_interactions
+from jobs.warehouse.tables import CTR_EXAMPLES, SchemaError, Warehouse
 
 
 def write_log(path: Path, **columns: Any) -> Path:

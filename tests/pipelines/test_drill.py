@@ -13,9 +13,9 @@ from house import DIM, ITEMS, House
 from mlflow import MlflowClient
 from pyspark.sql import SparkSession
 
-from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, RegistryMismatch, open_registry
-from jobs.releases import Release, current_release, releases
-from jobs.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, TABLES
+from jobs.models.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, RegistryMismatch, open_registry
+from jobs.warehouse.releases import Release, current_release, releases
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, TABLES
 from pipelines.lineage import status_facts
 from pipelines.nightly import Night
 from pipelines.promote import NoWayBack, rollback

@@ -17,10 +17,10 @@ from deltalake import DeltaTable
 from house import ITEMS, House, Silent
 
 from jobs.config import ConfigError
-from jobs.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL
-from jobs.releases import current_release
-from jobs.reports import report
-from jobs.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, SchemaError
+from jobs.models.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL
+from jobs.warehouse.releases import current_release
+from jobs.warehouse.reports import report
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, SchemaError
 from pipelines import nightly
 from pipelines.lineage import print_item
 from pipelines.nightly import Night

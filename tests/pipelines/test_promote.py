@@ -14,11 +14,11 @@ from house import ITEMS, House
 
 import pipelines.promote
 from jobs import evaluate
-from jobs.registry import CHAMPION, CODEBOOK_MODEL, ROLLED_BACK_TAG, ModelVersion
-from jobs.releases import ROLLED_BACK, Release, releases
-from jobs.reports import report
-from jobs.sources import filesystem_of
-from jobs.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, TABLES, Table
+from jobs.files.sources import filesystem_of
+from jobs.models.registry import CHAMPION, CODEBOOK_MODEL, ROLLED_BACK_TAG, ModelVersion
+from jobs.warehouse.releases import ROLLED_BACK, Release, releases
+from jobs.warehouse.reports import report
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, TABLES, Table
 from pipelines.nightly import Night
 from pipelines.promote import GateFailed, NoWayBack, Rollback, promote, rollback
 

@@ -20,7 +20,7 @@ from sklearn.metrics import roc_auc_score
 from jobs.config import TrainConfig
 from jobs.ctr.examples import ALWAYS, FEATURES, Catalogue, build_examples, user_examples, with_negatives
 from jobs.ctr.log import examine, read_rows
-from jobs.sources import open_source
+from jobs.files.sources import open_source
 
 EVENTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 4), st.integers(0, 1)), min_size=1, max_size=14)
 

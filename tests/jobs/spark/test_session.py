@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from data import topics, write_vectors
 
-from jobs import session
+from jobs.spark import session
 
 CORE_SITE = (
     "<configuration><property><name>fs.defaultFS</name><value>hdfs://nowhere:8020</value></property></configuration>"
@@ -23,7 +23,7 @@ COMMAND = """
 import json, os, sys
 from pathlib import Path
 from jobs.config import load_config
-from jobs.session import spark_session
+from jobs.spark.session import spark_session
 
 folder, secret = sys.argv[1:]
 properties = {"spark.hadoop.fs.s3a.secret.key": secret, "spark.driver.extraJavaOptions": "-Dtheirs=1"}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-JOBS = Path(__file__).parents[2] / "jobs"
+JOBS = Path(__file__).parents[3] / "jobs"
 
 
 @pytest.mark.parametrize("ours", [True, False])
@@ -27,7 +27,7 @@ def test_a_commit_is_recorded_only_of_this_project(tmp_path: Path, ours: bool) -
     git("init", "-q")
     git("add", "." if ours else "notes.txt")
     git("commit", "-qm", "first")
-    code = "from jobs.registry import _git_commit; print(_git_commit())"
+    code = "from jobs.models.registry import _git_commit; print(_git_commit())"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)})  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == (git("rev-parse", "HEAD") if ours else "")

@@ -12,8 +12,8 @@ import pytest
 from pyspark.sql import SparkSession
 
 from jobs.config import ConfigError
-from jobs.row_groups import row_groups
-from jobs.tables import (
+from jobs.files.row_groups import row_groups
+from jobs.warehouse.tables import (
     ITEM_EMBEDDINGS,
     REJECTED_EMBEDDINGS,
     Warehouse,

@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from jobs.config import Config, ConfigError
 from jobs.redaction import redact
-from jobs.tables import WarehouseError
+from jobs.warehouse.tables import WarehouseError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -10,10 +10,18 @@ import torch
 from data import topics
 from ledger import opened
 
-from jobs.codebooks import check_recipe, codebook_files, keep, load_files, note_version, noted_versions, stored_files
 from jobs.config import load_config
-from jobs.registry import CODEBOOK_MODEL, ModelVersion, Registry, RegistryMismatch, register
-from jobs.tables import SchemaError
+from jobs.models.codebooks import (
+    check_recipe,
+    codebook_files,
+    keep,
+    load_files,
+    note_version,
+    noted_versions,
+    stored_files,
+)
+from jobs.models.registry import CODEBOOK_MODEL, ModelVersion, Registry, RegistryMismatch, register
+from jobs.warehouse.tables import SchemaError
 from tokenizer import CodebookError, fit_rqgmm, save_codebook
 
 RECIPE = {

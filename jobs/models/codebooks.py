@@ -14,7 +14,8 @@ from typing import Any
 
 from pyarrow import fs
 
-from jobs.registry import (
+from jobs.files.sources import filesystem_of, read_file, write_file
+from jobs.models.registry import (
     CODEBOOK_MODEL,
     ROLLED_BACK_TAG,
     WAREHOUSE_TAG,
@@ -23,8 +24,7 @@ from jobs.registry import (
     RegistryMismatch,
     register,
 )
-from jobs.sources import filesystem_of, read_file, write_file
-from jobs.tables import SchemaError
+from jobs.warehouse.tables import SchemaError
 from tokenizer import Codebook, CodebookError, load_codebook
 from tokenizer.codebook import MANIFEST, TENSORS
 

@@ -1,6 +1,6 @@
 """What Spark needs of this machine: a Java of 17 or newer, and the Delta jars. Nothing here is global or needs root.
 
-`python -m jobs.engine` prepares both inside the environment (a part of `make setup`) and prints the jars, for
+`python -m jobs.spark.engine` prepares both inside the environment (a part of `make setup`) and prints the jars, for
 spark-submit; later sessions need no network.
 """
 
@@ -155,7 +155,7 @@ def delta_jars() -> list[Path]:
     found = sorted(_jar_folder().glob("*.jar"))
     if not found:
         raise EnvironmentProblem(
-            "the Delta jars are not in this environment; expected them from set-up. Run `make setup`, or `python -m jobs.engine`"
+            "the Delta jars are not in this environment; expected them from set-up. Run `make setup`, or `python -m jobs.spark.engine`"
         )
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from jobs.registry import (
+from jobs.models.registry import (
     CHAMPION,
     CODEBOOK_MODEL,
     CTR_MODEL,
@@ -21,8 +21,8 @@ from jobs.registry import (
     known_warehouse_id,
     warehouse_id,
 )
-from jobs.releases import Release, current_release, releases, rolled_back
-from jobs.tables import HASH_DIGITS, id_hashes
+from jobs.warehouse.releases import Release, current_release, releases, rolled_back
+from jobs.warehouse.tables import HASH_DIGITS, id_hashes
 
 Tell = Callable[[str], None]
 OTHER_REGISTRY = (
@@ -46,7 +46,7 @@ def current_champion(registry: Registry, tell: Tell, *, whole: bool = True) -> M
     if model is None:
         return None
     if whole:
-        from jobs.codebooks import codebook_files
+        from jobs.models.codebooks import codebook_files
 
         codebook_files(registry, model)
     alias = registry.resolve(CODEBOOK_MODEL, CHAMPION)

@@ -28,7 +28,7 @@ from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
 from jobs.config import Config
-from jobs.engine import EnvironmentProblem, delta_jars, prepare_environment
+from jobs.spark.engine import EnvironmentProblem, delta_jars, prepare_environment
 
 # Right for tables of some files on one machine, wrong for a cluster, where Spark's and Delta's own defaults are good:
 # fifty tasks per snapshot and ten thousand for a listing cost seconds each when there are two cores.
@@ -89,7 +89,7 @@ def spark_session(config: Config) -> Iterator[Session]:
         spark.stop()
         raise EnvironmentProblem(
             "Spark was started without the Delta jars; expected them on its class path. Give them to spark-submit: "
-            '--jars "$(python -m jobs.engine)"'
+            '--jars "$(python -m jobs.spark.engine)"'
         )
     try:
         yield Session(spark, time.monotonic() - began)

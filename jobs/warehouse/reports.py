@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS, rows_of
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS, rows_of
 
 
 @dataclass(frozen=True)

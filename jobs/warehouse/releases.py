@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 
-from jobs.registry import ModelVersion
-from jobs.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, Warehouse, files_of, rows_of
+from jobs.models.registry import ModelVersion
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, Warehouse, files_of, rows_of
 
 PROMOTED, ROLLED_BACK = "promoted", "rolled back"  # how a release came about
 

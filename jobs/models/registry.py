@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.config import Config
+from jobs.files.sources import filesystem_of, read_file, write_file
 from jobs.identity import OURS
-from jobs.mlflow_store import open_store
+from jobs.models.mlflow_store import open_store
 from jobs.redaction import redact_config
-from jobs.sources import filesystem_of, read_file, write_file
-from jobs.tables import WarehouseError
+from jobs.warehouse.tables import WarehouseError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 CODEBOOK_MODEL = "semantic-id-codebook"
 CTR_MODEL = "dmqn-ctr"
-PACKAGES = Path(__file__).parent.parent
+PACKAGES = Path(__file__).parents[2]
 CARRIED = {CODEBOOK_MODEL: "tokenizer", CTR_MODEL: "jobs/ctr/dmqn.py"}  # our code that a model travels with
 CANDIDATE, CHAMPION = "candidate", "champion"
 ROLLED_BACK_TAG = "rolled_back"  # on a codebook version that a rollback left: from which release
@@ -238,5 +238,5 @@ def _git_commit() -> str:
     if not git("ls-files", "--error-unmatch", here.name):
         return ""
     about = ConfigParser()
-    about.read(here.parent.parent / "setup.cfg")
+    about.read(here.parents[2] / "setup.cfg")
     return git("rev-parse", "HEAD") if about.get("metadata", "name", fallback="") == OURS else ""

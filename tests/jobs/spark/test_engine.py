@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import engine
-from jobs.engine import EnvironmentProblem, delta_jars, find_java, java_version
-from jobs.tables import WarehouseError, warehouse_root, writer_lock
+from jobs.spark import engine
+from jobs.spark.engine import EnvironmentProblem, delta_jars, find_java, java_version
+from jobs.warehouse.tables import WarehouseError, warehouse_root, writer_lock
 
 
 def java(home: Path, version: str) -> Path:

@@ -14,10 +14,10 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from jobs import mlflow_store
 from jobs.config import ConfigError, load_config
-from jobs.registry import ModelVersion, Registry, open_registry, register
-from jobs.tables import WarehouseError
+from jobs.models import mlflow_store
+from jobs.models.registry import ModelVersion, Registry, open_registry, register
+from jobs.warehouse.tables import WarehouseError
 
 NAME = "semantic-id-codebook"
 CODE = """
@@ -104,7 +104,7 @@ from pathlib import Path
 import mlflow.store.tracking.sqlalchemy_store
 import mlflow.store.model_registry.sqlalchemy_store
 from jobs.config import load_config
-from jobs.registry import open_registry
+from jobs.models.registry import open_registry
 
 def start(root, uri=""):
     child = os.fork()

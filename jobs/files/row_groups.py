@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.failures import about
-from jobs.sources import filesystem_of
+from jobs.files.sources import filesystem_of
 
 FOOTERS_AT_ONCE = 16  # waiting for an object store costs no core
 

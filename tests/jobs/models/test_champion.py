@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from ledger import opened, release, silent, write_ids
 
-from jobs.champion import current_champion
 from jobs.config import ConfigError, load_config
-from jobs.registry import (
+from jobs.models.champion import current_champion
+from jobs.models.registry import (
     CHAMPION,
     CODEBOOK_MODEL,
     ROLLED_BACK_TAG,
@@ -21,8 +21,8 @@ from jobs.registry import (
     register_lost,
     warehouse_id,
 )
-from jobs.releases import PROMOTED, ROLLED_BACK
-from jobs.tables import id_hashes
+from jobs.warehouse.releases import PROMOTED, ROLLED_BACK
+from jobs.warehouse.tables import id_hashes
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 

@@ -1,0 +1,1 @@
+"""Item embeddings: the source, its validation, what changed, packed bytes."""

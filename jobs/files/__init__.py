@@ -1,0 +1,1 @@
+"""Files of others and of ours: Parquet folders and Delta tables as sources, row groups, small files on any file system."""

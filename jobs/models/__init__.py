@@ -1,0 +1,1 @@
+"""The MLflow registry, codebooks by content, the champion, and models as pyfuncs."""

@@ -1,0 +1,1 @@
+"""What Spark needs: Java, the Delta jars, a session."""
