@@ -1,0 +1,108 @@
+"""Laws of the token schemes."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs.ctr.tokens import FULL_WEIGHT, TokenKind, TokenScheme
+
+KINDS = get_args(TokenKind)
+
+
+def items(n: int, levels: int, components: int, alternates: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, those of a level distinct, and weights (n, L, m) that add to 255 a level."""
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.rand(n, levels, components, generator=g).argsort(-1)[:, :, :alternates]
+    share = torch.rand(n, levels, alternates, generator=g)
+    weights = (share / share.sum(-1, keepdim=True) * FULL_WEIGHT).long()
+    weights[:, :, 0] += FULL_WEIGHT - weights.sum(-1)
+    return codes, weights
+
+
+def embedded(scheme: TokenScheme, codes: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    table = torch.randn(scheme.table_rows, 4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    rows, weight = scheme.rows(codes, weights)
+    return (table[rows] * weight[..., None]).sum(1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    levels=st.integers(1, 4),
+    components=st.integers(4, 9),
+    alternates=st.integers(1, 4),
+    extra=st.integers(1, 50),
+    seed=st.integers(0, 999),
+)
+def test_rows_lie_in_the_table_and_only_what_is_unknown_is_padding(
+    levels: int, components: int, alternates: int, extra: int, seed: int
+) -> None:
+    codes, weights = items(20, levels, components, alternates, seed)
+    codes[3] = -1
+    codes[5, :, 1:] = -1  # an item with fewer alternates than others
+    for kind in KINDS:
+        scheme = TokenScheme(kind, levels, components, alternates, levels * components + 1 + extra)
+        rows, weight = scheme.rows(codes, weights)
+        assert rows.shape == weight.shape == (20, scheme.tokens)
+        assert (rows.dtype, weight.dtype) == (torch.int64, torch.float32)
+        assert int(rows.max()) < scheme.table_rows
+        assert not rows[3].any()
+        assert not weight[3].any()
+        known = torch.ones(20, dtype=torch.bool)
+        known[[3, 5]] = False
+        assert (rows[known] > 0).all()
+        assert not weight[5][rows[5] == 0].any()
+
+
+@settings(max_examples=20, deadline=None)
+@given(levels=st.integers(1, 3), seed=st.integers(0, 999))
+def test_soft_with_all_weight_on_the_own_code_is_hard(levels: int, seed: int) -> None:
+    codes, _ = items(10, levels, 6, 3, seed)
+    weights = torch.zeros_like(codes)
+    weights[:, :, 0] = FULL_WEIGHT
+    for soft, hard in (("soft", "level"), ("soft-prefix", "prefix")):
+        one, other = (TokenScheme(kind, levels, 6, 3, 100) for kind in (soft, hard))
+        torch.testing.assert_close(embedded(one, codes, weights), embedded(other, codes, weights))
+
+
+def test_weights_of_a_level_add_to_one_and_hard_tokens_have_weight_one() -> None:
+    codes, weights = items(30, 2, 6, 3, 0)
+    for kind in KINDS:
+        scheme = TokenScheme(kind, 2, 6, 3, 100)
+        _, weight = scheme.rows(codes, weights)
+        torch.testing.assert_close(weight.sum(1), torch.full((30,), 2.0 if kind.endswith("prefix") else 3.0))
+        if not kind.startswith("soft"):
+            assert (weight == 1).all()
+
+
+def test_what_a_token_depends_on() -> None:
+    """Of two items that share the code of level 2 only, a level's token is the same and no prefix's; likewise for level 1."""
+    codes = torch.tensor([[1, 2], [3, 2], [1, 4]])[:, :, None]
+    weights = torch.full_like(codes, FULL_WEIGHT)
+    level, _ = TokenScheme("level", 2, 6, 1, 10_000).rows(codes, weights)
+    assert (level[0] == level[1]).tolist() == [False, True, False]
+    assert (level[0] == level[2]).tolist() == [True, False, False]
+    prefix, _ = TokenScheme("prefix", 2, 6, 1, 10_000).rows(codes, weights)
+    assert (prefix[0] == prefix[1]).tolist() == [False, False]
+    assert (prefix[0] == prefix[2]).tolist() == [True, False]
+    assert level[:, :1].tolist() == prefix[:, :1].tolist() == [[2], [4], [2]]
+
+
+def test_hashed_tuples_collide_no_more_than_chance() -> None:
+    """16,384 tuples of 2 x 128 in a table of 65,536: at random, 1 - exp(-1/4) of the rows are hit."""
+    one, two = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
+    codes = torch.stack([one.flatten(), two.flatten()], 1)[:, :, None]
+    rows, _ = TokenScheme("prefix", 2, 128, 1, 129 + 65_536).rows(codes, codes)
+    hit = len(rows[:, 1].unique())
+    assert abs(hit - 65_536 * (1 - 0.7788)) < 4 * 60  # one standard deviation is about 41 rows
+
+
+def test_a_table_that_is_too_small_is_refused() -> None:
+    with pytest.raises(ValueError, match="more than 257 rows"):
+        TokenScheme("soft", 2, 128, 8, 257)
+    with pytest.raises(ValueError, match="expected both"):
+        TokenScheme("level", 2, 128, 8, 1000).rows(torch.zeros(3, 2, 7), torch.zeros(3, 2, 7))
