@@ -28,7 +28,9 @@ from jobs.files.row_groups import RowGroup, row_groups
 from jobs.models.codebooks import codebook_files
 from jobs.models.registry import open_registry
 from jobs.spark.session import spark_session
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, Warehouse, warehouse_root
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.root import warehouse_root
+from jobs.warehouse.tables import ITEM_EMBEDDINGS
 from tokenizer import RQGMM
 
 DAY = date(2026, 1, 1)

@@ -122,7 +122,9 @@ def opened(config: Config, run_date: str = "", *, write: bool = True) -> Iterato
     day = parse_date(run_date) if run_date else datetime.now(UTC).date()
     from jobs.models.registry import open_registry, warehouse_id
     from jobs.spark.session import spark_session
-    from jobs.warehouse.tables import Warehouse, clear_staging, warehouse_root, writer_lock
+    from jobs.warehouse.delta_spark import Warehouse, clear_staging
+    from jobs.warehouse.lock import writer_lock
+    from jobs.warehouse.root import warehouse_root
 
     root = warehouse_root(config.warehouse, write=write)
     with failures.on_warehouse(root, write=write), writer_lock(root, _command(), day) if write else nullcontext():

@@ -31,7 +31,8 @@ from jobs.files.row_groups import RowGroup, row_groups
 from jobs.models.champion import check_rows
 from jobs.models.codebooks import Files, check_recipe, codebook_files, load_files
 from jobs.models.registry import ModelVersion, Registry
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
 from tokenizer import RQGMM
 from tokenizer.codebook import MANIFEST
 

@@ -29,9 +29,11 @@ from jobs.models.champion import check_rows
 from jobs.models.codebooks import Files, codebook_files
 from jobs.models.registry import ModelVersion, Registry
 from jobs.pictures import draw_likelihood, draw_usage
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.errors import SchemaError
 from jobs.warehouse.releases import versions_to_judge
 from jobs.warehouse.reports import EvaluateResult, UncertainItem, report
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS, SchemaError, Warehouse
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS
 from tokenizer import RQGMM, Thresholds, check_gate, level_usage, neighbour_recall
 
 RECIPE = 2  # of the metrics: a report of an earlier one is made anew

@@ -34,7 +34,9 @@ from jobs.models.codebooks import codebook_files, load_files, register_codebook
 from jobs.models.registry import CANDIDATE, CODEBOOK_MODEL, ModelVersion, Registry, pinned
 from jobs.pictures import draw_convergence
 from jobs.spark.session import one_machine
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, SchemaError, Warehouse
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.errors import SchemaError
+from jobs.warehouse.tables import ITEM_EMBEDDINGS
 from tokenizer import FIT_BLOCK, Iteration, LostWorker, RQGMMFit, fit_rqgmm, save_codebook
 
 Progress = Callable[[Iteration], None]

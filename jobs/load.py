@@ -30,7 +30,10 @@ from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 from jobs.config import MAX_DIM, Config, ConfigError
 from jobs.embeddings.packed import Float32, pack, packed_as, read_packed, width_of
 from jobs.files.sources import Source, as_ids, is_id_type, open_source, quoted, read_row_group
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SchemaError, Warehouse, WarehouseError, extent
+from jobs.warehouse.delta_rs import count_and_version
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.errors import SchemaError, WarehouseError
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS
 
 ROWS_PER_BATCH = 4096
 COMPONENTS_PER_BATCH = 2**26  # of longer rows a batch has fewer
@@ -252,7 +255,7 @@ def resolve_recipe(config: Config, warehouse: Warehouse, source: Source) -> Reci
 def _stored_fusion(warehouse: Warehouse) -> Fusion | None:
     """The recipe of the rows of the table; a table without rows has none."""
     text = warehouse.property(ITEM_EMBEDDINGS, "sid.fusion")
-    if text is None or (found := extent(warehouse.root, ITEM_EMBEDDINGS)) is None or found[0] == 0:
+    if text is None or (found := count_and_version(warehouse.root, ITEM_EMBEDDINGS)) is None or found[0] == 0:
         return None
     return Fusion.from_json(text)
 

@@ -29,7 +29,9 @@ from jobs.ctr.training import Examples, Metrics, Trained, item_tokens, shuffled_
 from jobs.files.sources import open_source
 from jobs.models.registry import CANDIDATE, CTR_MODEL, ModelVersion, Registry, pinned, register
 from jobs.pictures import draw_ctr
-from jobs.warehouse.tables import CTR_EXAMPLES, ITEM_EMBEDDINGS, SEMANTIC_IDS, SchemaError, Warehouse
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.errors import SchemaError
+from jobs.warehouse.tables import CTR_EXAMPLES, ITEM_EMBEDDINGS, SEMANTIC_IDS
 
 SPLITS = ("train", "validation", "test")
 EXAMPLES_OF = "sid.examples"  # property of ctr_examples: what it is made of

@@ -61,7 +61,7 @@ def demo(
     expected = ""
     if data is None:
         from jobs.demo_data import EXPECTED_LIFT, write_demo_data
-        from jobs.warehouse.tables import warehouse_root
+        from jobs.warehouse.root import warehouse_root
 
         data = Path(warehouse_root(where)) / "demo_data"
         if not (data / "interactions.parquet").exists():
@@ -204,7 +204,7 @@ def status(
 ) -> None:
     """The current release, the candidate, the last verdict and every table, in one screen."""
     from jobs.models.registry import open_registry
-    from jobs.warehouse.tables import warehouse_root
+    from jobs.warehouse.root import warehouse_root
     from pipelines.lineage import print_status, status_facts
 
     chosen = resolved(config, settings, warehouse, json_file=json_file)

@@ -18,7 +18,8 @@ from pyspark.sql import functions as F
 from jobs.config import ConfigError
 from jobs.files.sources import as_ids, begins_as_parquet, filesystem_of, is_id_type, open_source, read_row_group
 from jobs.models.registry import ModelVersion
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
 
 ITEM_ID = "item_id"
 BATCH = 65536

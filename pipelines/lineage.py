@@ -17,9 +17,11 @@ from jobs.models.registry import (
     Registry,
     RegistryMismatch,
 )
+from jobs.warehouse.delta_rs import count_and_version
+from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.releases import Release, current_release
 from jobs.warehouse.reports import report
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, TABLES, Warehouse, extent
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, TABLES
 from pipelines.report import page
 
 
@@ -43,7 +45,7 @@ def status_facts(root: str, registry: Registry) -> dict[str, Any]:
         "ctr_version": ctr.version if ctr else None,
     }
     for table in TABLES:
-        rows, version = extent(root, table) or (None, None)
+        rows, version = count_and_version(root, table) or (None, None)
         facts |= {f"{table.name}_rows": rows, f"{table.name}_version": version}
     return facts
 

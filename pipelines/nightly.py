@@ -26,9 +26,10 @@ from jobs.load import LoadResult
 from jobs.models.champion import current_champion
 from jobs.models.registry import ModelVersion, Registry
 from jobs.train import TrainResult
+from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.releases import ROLLED_BACK, Release, current_release, releases, versions_to_judge
 from jobs.warehouse.reports import EvaluateResult
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
 from pipelines.promote import GateFailed, promote
 from tokenizer import Iteration
 

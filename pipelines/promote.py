@@ -18,6 +18,7 @@ from jobs.files.row_groups import missing
 from jobs.models.champion import check_rows
 from jobs.models.codebooks import codebook_files
 from jobs.models.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, ROLLED_BACK_TAG, ModelVersion, Registry
+from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.releases import (
     PROMOTED,
     ROLLED_BACK,
@@ -28,7 +29,7 @@ from jobs.warehouse.releases import (
     write_release,
 )
 from jobs.warehouse.reports import EvaluateResult
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Table, Warehouse
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Table
 
 
 class GateFailed(RuntimeError):

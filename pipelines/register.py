@@ -32,8 +32,8 @@ from jobs.models.registry import (
     RegistryMismatch,
     register_lost,
 )
+from jobs.warehouse.delta_rs import HASH_DIGITS, hashes_by_codebook_version
 from jobs.warehouse.releases import Release, current_release, releases
-from jobs.warehouse.tables import HASH_DIGITS, id_hashes
 from tokenizer.codebook import MANIFEST
 
 
@@ -117,7 +117,7 @@ def _known_versions(root: str) -> tuple[dict[int, str], dict[tuple[int, str], Ma
     known = {
         **{number: tags["codebook_hash"] for number, tags in noted},
         **{release.codebook_version: release.codebook_hash for release in reversed(releases(root))},
-        **{number: min(found) for number, found in id_hashes(root).items()},
+        **{number: min(found) for number, found in hashes_by_codebook_version(root).items()},
     }
     # Those of rows are cut short.
     full = {number: next((h for h in stored if h.startswith(found)), found) for number, found in known.items()}

@@ -11,7 +11,7 @@ from pyspark.sql import SparkSession
 
 from jobs.config import Config, load_config
 from jobs.spark.session import spark_session
-from jobs.warehouse.tables import Warehouse
+from jobs.warehouse.delta_spark import Warehouse
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ from pyspark.sql import SparkSession
 
 from jobs.config import Config, load_config
 from jobs.models.registry import Registry, open_registry
-from jobs.warehouse.tables import SEMANTIC_IDS, Warehouse
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.tables import SEMANTIC_IDS
 from pipelines import nightly
 from pipelines.nightly import Night
 from tokenizer import Iteration

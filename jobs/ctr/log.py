@@ -25,7 +25,7 @@ from pyspark.sql.types import StringType, StructType
 
 from jobs.config import TrainConfig
 from jobs.files.sources import Source, as_ids, is_id_type, map_rows, plain_type
-from jobs.warehouse.tables import SchemaError
+from jobs.warehouse.errors import SchemaError
 
 USER, ITEM = "user_id", "item_id"
 CLOCK, ORDER = "timestamp", "order"

@@ -33,7 +33,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from jobs.config import ConfigError
-from jobs.warehouse.tables import SchemaError
+from jobs.warehouse.errors import SchemaError
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession

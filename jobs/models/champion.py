@@ -21,8 +21,8 @@ from jobs.models.registry import (
     known_warehouse_id,
     warehouse_id,
 )
+from jobs.warehouse.delta_rs import HASH_DIGITS, hashes_by_codebook_version
 from jobs.warehouse.releases import Release, current_release, releases, rolled_back
-from jobs.warehouse.tables import HASH_DIGITS, id_hashes
 
 Tell = Callable[[str], None]
 OTHER_REGISTRY = (
@@ -67,7 +67,7 @@ def agreed_champion(registry: Registry) -> ModelVersion | None:
     versions = own_versions(registry)
     release = current_release(registry.root)
     if release is None:
-        rows = id_hashes(registry.root)
+        rows = hashes_by_codebook_version(registry.root)
         if rows and not versions:
             raise RegistryMismatch(
                 f"semantic_ids has IDs of codebook versions {sorted(rows)}, the MLflow registry has no codebook of this warehouse; expected "
@@ -117,7 +117,7 @@ def check_rows(root: str, model: ModelVersion) -> None:
         RegistryMismatch: some carry another.
     """
     codebook_hash = model.tags["codebook_hash"]
-    others = id_hashes(root).get(model.version, set()) - {codebook_hash[:HASH_DIGITS]}
+    others = hashes_by_codebook_version(root).get(model.version, set()) - {codebook_hash[:HASH_DIGITS]}
     if others:
         raise RegistryMismatch(
             f"semantic_ids of codebook version {model.version} carry hash {', '.join(sorted(h[:12] for h in others))}, the registry's "
@@ -157,4 +157,4 @@ def _registered(versions: Mapping[int, ModelVersion], release: Release) -> Model
 
 def _known_hashes(root: str) -> set[str]:
     released = {release.codebook_hash[:HASH_DIGITS] for release in releases(root)}
-    return released.union(*id_hashes(root).values())
+    return released.union(*hashes_by_codebook_version(root).values())

@@ -24,7 +24,7 @@ from jobs.models.registry import (
     RegistryMismatch,
     register,
 )
-from jobs.warehouse.tables import SchemaError
+from jobs.warehouse.errors import SchemaError
 from tokenizer import Codebook, CodebookError, load_codebook
 from tokenizer.codebook import MANIFEST, TENSORS
 

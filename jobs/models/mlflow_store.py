@@ -24,7 +24,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from jobs.config import Config, ConfigError
 from jobs.redaction import redact
-from jobs.warehouse.tables import WarehouseError
+from jobs.warehouse.errors import WarehouseError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

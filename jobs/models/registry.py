@@ -21,7 +21,7 @@ from jobs.files.sources import filesystem_of, read_file, write_file
 from jobs.identity import OURS
 from jobs.models.mlflow_store import open_store
 from jobs.redaction import redact_config
-from jobs.warehouse.tables import WarehouseError
+from jobs.warehouse.errors import WarehouseError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

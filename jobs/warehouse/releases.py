@@ -8,7 +8,9 @@ from datetime import UTC, datetime
 from itertools import pairwise
 
 from jobs.models.registry import ModelVersion
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, Warehouse, files_of, rows_of
+from jobs.warehouse.delta_rs import data_files, read_rows
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS
 
 PROMOTED, ROLLED_BACK = "promoted", "rolled back"  # how a release came about
 
@@ -29,7 +31,7 @@ class Release:
 
 def releases(root: str) -> list[Release]:
     """Every release of the warehouse there, the current one first; none before the first promotion."""
-    found = [Release(**row) for row in rows_of(root, RELEASES)]
+    found = [Release(**row) for row in read_rows(root, RELEASES)]
     return sorted(found, key=lambda release: release.release_id, reverse=True)
 
 
@@ -59,7 +61,7 @@ def versions_to_judge(warehouse: Warehouse, codebook_version: int) -> dict[str, 
         now, then = newest[table.name], current.table_versions[table.name]
         if now == then:
             continue
-        files = [files_of(warehouse.root, table, version, codebook_version) for version in (now, then)]
+        files = [data_files(warehouse.root, table, version, codebook_version) for version in (now, then)]
         if None in files or files[0] != files[1]:
             return newest
     return dict(current.table_versions)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS, rows_of
+from jobs.warehouse.delta_rs import read_rows
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class EvaluateResult:
 
 def report(root: str, codebook_version: int, run_id: str | None = None) -> EvaluateResult | None:
     """A stored report of a codebook version: the named one, or the newest."""
-    rows = [row for row in rows_of(root, QUALITY_REPORTS) if row["codebook_version"] == codebook_version]
+    rows = [row for row in read_rows(root, QUALITY_REPORTS) if row["codebook_version"] == codebook_version]
     found = max(
         (row for row in rows if run_id in (None, row["run_id"])),
         key=lambda row: [row["table_versions"][table.name] for table in (SEMANTIC_IDS, ITEM_EMBEDDINGS)],

@@ -23,7 +23,7 @@ from jobs import failures
 from jobs.config import ConfigError
 from jobs.failures import EXIT_CODES, UNUSABLE, WRONG_DATA, WRONG_SETTINGS, Failure, about, failure
 from jobs.files.row_groups import row_groups
-from jobs.warehouse.tables import SchemaError, WarehouseError
+from jobs.warehouse.errors import SchemaError, WarehouseError
 
 ROOT = Path(__file__).parents[2]
 

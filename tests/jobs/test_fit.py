@@ -25,7 +25,8 @@ from jobs.fit import EmbeddingFiles, FitFailed
 from jobs.load import Fusion
 from jobs.models.checkpoint import Checkpoint
 from jobs.models.registry import open_registry
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, Warehouse
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.tables import ITEM_EMBEDDINGS
 from tokenizer import FIT_BLOCK, RQGMM, Iteration, Method
 
 # TorchDistributor leaves the pipe to its workers open.

@@ -19,7 +19,9 @@ from jobs.config import Config, load_config
 from jobs.ctr.log import covered, examine, read_rows
 from jobs.files.sources import open_source
 from jobs.train import EXAMPLES_OF, check_interactions
-from jobs.warehouse.tables import CTR_EXAMPLES, SchemaError, Warehouse
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.errors import SchemaError
+from jobs.warehouse.tables import CTR_EXAMPLES
 
 
 def write_log(path: Path, **columns: Any) -> Path:

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from jobs.__main__ import app as stages
 from jobs.__main__ import version_number
-from jobs.warehouse.tables import REJECTED_EMBEDDINGS, Warehouse
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.tables import REJECTED_EMBEDDINGS
 from pipelines.__main__ import app
 from pipelines.lineage import print_item
 from pipelines.report import Terminal, page

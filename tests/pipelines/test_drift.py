@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from jobs.models.registry import ModelVersion
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Warehouse
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
 from pipelines.nightly import likelihood_drop
 
 BEFORE, TONIGHT = date(2026, 1, 1), date(2026, 1, 2)

@@ -18,9 +18,10 @@ from house import ITEMS, House, Silent
 
 from jobs.config import ConfigError
 from jobs.models.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL
+from jobs.warehouse.errors import SchemaError
 from jobs.warehouse.releases import current_release
 from jobs.warehouse.reports import report
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, SchemaError
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS
 from pipelines import nightly
 from pipelines.lineage import print_item
 from pipelines.nightly import Night

@@ -16,7 +16,7 @@ import pytest
 from jobs.config import TrainConfig
 from jobs.ctr.log import Log, Survey, checked_rows, conclude, plan_reading, survey
 from jobs.files.sources import Source
-from jobs.warehouse.tables import SchemaError
+from jobs.warehouse.errors import SchemaError
 
 FIRST = datetime(2026, 1, 31, 12, 0, 5, tzinfo=UTC)
 SECONDS = [

@@ -17,7 +17,7 @@ import pytest
 
 from jobs.config import ConfigError
 from jobs.files.sources import Source, as_ids, filesystem_of, is_id_type, open_source, read_row_group
-from jobs.warehouse.tables import SchemaError
+from jobs.warehouse.errors import SchemaError
 
 
 def write(path: Path, **columns: Any) -> Path:

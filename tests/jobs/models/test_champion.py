@@ -21,8 +21,8 @@ from jobs.models.registry import (
     register_lost,
     warehouse_id,
 )
+from jobs.warehouse.delta_rs import hashes_by_codebook_version
 from jobs.warehouse.releases import PROMOTED, ROLLED_BACK
-from jobs.warehouse.tables import id_hashes
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 
@@ -50,10 +50,10 @@ def champion(registry: Registry, said: list[str] | None = None) -> int | None:
 
 
 def test_hashes_of_rows_by_version(registry: Registry) -> None:
-    assert id_hashes(registry.root) == {}
+    assert hashes_by_codebook_version(registry.root) == {}
     write_ids(registry, (1, A), (1, A), (2, B))
     write_ids(registry, (1, C))
-    assert id_hashes(registry.root) == {1: {A[:32], C[:32]}, 2: {B[:32]}}
+    assert hashes_by_codebook_version(registry.root) == {1: {A[:32], C[:32]}, 2: {B[:32]}}
 
 
 def test_no_statistics_in_the_log_no_difference(registry: Registry) -> None:
@@ -63,7 +63,7 @@ def test_no_statistics_in_the_log_no_difference(registry: Registry) -> None:
     for action in actions:
         action.get("add", {}).pop("stats", None)
     log.write_text("\n".join(json.dumps(action) for action in actions))
-    assert id_hashes(registry.root) == {1: {A[:32], C[:32]}, 2: {B[:32]}}
+    assert hashes_by_codebook_version(registry.root) == {1: {A[:32], C[:32]}, 2: {B[:32]}}
 
 
 def test_before_the_first_release_there_is_none(registry: Registry) -> None:

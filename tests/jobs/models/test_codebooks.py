@@ -21,7 +21,7 @@ from jobs.models.codebooks import (
     stored_files,
 )
 from jobs.models.registry import CODEBOOK_MODEL, ModelVersion, Registry, RegistryMismatch, register
-from jobs.warehouse.tables import SchemaError
+from jobs.warehouse.errors import SchemaError
 from tokenizer import CodebookError, fit_rqgmm, save_codebook
 
 RECIPE = {

@@ -17,7 +17,7 @@ import pytest
 from jobs.config import ConfigError, load_config
 from jobs.models import mlflow_store
 from jobs.models.registry import ModelVersion, Registry, open_registry, register
-from jobs.warehouse.tables import WarehouseError
+from jobs.warehouse.errors import WarehouseError
 
 NAME = "semantic-id-codebook"
 CODE = """

@@ -11,7 +11,9 @@ import pytest
 
 from jobs.spark import engine
 from jobs.spark.engine import EnvironmentProblem, delta_jars, find_java, java_version
-from jobs.warehouse.tables import WarehouseError, warehouse_root, writer_lock
+from jobs.warehouse.errors import WarehouseError
+from jobs.warehouse.lock import writer_lock
+from jobs.warehouse.root import warehouse_root
 
 
 def java(home: Path, version: str) -> Path:

@@ -13,16 +13,12 @@ from pyspark.sql import SparkSession
 
 from jobs.config import ConfigError
 from jobs.files.row_groups import row_groups
-from jobs.warehouse.tables import (
-    ITEM_EMBEDDINGS,
-    REJECTED_EMBEDDINGS,
-    Warehouse,
-    WarehouseError,
-    extent,
-    rows_of,
-    warehouse_root,
-    writer_lock,
-)
+from jobs.warehouse.delta_rs import count_and_version, read_rows
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.errors import WarehouseError
+from jobs.warehouse.lock import writer_lock
+from jobs.warehouse.root import warehouse_root
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS
 
 DAY = date(2026, 1, 1)
 
@@ -45,8 +41,8 @@ def test_a_warehouse_in_a_folder_of_any_name(spark: SparkSession, tmp_path: Path
     assert sum(group.rows for group in row_groups(warehouse.files(ITEM_EMBEDDINGS, version))) == 2
     rejected = {"item_id": "a/b:%c", "occurrence": 1, "reason": "nan", "detail": "", "excerpt": "", "run_date": DAY}
     warehouse.replace(REJECTED_EMBEDDINGS, warehouse.rows(REJECTED_EMBEDDINGS, [rejected]), "run_date = '2026-01-01'")
-    assert extent(warehouse.root, ITEM_EMBEDDINGS) == (2, version + 1)
-    assert rows_of(warehouse.root, REJECTED_EMBEDDINGS) == [rejected]
+    assert count_and_version(warehouse.root, ITEM_EMBEDDINGS) == (2, version + 1)
+    assert read_rows(warehouse.root, REJECTED_EMBEDDINGS) == [rejected]
     assert os.listdir(tmp_path) == [name]
 
 
@@ -55,7 +51,7 @@ def test_a_table_is_made_where_a_kill_left_half_of_one(warehouse: Warehouse) -> 
     (log / "_staged_commits").mkdir(parents=True)
     (log / ".00000000000000000000.json.1234.tmp").write_text("{")
     warehouse.append(ITEM_EMBEDDINGS, warehouse.rows(ITEM_EMBEDDINGS, [item("a")]))
-    assert extent(warehouse.root, ITEM_EMBEDDINGS) == (1, 1)
+    assert count_and_version(warehouse.root, ITEM_EMBEDDINGS) == (1, 1)
 
 
 def test_a_file_uri_is_the_folder_that_it_names(tmp_path: Path) -> None:
