@@ -1,0 +1,1 @@
+"""The Delta tables of a warehouse: schemas, reading and writing, the writer lock, releases and reports."""

@@ -1,0 +1,11 @@
+"""Exceptions of the warehouse."""
+
+from __future__ import annotations
+
+
+class SchemaError(ValueError):
+    """A table or an input does not have the columns it must have."""
+
+
+class WarehouseError(RuntimeError):
+    """The warehouse cannot be used: not writable, or in use by another command."""

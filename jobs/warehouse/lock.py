@@ -1,0 +1,50 @@
+"""One writing command per warehouse at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, date, datetime
+from pathlib import Path
+
+from jobs.warehouse.errors import WarehouseError
+
+
+@contextmanager
+def writer_lock(root: str, command: str = "another command", run_date: date | None = None) -> Iterator[None]:
+    """One writing command per local warehouse; the system frees the lock when its holder dies, however it dies.
+
+    The file names the holder for whoever comes second. Local file systems give Delta no mutual exclusion between
+    processes. Object stores with conditional writes do, so a warehouse with a URI takes no lock.
+    """
+    if "://" in root:
+        yield
+        return
+    with open(Path(root) / ".writer.lock", "a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            raise WarehouseError(
+                f"the warehouse is being written by {_holder(handle.read())}; one writer at a time. "
+                "Wait for it, or choose another --warehouse"
+            ) from None
+        handle.truncate(0)
+        since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        day = run_date.isoformat() if run_date else None
+        handle.write(json.dumps({"command": command, "date": day, "since": since, "pid": os.getpid()}))
+        handle.flush()
+        yield
+
+
+def _holder(text: str) -> str:
+    """The process that holds the lock, in words."""
+    try:
+        facts = json.loads(text)
+        day = f" for {facts['date']}" if facts["date"] else ""
+        return f"{facts['command']}{day} (process {facts['pid']}, since {facts['since']})"
+    except (ValueError, KeyError, TypeError):  # it was killed, or is only now, writing this
+        return "another command"
