@@ -3,6 +3,7 @@
 In a notebook: `Fusion`, `fit` and `load`, the latter under the name load_codebook too.
 """
 
+from tokenizer.alternates import Alternates
 from tokenizer.annealing import Method
 from tokenizer.codebook import Codebook, SemanticIds, content_hash, fit, load_codebook, save_codebook
 from tokenizer.data import FIT_BLOCK
@@ -19,7 +20,7 @@ from tokenizer.semantic_id import item_tokens, parse, text_of, tokens
 load = load_codebook
 
 __all__ = [
-    "FIT_BLOCK", "RQGMM", "Assignment", "Codebook", "CodebookError", "DataError", "DiagonalGMM", "Fusion", "GMMStatistics",
+    "FIT_BLOCK", "RQGMM", "Alternates", "Assignment", "Codebook", "CodebookError", "DataError", "DiagonalGMM", "Fusion", "GMMStatistics",
     "Iteration", "LevelUsage", "LostWorker", "Method", "Quality", "RQGMMFit", "SemanticIds", "Thresholds", "TokenizerError",
     "Verdict", "check_gate", "content_hash", "e_step", "fit", "fit_rqgmm", "item_tokens", "level_usage", "load",
     "load_codebook", "m_step", "measure_quality", "neighbour_recall", "parse", "save_codebook", "text_of", "tokens",

@@ -27,7 +27,7 @@ from tokenizer.quality import Quality, measure_quality
 from tokenizer.rqgmm import RQGMM, Assignment
 from tokenizer.semantic_id import text_of
 
-FORMAT = 1
+FORMAT, HARD_FORMAT = 2, 1  # codebooks of format 1 have no temperatures
 TENSORS, MANIFEST = "codebook.safetensors", "manifest.json"
 
 
@@ -65,10 +65,10 @@ class Codebook:
         except DataError as error:
             raise CodebookError(f"the codebook's recipe is wrong: {error}") from error
 
-    def encode(self, x: Tensor) -> SemanticIds:
-        """Semantic IDs of embeddings (N, D)."""
-        result = self.rqgmm.assign(x)
-        return SemanticIds(result.codes, result.confidence, result.log_likelihood)
+    def encode(self, x: Tensor, alternates: int = 0) -> SemanticIds:
+        """Semantic IDs of embeddings (N, D); with `alternates` also the soft ones, of so many codes a level."""
+        result = self.rqgmm.assign(x, alternates=alternates)
+        return SemanticIds(result.codes, result.confidence, result.log_likelihood, result.alternates)
 
     def decode(self, codes: Tensor) -> Tensor:
         """(N, D) float32: the embeddings that codes (N, L) stand for."""
@@ -121,11 +121,12 @@ def content_hash(rqgmm: RQGMM, fusion: Any = None) -> str:
 
 
 def _tensors(rqgmm: RQGMM) -> dict[str, Tensor]:
-    return {
+    tensors = {
         f"level{number}.{name}": getattr(gmm, name).contiguous()
         for number, gmm in enumerate(rqgmm.levels, start=1)
         for name in ("weights", "means", "variances")
     }
+    return {**tensors, **({"temperatures": torch.tensor(rqgmm.temperatures)} if rqgmm.temperatures else {})}
 
 
 def save_codebook(folder: Path, rqgmm: RQGMM, manifest: Mapping[str, Any]) -> str:
@@ -134,7 +135,7 @@ def save_codebook(folder: Path, rqgmm: RQGMM, manifest: Mapping[str, Any]) -> st
     shape = {"levels": rqgmm.n_levels, "components": rqgmm.components, "dim": rqgmm.dim, "beam": rqgmm.beam}
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_file(_tensors(rqgmm), str(Path(folder) / TENSORS))
-    full = {**manifest, **shape, "format": FORMAT, "hash": name}
+    full = {**manifest, **shape, "format": FORMAT if rqgmm.temperatures else HARD_FORMAT, "hash": name}
     (Path(folder) / MANIFEST).write_text(json.dumps(full, indent=2, sort_keys=True) + "\n")
     return name
 
@@ -181,9 +182,10 @@ def _checked(manifest: Any, tensors: Mapping[str, Tensor]) -> RQGMM:
     """The model that manifest and tensors describe; ValueError says where they disagree."""
     if not isinstance(manifest, dict):
         raise ValueError(f"{MANIFEST} holds a {type(manifest).__name__}; expected an object")
-    if manifest.get("format") != FORMAT or isinstance(manifest["format"], bool):
+    form = manifest.get("format")
+    if form not in (HARD_FORMAT, FORMAT) or isinstance(form, bool):
         raise CodebookError(
-            f"codebook format is {manifest.get('format')!r}; this version reads {FORMAT}. Install a newer semantic-id-pipeline"
+            f"codebook format is {form!r}; this version reads {HARD_FORMAT} and {FORMAT}. Install a newer semantic-id-pipeline"
         )
     manifest.setdefault("beam", 1)  # older codebooks of format 1 do not have it
     for name in ("levels", "components", "dim", "beam"):
@@ -193,17 +195,23 @@ def _checked(manifest: Any, tensors: Mapping[str, Tensor]) -> RQGMM:
     if not isinstance(manifest.get("hash"), str):
         raise ValueError(f"hash is {manifest.get('hash')!r}; expected text")
     levels, k, d = (manifest[name] for name in ("levels", "components", "dim"))
-    if len(tensors) != 3 * levels:
-        raise ValueError(f"{TENSORS} holds {len(tensors)} tensors; expected 3 for each of {levels} levels")
-    expected = {"weights": (k,), "means": (k, d), "variances": (k, d)}
-    mixtures = []
-    for number in range(1, levels + 1):
-        parts = {}
-        for part, shape in expected.items():
-            tensor = tensors.get(f"level{number}.{part}")
-            if tensor is None or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
-                what = "missing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-                raise ValueError(f"level{number}.{part} is {what}; expected float32 of shape {shape}")
-            parts[part] = tensor
-        mixtures.append(DiagonalGMM(**parts))
-    return RQGMM(tuple(mixtures), manifest["beam"])
+    expected = {
+        f"level{number}.{part}": shape
+        for number in range(1, levels + 1)
+        for part, shape in {"weights": (k,), "means": (k, d), "variances": (k, d)}.items()
+    }
+    if form == FORMAT:
+        expected["temperatures"] = (levels,)
+    if len(tensors) != len(expected):
+        raise ValueError(f"{TENSORS} holds {len(tensors)} tensors; expected {len(expected)} for {levels} levels")
+    for name, shape in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+            what = "missing" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise ValueError(f"{name} is {what}; expected float32 of shape {shape}")
+    mixtures = tuple(
+        DiagonalGMM(*(tensors[f"level{number}.{part}"] for part in ("weights", "means", "variances")))
+        for number in range(1, levels + 1)
+    )
+    temperatures = tuple(tensors["temperatures"].tolist()) if form == FORMAT else ()
+    return RQGMM(mixtures, manifest["beam"], temperatures)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from tokenizer.alternates import CALIBRATION_ROWS, calibrated
 from tokenizer.annealing import Level, Method, fit_level, refit_level
 from tokenizer.data import Data, Residuals, Rows
 from tokenizer.errors import DataError
@@ -79,7 +80,7 @@ def fit_rqgmm(
             f"{source.dim}; expected the same fit. Start anew without resume"
         )
     residuals = Residuals(source, beam)
-    floor = residuals.floor
+    floor, sample = residuals.floor, residuals.sample(CALIBRATION_ROWS)
     for gmm in done[: levels - 1]:
         residuals.descend(gmm)
     for number in range(len(done) + 1, levels + 1):
@@ -96,4 +97,6 @@ def fit_rqgmm(
     if jointly:
         del residuals
         done = refine_jointly(source, done, beam, floor, JOINT_STEPS if init is None else REFIT_JOINT_STEPS, trace)
-    return RQGMMFit(RQGMM(tuple(done), beam), tuple(trace.steps))
+    hard = RQGMM(tuple(done), beam)
+    temperatures = calibrated(done, sample, hard.encode(sample), source.total)
+    return RQGMMFit(replace(hard, temperatures=temperatures), tuple(trace.steps))

@@ -5,12 +5,13 @@ The frozen model: encode, decode, posteriors and likelihood. How one is fitted i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from tokenizer.alternates import Alternates, checked, level_alternates
 from tokenizer.beam import beam_search, check_finite, path_log_weights
 from tokenizer.errors import DataError
 from tokenizer.gmm import DiagonalGMM
@@ -29,22 +30,26 @@ class Assignment:
         log_likelihood: (N,), nats; log of the sum of p(x, c) over the codes of the last level, with the model of a row
             p(x, c) = prod_l pi_c_l * N(x | sum_l mu_c_l, var_c_L). That is the log-likelihood of the last residual under its
             level's mixture plus the log weights along the path, with one level the mixture's own, and never more than log p(x).
+        alternates: the soft semantic IDs, where they were asked for.
     """
 
     codes: Tensor
     confidence: Tensor
     log_likelihood: Tensor
+    alternates: Alternates | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class RQGMM:
     """Levels of mixtures over one dimension with the same number of components.
 
-    Encode keeps the `beam` most probable tuples of codes from level to level; 1 is one greedy pass.
+    Encode keeps the `beam` most probable tuples of codes from level to level; 1 is one greedy pass. `temperatures`, one a
+    level, soften the posteriors of soft semantic IDs; models of older codebooks have none, and their soft IDs are hard.
     """
 
     levels: tuple[DiagonalGMM, ...]
     beam: int = 1
+    temperatures: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.beam < 1:
@@ -52,6 +57,8 @@ class RQGMM:
         shapes = {tuple(gmm.means.shape) for gmm in self.levels}
         if len(shapes) != 1:
             raise DataError(f"levels have shapes {sorted(shapes)}; expected one (K, D), and at least one level")
+        if problem := checked(self.temperatures, self.n_levels):
+            raise DataError(problem)
 
     @property
     def n_levels(self) -> int:
@@ -67,7 +74,7 @@ class RQGMM:
 
     def to(self, device: str | torch.device) -> RQGMM:
         """On another device; rows are encoded where they and the codebook are."""
-        return RQGMM(tuple(gmm.to(torch.device(device)) for gmm in self.levels), self.beam)
+        return replace(self, levels=tuple(gmm.to(torch.device(device)) for gmm in self.levels))
 
     def encode(self, x: Tensor) -> Tensor:
         """codes (N, L) int32: at each level the most probable component of the residual; the lowest index wins a tie.
@@ -77,15 +84,29 @@ class RQGMM:
         x = self._checked(x)
         return torch.cat(list(parallel_map(self._encode, pieces(x, self.components), x.device)))
 
-    def assign(self, x: Tensor, codes: Tensor | None = None) -> Assignment:
-        """Codes with their confidence and likelihood; with `codes`, those of the given ones instead."""
+    def assign(self, x: Tensor, codes: Tensor | None = None, *, alternates: int = 0) -> Assignment:
+        """Codes with their confidence and likelihood; with `codes`, those of the given ones instead.
+
+        With `alternates` also the soft semantic IDs of so many codes a level, along the path of the codes.
+        """
         x = self._checked(x)
+        if alternates < 0:
+            raise DataError(f"alternates is {alternates}; expected 0 or more")
         if codes is None and self.beam > 1:
             codes = self.encode(x)
         rows = pieces(x, self.components)
         given = [None] * len(rows) if codes is None else torch.split(codes, max(1, len(rows[0])))
-        parts = parallel_map(self._assign, zip(rows, given, strict=True), x.device)
-        return Assignment(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        work = zip(rows, given, [alternates] * len(rows), strict=True)
+        columns = zip(*parallel_map(self._assign, work, x.device), strict=True)
+        codes, confidence, log_likelihood, *soft = (torch.cat(column) for column in columns)
+        return Assignment(codes, confidence, log_likelihood, Alternates(*soft) if alternates else None)
+
+    def alternates(self, x: Tensor, codes: Tensor, top: int) -> Alternates:
+        """The soft semantic IDs of rows x (N, D) along the path of `codes` (N, L), `top` codes a level."""
+        found = self.assign(x, codes, alternates=top).alternates
+        if found is None:
+            raise DataError(f"top is {top}; expected at least 1")
+        return found
 
     def decode(self, codes: Tensor) -> Tensor:
         """(N, D) float32: the sum of the means of each row's components."""
@@ -121,9 +142,10 @@ class RQGMM:
         check_finite(total)
         return torch.stack(codes, dim=1).int()
 
-    def _assign(self, piece: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
-        x, given = piece
+    def _assign(self, piece: tuple[Tensor, Tensor | None, int]) -> tuple[Tensor, ...]:
+        x, given, alternates = piece
         path, codes, log_posterior = self._path(x), [], x.new_zeros(len(x))
+        soft: list[tuple[Tensor, Tensor]] = []
         for level in range(self.n_levels):
             if level == self.n_levels - 1:
                 row_term = path.row_term()
@@ -133,6 +155,9 @@ class RQGMM:
             if given is not None:
                 code = given[:, level].long()
                 chosen = values_at(scores, code)
+            if alternates:
+                temperature = self.temperatures[level] if self.temperatures else None
+                soft.append(level_alternates(scores, code, alternates, temperature))
             log_evidence = (
                 exp_minus(scores, best).sum(dim=1).log_().add_(best)
             )  # (n,): log p(residual) less its row term
@@ -142,7 +167,8 @@ class RQGMM:
         check_finite(log_posterior)
         result = torch.stack(codes, dim=1).int()
         log_likelihood = path_log_weights(self.levels, result[:, :-1]) + log_evidence + row_term
-        return result, log_posterior.exp().clamp(0, 1), log_likelihood
+        stacked = (torch.stack(column, dim=1) for column in zip(*soft, strict=True))
+        return result, log_posterior.exp().clamp(0, 1), log_likelihood, *stacked
 
     def _path(self, x: Tensor) -> ResidualPath | SphericalPath:
         tables = self._spherical_tables

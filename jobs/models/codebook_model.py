@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 
 from tokenizer import load_codebook
+from tokenizer.alternates import ALTERNATES
 
 
 class CodebookModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -24,12 +25,20 @@ class CodebookModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.codebook = load_codebook(context.artifacts["artefact"])
 
     def predict(self, context, model_input, params=None):  # MLflow reads type hints here as a promise about schemas
-        """Codes (one column per item: list of L ints), confidence and log-likelihood of each row."""
+        """Codes (a list of L ints), soft semantic ID (of each level its codes and their weights in 1/255), confidence and
+        log-likelihood of each row.
+        """
         x = torch.from_numpy(_matrix(model_input, self.codebook.rqgmm.dim))
-        assignment = self.codebook.rqgmm.assign(x)
+        assignment = self.codebook.encode(x, alternates=ALTERNATES)
+        soft = assignment.alternates
+        assert soft is not None
         return pd.DataFrame(
             {
                 "codes": assignment.codes.tolist(),
+                "alternates": [
+                    [{"codes": codes, "weights": weights} for codes, weights in zip(*levels, strict=True)]
+                    for levels in zip(soft.codes.tolist(), soft.weights.tolist(), strict=True)
+                ],
                 "confidence": assignment.confidence.numpy(),
                 "log_likelihood": assignment.log_likelihood.numpy(),
                 "codebook_hash": self.codebook.hash,

@@ -1,0 +1,124 @@
+"""Soft semantic IDs: the most probable codes of each level with weights, and the temperatures that set the weights.
+
+In hundreds of dimensions the posterior of a level is one-hot. Divided by a temperature T, the log-joint ranks components as
+before and weights them softly: w_k = softmax_k(log p(r, k) / T) over the codes that are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenizer.gmm import DiagonalGMM
+from tokenizer.kernels import largest, one_thread, pieces
+
+ALTERNATES = 8  # codes a level for which the temperatures are calibrated
+TOTAL = 255  # what the weights of a level sum to
+CALIBRATION_ROWS = 20_000  # of the fit, evenly spread, at least where there are as many
+TEMPERATURES = tuple(float(np.float32(2 ** (step / 4))) for step in range(-16, 57))  # tried: 1/16 to 16,384
+PRIOR_ROWS = 1.0  # see gmm.update_means: what the mean of a component rests on beside its rows
+
+
+@dataclass(frozen=True, eq=False)
+class Alternates:
+    """The soft semantic IDs of N rows: at each level the code of the semantic ID and the m - 1 most probable others.
+
+    Attributes:
+        codes: (N, L, m) int32; the code of the semantic ID first, then the others, the most probable first.
+        weights: (N, L, m) uint8, in 1/255; they sum to 255 at each level.
+    """
+
+    codes: Tensor
+    weights: Tensor
+
+
+def level_alternates(scores: Tensor, code: Tensor, top: int, temperature: float | None) -> tuple[Tensor, Tensor]:
+    """codes (n, m) int32 and weights (n, m) uint8 of one level, from its scores (n, K) and the codes (n,) of the semantic IDs.
+
+    First `code`, then the `top` - 1 most probable others in descending order; the lowest index wins a tie. Without a
+    temperature `code` has all the weight.
+    """
+    listed = largest(scores, min(top, scores.shape[1]))  # (n, m)
+    given = (listed[:, 0] != code).nonzero()[:, 0]  # not the most probable: kept from before, or of a beam's path
+    if len(given):
+        own = listed[given] == code[given, None]
+        own[~own.any(1), -1] = True
+        ranked = torch.where(own, code[given, None], listed[given])
+        listed[given] = ranked.gather(1, (~own).byte().argsort(dim=1, stable=True))
+    if temperature is None:
+        weights = torch.zeros(listed.shape, dtype=torch.uint8, device=listed.device)
+        weights[:, 0] = TOTAL
+        return listed.int(), weights
+    share = (scores.gather(1, listed).double() / temperature).softmax(dim=1)
+    return listed.int(), rounded(share)
+
+
+def rounded(share: Tensor) -> Tensor:
+    """Shares (n, m) that sum to 1 as uint8 that sum to 255, by largest remainder; the first of equal remainders wins."""
+    exact = share * TOTAL
+    whole = exact.floor()
+    missing = TOTAL - whole.sum(1, keepdim=True)  # (n, 1), units left
+    by_remainder = (whole - exact).argsort(dim=1, stable=True)
+    rank = by_remainder.argsort(dim=1)
+    return (whole + (rank < missing)).to(torch.uint8)
+
+
+# ---- calibration ----
+
+
+def calibrated(levels: Sequence[DiagonalGMM], x: Tensor, codes: Tensor, rows: int) -> tuple[float, ...]:
+    """The temperature of each level at which soft IDs reconstruct rows best that the means have not seen.
+
+    It minimises the mean over rows of |r - sum_k w_k mu_k|^2 over TEMPERATURES, r the residual and k the code of the row and
+    its ALTERNATES - 1 most probable others. A row of the fit has pulled the mean of its own component towards itself, so
+    that mean is taken without the row (leave-one-out): of n_k rows, r - mu_k becomes (r - mu_k)(1 + 1 / n_k), with a prior
+    of one row. Softer than that mixes in components that are too far away, harder loses where in its cell a row lies.
+
+    Args:
+        levels: the fitted levels.
+        x: (N, D) rows of the fit, evenly spread.
+        codes: (N, L) their codes.
+        rows: of the fit, all of which the means rest on.
+    """
+    with one_thread():
+        residual, found = x, []
+        for gmm, code in zip(levels, codes.long().T, strict=True):
+            count = torch.bincount(code, minlength=gmm.components)[code] * (rows / len(x))
+            found.append(TEMPERATURES[int(_soft_errors(gmm, residual, code, count).argmin())])
+            residual = residual - gmm.means[code]
+    return tuple(found)
+
+
+def _soft_errors(gmm: DiagonalGMM, residual: Tensor, code: Tensor, count: Tensor) -> Tensor:
+    """(temperatures,): the squared error of the soft reconstruction of all rows at each of TEMPERATURES, float64."""
+    total = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
+    temperature = torch.tensor(TEMPERATURES, dtype=torch.float64)
+    first = 0
+    for r in pieces(residual, gmm.components):
+        rows = slice(first, first := first + len(r))
+        own, growth = code[rows, None], 1 + PRIOR_ROWS / count[rows, None].double().clamp_min(1)  # (n, 1)
+        scores = gmm.log_joint(r)
+        listed, _ = level_alternates(scores, code[rows], ALTERNATES, None)  # (n, m), the own code first
+        away = (r[:, None] - gmm.means[listed.long()]).double()  # (n, m, D)
+        mahalanobis = (away[:, 0].square() / gmm.variances[own[:, 0]].double()).sum(1)
+        joint = scores.gather(1, listed.long()).double()
+        joint[:, 0] -= (growth[:, 0].square() - 1) * mahalanobis / 2
+        away[:, 0] *= growth
+        products = away @ away.transpose(1, 2)  # (n, m, m), as sum_k w_k = 1: |r - sum w mu|^2 = w' products w
+        weights = (joint[:, None] / temperature[:, None]).softmax(dim=2)  # (n, temperatures, m)
+        total += ((weights @ products) * weights).sum(2).sum(0)
+    return total
+
+
+def checked(temperatures: tuple[float, ...], levels: int) -> str:
+    """What is wrong with the temperatures of a model; empty where nothing is."""
+    if temperatures and len(temperatures) != levels:
+        return f"{len(temperatures)} temperatures for {levels} levels; expected one a level, or none"
+    if not all(math.isfinite(value) and value > 0 for value in temperatures):
+        return f"temperatures are {temperatures}; expected finite numbers above 0"
+    return ""
