@@ -21,12 +21,12 @@ import typer
 
 from benchmarks.fit import clustered
 from jobs import encode, fit, load
-from jobs.config import load_config
 from jobs.embeddings.packed import pack
 from jobs.encode import ENCODED, encode_group, worker_codebook
 from jobs.files.row_groups import RowGroup, row_groups
 from jobs.models.codebooks import codebook_files
 from jobs.models.registry import open_registry
+from jobs.read_config import load_config
 from jobs.spark.session import spark_session
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.root import warehouse_root

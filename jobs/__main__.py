@@ -20,7 +20,8 @@ import typer
 from typer.core import TyperGroup
 
 from jobs import failures
-from jobs.config import Config, ConfigError, all_mistakes, load_config, parse_date
+from jobs.config import Config, ConfigError
+from jobs.read_config import all_mistakes, load_config, parse_date
 
 ConfigFiles = Annotated[
     list[Path] | None, typer.Option("--config", help="TOML file; may be given again, later ones win.")

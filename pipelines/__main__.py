@@ -34,8 +34,9 @@ from jobs.__main__ import (
 from jobs.__main__ import (
     app as stages,
 )
-from jobs.config import Config, ConfigError, parse_date
-from jobs.failures import GATE_DID_NOT_PASS, WRONG_DATA
+from jobs.config import Config, ConfigError
+from jobs.failure_rules import GATE_DID_NOT_PASS, WRONG_DATA
+from jobs.read_config import parse_date
 
 DEMO_WAREHOUSE = "warehouse/demo"
 

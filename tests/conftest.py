@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from pyspark.sql import SparkSession
 
-from jobs.config import Config, load_config
+from jobs.config import Config
+from jobs.read_config import load_config
 from jobs.spark.session import spark_session
 from jobs.warehouse.delta_spark import Warehouse
 

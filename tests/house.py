@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 from data import topics, write_vectors
 from pyspark.sql import SparkSession
 
-from jobs.config import Config, load_config
+from jobs.config import Config
 from jobs.models.registry import Registry, open_registry
+from jobs.read_config import load_config
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import SEMANTIC_IDS
 from pipelines import nightly

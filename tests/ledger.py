@@ -12,8 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 from deltalake import write_deltalake
 
-from jobs.config import load_config
 from jobs.models.registry import Registry, open_registry
+from jobs.read_config import load_config
 
 
 def silent(_: str) -> None: ...

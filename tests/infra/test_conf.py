@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config import load_config
+from jobs.read_config import load_config
 
 CONF = Path(__file__).parent.parent.parent / "infra" / "conf"
 

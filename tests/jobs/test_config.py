@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.config import Config, ConfigError, load_config, parse_date
+from jobs.config import Config, ConfigError
+from jobs.read_config import load_config, parse_date
 
 
 def test_later_sources_win(tmp_path: Path) -> None:

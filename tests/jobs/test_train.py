@@ -15,9 +15,10 @@ import pytest
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
-from jobs.config import Config, load_config
+from jobs.config import Config
 from jobs.ctr.log import covered, examine, read_rows
 from jobs.files.sources import open_source
+from jobs.read_config import load_config
 from jobs.train import EXAMPLES_OF, check_interactions
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.errors import SchemaError

@@ -13,10 +13,10 @@ import torch
 from data import topics
 from ledger import opened, release, silent, write_ids
 
-from jobs.config import load_config
 from jobs.models.champion import current_champion
 from jobs.models.codebooks import register_codebook
 from jobs.models.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, LOST_TAG, Registry, RegistryMismatch
+from jobs.read_config import load_config
 from jobs.warehouse.releases import PROMOTED, ROLLED_BACK
 from pipelines.register import Registration, register
 from tokenizer import CodebookError, fit_rqgmm, save_codebook

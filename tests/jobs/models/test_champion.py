@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ledger import opened, release, silent, write_ids
 
-from jobs.config import ConfigError, load_config
+from jobs.config import ConfigError
 from jobs.models.champion import current_champion
 from jobs.models.registry import (
     CHAMPION,
@@ -21,6 +21,7 @@ from jobs.models.registry import (
     register_lost,
     warehouse_id,
 )
+from jobs.read_config import load_config
 from jobs.warehouse.delta_rs import hashes_by_codebook_version
 from jobs.warehouse.releases import PROMOTED, ROLLED_BACK
 

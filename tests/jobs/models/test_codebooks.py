@@ -10,7 +10,6 @@ import torch
 from data import topics
 from ledger import opened
 
-from jobs.config import load_config
 from jobs.models.codebooks import (
     check_recipe,
     codebook_files,
@@ -21,6 +20,7 @@ from jobs.models.codebooks import (
     stored_files,
 )
 from jobs.models.registry import CODEBOOK_MODEL, ModelVersion, Registry, RegistryMismatch, register
+from jobs.read_config import load_config
 from jobs.warehouse.errors import SchemaError
 from tokenizer import CodebookError, fit_rqgmm, save_codebook
 

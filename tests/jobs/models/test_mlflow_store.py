@@ -14,9 +14,10 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from jobs.config import ConfigError, load_config
+from jobs.config import ConfigError
 from jobs.models import mlflow_store
 from jobs.models.registry import ModelVersion, Registry, open_registry, register
+from jobs.read_config import load_config
 from jobs.warehouse.errors import WarehouseError
 
 NAME = "semantic-id-codebook"
@@ -103,7 +104,7 @@ import os, signal, sys, time
 from pathlib import Path
 import mlflow.store.tracking.sqlalchemy_store
 import mlflow.store.model_registry.sqlalchemy_store
-from jobs.config import load_config
+from jobs.read_config import load_config
 from jobs.models.registry import open_registry
 
 def start(root, uri=""):

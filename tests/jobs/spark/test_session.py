@@ -22,7 +22,7 @@ SECRETS = ["Zq9'PLANTED \\u00e9=#: x", "PLANTED-token-1234567", "PLANTEDpassword
 COMMAND = """
 import json, os, sys
 from pathlib import Path
-from jobs.config import load_config
+from jobs.read_config import load_config
 from jobs.spark.session import spark_session
 
 folder, secret = sys.argv[1:]
