@@ -138,7 +138,7 @@ MEMORY = """
 import sys
 from tokenizer import fit_rqgmm
 from benchmarks.fit import peak_mib
-from jobs.fit import EmbeddingFiles
+from jobs.embeddings.batches import EmbeddingFiles
 before = peak_mib()
 fit_rqgmm(EmbeddingFiles((sys.argv[1],), 128, 8192), levels=2, components=128, seed=0, iterations=2)
 print(before, peak_mib())

@@ -6,14 +6,14 @@ bounded on both sides, since a value beyond the bounds is a typing error. The to
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from datetime import date, datetime, time
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from jobs.fingerprint import fingerprint
 
 LARGEST_SEED = 2**32 - 1  # that NumPy, torch and faiss all take
 
@@ -250,4 +250,4 @@ class Config(BaseSettings):
         """Short hash of the named sections, without the settings that do not change the result (HOW_TO_FIT)."""
         values = self.model_dump(mode="json", exclude={"fit": HOW_TO_FIT})
         chosen = {name: values[name] for name in sections}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
+        return fingerprint(chosen)[:16]

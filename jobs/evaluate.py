@@ -5,7 +5,6 @@ Every number is exact over the whole catalogue, except neighbour recall, which i
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -25,12 +24,13 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from jobs.config import Config
 from jobs.embeddings.packed import unpack
 from jobs.encode import usable_files, worker_codebook
+from jobs.errors import SchemaError
+from jobs.fingerprint import fingerprint
 from jobs.models.champion import check_rows
 from jobs.models.codebooks import Files, codebook_files
 from jobs.models.registry import ModelVersion, Registry
 from jobs.pictures import draw_likelihood, draw_usage
 from jobs.warehouse.delta_spark import Warehouse
-from jobs.warehouse.errors import SchemaError
 from jobs.warehouse.releases import versions_to_judge
 from jobs.warehouse.reports import EvaluateResult, UncertainItem, report
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS
@@ -66,7 +66,7 @@ def run(
     check_rows(warehouse.root, model)
     versions = versions_to_judge(warehouse, model.version)
     rival = champion if champion is not None and champion.version != model.version else None
-    run_id = _digest([RECIPE, versions, model.tags["codebook_hash"], config.digest("gate", "evaluate")])
+    run_id = fingerprint([RECIPE, versions, model.tags["codebook_hash"], config.digest("gate", "evaluate")])[:16]
     # A champion was judged against its predecessor when it was promoted; that report stands.
     judged_against = rival.version if rival else None
     found = report(warehouse.root, model.version, run_id)
@@ -302,7 +302,3 @@ def _likelihoods(
 
 def _thresholds(config: Config) -> Thresholds:
     return Thresholds(**config.gate.model_dump())
-
-
-def _digest(values: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -15,29 +15,25 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from jobs.config import Config, ConfigError, FitConfig
-from jobs.embeddings.packed import unpack
-from jobs.files.row_groups import RowGroup, row_groups
-from jobs.load import Fusion
+from jobs.embeddings.batches import EmbeddingFiles
+from jobs.errors import SchemaError
 from jobs.models.checkpoint import Checkpoint
 from jobs.models.codebooks import codebook_files, load_files, register_codebook
 from jobs.models.registry import CANDIDATE, CODEBOOK_MODEL, ModelVersion, Registry, pinned
 from jobs.pictures import draw_convergence
 from jobs.spark.session import one_machine
 from jobs.warehouse.delta_spark import Warehouse
-from jobs.warehouse.errors import SchemaError
 from jobs.warehouse.tables import ITEM_EMBEDDINGS
-from tokenizer import FIT_BLOCK, Iteration, LostWorker, RQGMMFit, fit_rqgmm, save_codebook
+from tokenizer import Fusion, Iteration, LostWorker, RQGMMFit, fit_rqgmm, save_codebook
 
 Progress = Callable[[Iteration], None]
 Tell = Callable[[str], None]
@@ -56,56 +52,6 @@ class FitResult:
 
 class FitFailed(RuntimeError):
     """A worker of a distributed fit failed (the message is its own), or workers were lost again and again."""
-
-
-@dataclass(frozen=True)
-class EmbeddingFiles:
-    """A table version as a re-iterable of float32 batches (n, dim): the rows of `files` that fall to `rank` of `world`.
-
-    Every `step`-th row counts. Ranks take consecutive stretches of them that begin at a block of the fit, so that the
-    blocks, and with them the codebook, are the same for any number of workers. Only row groups with own rows are read.
-    """
-
-    files: tuple[str, ...]
-    dim: int
-    batch_rows: int
-    rank: int = 0
-    world: int = 1
-    step: int = 1
-    kept: bool = False  # in memory, by who fits
-
-    def rows(self) -> Self | list[torch.Tensor]:
-        """What to fit on: the batches themselves where they are kept, else what reads them in each pass."""
-        return list(self) if self.kept else self
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        """Batches, the next of which is read while the caller works on this one."""
-        batches = self._batches()
-        with ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(next, batches, None)
-            while (batch := ahead.result()) is not None:
-                ahead = reader.submit(next, batches, None)
-                yield batch
-
-    @cached_property
-    def _groups(self) -> list[RowGroup]:
-        return row_groups(self.files)
-
-    def _batches(self) -> Iterator[torch.Tensor]:
-        rows = sum(group.rows for group in self._groups)
-        blocks = -(-rows // (FIT_BLOCK * self.step))
-        begin, end = (FIT_BLOCK * self.step * (blocks * rank // self.world) for rank in (self.rank, self.rank + 1))
-        first = 0  # number of the group's, then of the batch's first row in the table
-        for group in self._groups:
-            if first >= end or first + group.rows <= begin:
-                first += group.rows
-                continue
-            for batch in group.batches(["embedding"], self.batch_rows):
-                own = batch.slice(max(0, begin - first), max(0, end - max(first, begin)))
-                skipped = -max(first, begin) % self.step
-                first += len(batch)
-                if len(own):
-                    yield torch.tensor(unpack(own.column(0), self.dim)[skipped :: self.step])
 
 
 def run(
@@ -143,7 +89,7 @@ def run(
     files = tuple(warehouse.files(ITEM_EMBEDDINGS, version))
     step = max(1, items // config.fit.sample) if config.fit.sample else 1
     mib = 4 * fusion.dim * items / step / config.fit.workers / 2**20
-    data = EmbeddingFiles(files, fusion.dim, config.fit.batch_rows, step=step, kept=mib <= config.fit.memory_mib)
+    data = EmbeddingFiles(files, fusion.dim, config.fit.batch_rows, step=step, in_memory=mib <= config.fit.memory_mib)
     checkpoint = Checkpoint(warehouse.root, fit_key)
     checkpoint.open()
     with tempfile.TemporaryDirectory() as scratch:

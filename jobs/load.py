@@ -29,10 +29,11 @@ from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 
 from jobs.config import MAX_DIM, Config, ConfigError
 from jobs.embeddings.packed import Float32, pack, packed_as, read_packed, width_of
+from jobs.errors import SchemaError, WarehouseError
 from jobs.files.sources import Source, as_ids, is_id_type, open_source, quoted, read_row_group
+from jobs.fingerprint import fingerprint
 from jobs.warehouse.delta_rs import count_and_version
 from jobs.warehouse.delta_spark import Warehouse
-from jobs.warehouse.errors import SchemaError, WarehouseError
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS
 
 ROWS_PER_BATCH = 4096
@@ -122,9 +123,9 @@ def run(config: Config, warehouse: Warehouse, run_date: date) -> LoadResult:
     if source.format == "parquet" and source.rows == 0:
         raise SchemaError(_without_rows(source))
     recipe = resolve_recipe(config, warehouse, source)
-    fingerprint = _digest([source.fingerprint, config.digest("load")])
+    inputs = fingerprint([source.fingerprint, config.digest("load")])
     done = warehouse.property(ITEM_EMBEDDINGS, "sid.last_load")
-    if done is not None and json.loads(done)["fingerprint"] == fingerprint:
+    if done is not None and json.loads(done)["fingerprint"] == inputs:
         last = LoadResult(**json.loads(done)["result"])
         version = warehouse.version(ITEM_EMBEDDINGS)
         return replace(last, new=0, changed=0, version=version, seconds=time.monotonic() - began, nothing_to_do=True)
@@ -167,7 +168,7 @@ def run(config: Config, warehouse: Warehouse, run_date: date) -> LoadResult:
     note = "; ".join(filter(None, [source.note, _packed_note(recipe)]))
     result = LoadResult(rows_in, rows_stored, rows_rejected, new, changed, reasons, version=-1, note=note)
     warehouse.set_property(
-        ITEM_EMBEDDINGS, "sid.last_load", json.dumps({"fingerprint": fingerprint, "result": asdict(result)})
+        ITEM_EMBEDDINGS, "sid.last_load", json.dumps({"fingerprint": inputs, "result": asdict(result)})
     )
     return replace(result, version=warehouse.version(ITEM_EMBEDDINGS), seconds=time.monotonic() - began)
 
@@ -755,7 +756,3 @@ def _tasks(rows: Mapping[int, int], source: Source, tasks: int) -> list[int | No
         found.append(before * tasks // total if group in rows else None)
         before += rows.get(group, 0)
     return found
-
-
-def _digest(values: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]

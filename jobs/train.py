@@ -26,11 +26,11 @@ from jobs.config import Config, ConfigError
 from jobs.ctr.examples import EXAMPLES_RECIPE, FEATURES, build_examples
 from jobs.ctr.log import Log, covered, examine, read_rows
 from jobs.ctr.training import Examples, Metrics, Trained, item_tokens, shuffled_codes, train_dmqn
+from jobs.errors import SchemaError
 from jobs.files.sources import open_source
 from jobs.models.registry import CANDIDATE, CTR_MODEL, ModelVersion, Registry, pinned, register
 from jobs.pictures import draw_ctr
 from jobs.warehouse.delta_spark import Warehouse
-from jobs.warehouse.errors import SchemaError
 from jobs.warehouse.tables import CTR_EXAMPLES, ITEM_EMBEDDINGS, SEMANTIC_IDS
 
 SPLITS = ("train", "validation", "test")

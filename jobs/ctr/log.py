@@ -24,8 +24,8 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import StringType, StructType
 
 from jobs.config import TrainConfig
+from jobs.errors import SchemaError
 from jobs.files.sources import Source, as_ids, is_id_type, map_rows, plain_type
-from jobs.warehouse.errors import SchemaError
 
 USER, ITEM = "user_id", "item_id"
 CLOCK, ORDER = "timestamp", "order"

@@ -14,7 +14,7 @@ import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from jobs.warehouse.errors import SchemaError
+from jobs.errors import SchemaError
 
 Float32 = npt.NDArray[np.float32]
 WIDTHS = {4: "<f4", 2: "<f2"}  # bytes a component -> NumPy type

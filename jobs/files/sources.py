@@ -14,8 +14,6 @@ The one reader of item vectors, interactions and lists of ids. What Spark, panda
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +31,8 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from jobs.config import ConfigError
-from jobs.warehouse.errors import SchemaError
+from jobs.errors import SchemaError
+from jobs.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -142,16 +141,15 @@ def open_source(
     ]
     schema, lacking = _unified_schema(named, {info.path: partitions[info.path] for info in files})
     paths = {name: info.path for (name, _), info in zip(named, files, strict=True)}
-    stamp = json.dumps([[_relative(info.path, path), info.size, info.mtime_ns] for info in files])
+    state = [[_relative(info.path, path), info.size, info.mtime_ns] for info in files]
     groups = tuple(
         RowGroup(info.path, index, footer.row_group(index).num_rows)
         for info, footer in zip(files, footers, strict=True)
         for index in range(footer.num_row_groups)
         if footer.row_group(index).num_rows
     )
-    fingerprint = hashlib.sha256(stamp.encode(errors="surrogateescape")).hexdigest()[:32]
     without = {column: tuple(paths[name] for name in names) for column, names in lacking.items()}
-    return Source(location, "parquet", schema, fingerprint, groups, without, note=note)
+    return Source(location, "parquet", schema, fingerprint(state), groups, without, note=note)
 
 
 def read_row_group(
@@ -404,9 +402,8 @@ def _open_delta(location: str) -> Source:
             f"the log of the Delta table {location} cannot be read ({_short(error)}); expected a whole Delta table"
         ) from error
     plain = pa.schema([pa.field(f.name, plain_type(f.type)) for f in schema])
-    stamp = json.dumps([where, str(table.metadata().id), table.version()])
-    fingerprint = hashlib.sha256(stamp.encode()).hexdigest()[:32]
-    return Source(where if uri is None else location, "delta", plain, fingerprint, version=table.version())
+    state = fingerprint([where, str(table.metadata().id), table.version()])
+    return Source(where if uri is None else location, "delta", plain, state, version=table.version())
 
 
 # ---- partitions ----

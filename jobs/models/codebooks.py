@@ -14,6 +14,7 @@ from typing import Any
 
 from pyarrow import fs
 
+from jobs.errors import SchemaError
 from jobs.files.sources import filesystem_of, read_file, write_file
 from jobs.models.registry import (
     CODEBOOK_MODEL,
@@ -24,7 +25,6 @@ from jobs.models.registry import (
     RegistryMismatch,
     register,
 )
-from jobs.warehouse.errors import SchemaError
 from tokenizer import Codebook, CodebookError, load_codebook
 from tokenizer.codebook import MANIFEST, TENSORS
 

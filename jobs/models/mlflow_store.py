@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote, urlsplit
 
 from jobs.config import Config, ConfigError
+from jobs.errors import WarehouseError
 from jobs.redaction import redact
-from jobs.warehouse.errors import WarehouseError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

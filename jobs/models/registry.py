@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.config import Config
+from jobs.errors import WarehouseError
 from jobs.files.sources import filesystem_of, read_file, write_file
 from jobs.identity import OURS
 from jobs.models.mlflow_store import open_store
 from jobs.redaction import redact_config
-from jobs.warehouse.errors import WarehouseError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from jobs.errors import SchemaError
 from jobs.failures import about
-from jobs.warehouse.errors import SchemaError
 from jobs.warehouse.tables import SEMANTIC_IDS, Table
 
 if TYPE_CHECKING:

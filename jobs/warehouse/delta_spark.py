@@ -16,8 +16,8 @@ from urllib.parse import quote
 
 from pyspark.sql import DataFrame, SparkSession
 
+from jobs.errors import SchemaError
 from jobs.warehouse.delta_rs import open_table
-from jobs.warehouse.errors import SchemaError
 from jobs.warehouse.tables import Table
 
 if TYPE_CHECKING:

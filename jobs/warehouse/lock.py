@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, date, datetime
 from pathlib import Path
 
-from jobs.warehouse.errors import WarehouseError
+from jobs.errors import WarehouseError
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from jobs.config import ConfigError
-from jobs.warehouse.errors import WarehouseError
+from jobs.errors import WarehouseError
 
 
 def warehouse_root(location: str, *, write: bool = True) -> str:

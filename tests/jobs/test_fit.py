@@ -11,8 +11,6 @@ from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from data import topics, write_vectors
@@ -21,13 +19,13 @@ from pyspark.sql import SparkSession
 
 from jobs import fit, load
 from jobs.config import Config, ConfigError, FitConfig
-from jobs.fit import EmbeddingFiles, FitFailed
-from jobs.load import Fusion
+from jobs.embeddings.batches import EmbeddingFiles
+from jobs.fit import FitFailed
 from jobs.models.checkpoint import Checkpoint
 from jobs.models.registry import open_registry
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import ITEM_EMBEDDINGS
-from tokenizer import FIT_BLOCK, RQGMM, Iteration, Method
+from tokenizer import FIT_BLOCK, RQGMM, Fusion, Iteration, Method
 
 # TorchDistributor leaves the pipe to its workers open.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -39,22 +37,6 @@ def loaded(tmp_path: Path, warehouse: Warehouse, config: Config) -> EmbeddingFil
     fusion = Fusion.from_json(warehouse.property(ITEM_EMBEDDINGS, "sid.fusion") or "")
     files = warehouse.files(ITEM_EMBEDDINGS, warehouse.version(ITEM_EMBEDDINGS))
     return EmbeddingFiles(tuple(files), fusion.dim, batch_rows=1000)
-
-
-@pytest.mark.parametrize("step", [1, 3])
-def test_ranks_share_the_rows_in_order_and_start_at_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
-) -> None:
-    monkeypatch.setattr(fit, "FIT_BLOCK", 16)
-    rows = torch.arange(300 * 4, dtype=torch.float32).reshape(300, 4)
-    for number, part in enumerate(rows.split(130)):
-        packed = pa.table({"embedding": [row.numpy().tobytes() for row in part]})
-        pq.write_table(packed, tmp_path / f"{number}.parquet", row_group_size=33)
-    files = tuple(f"file://{tmp_path}/{number}.parquet" for number in range(3))
-    for world in (1, 2, 3, 7):
-        shares = [list(EmbeddingFiles(files, 4, 10, rank, world, step)) for rank in range(world)]
-        assert torch.equal(torch.cat([batch for share in shares for batch in share]), rows[::step])
-        assert all(sum(map(len, share)) % 16 == 0 for share in shares[:-1])
 
 
 def test_a_warehouse_may_have_any_name(tmp_path: Path, spark: SparkSession, settings: Callable[..., Config]) -> None:

@@ -21,9 +21,9 @@ import tokenizer
 from jobs import load
 from jobs.config import Config, ConfigError
 from jobs.embeddings.packed import as_float_arrays, pack, unpack
+from jobs.errors import SchemaError, WarehouseError
 from jobs.load import Fusion, check_rows
 from jobs.warehouse.delta_spark import Warehouse
-from jobs.warehouse.errors import SchemaError, WarehouseError
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS
 
 DAY, NEXT_DAY = date(2026, 1, 1), date(2026, 1, 2)

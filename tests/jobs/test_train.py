@@ -17,11 +17,11 @@ from pyspark.sql import functions as F
 
 from jobs.config import Config
 from jobs.ctr.log import covered, examine, read_rows
+from jobs.errors import SchemaError
 from jobs.files.sources import open_source
 from jobs.read_config import load_config
 from jobs.train import EXAMPLES_OF, check_interactions
 from jobs.warehouse.delta_spark import Warehouse
-from jobs.warehouse.errors import SchemaError
 from jobs.warehouse.tables import CTR_EXAMPLES
 
 

@@ -13,8 +13,8 @@ from pyspark.sql import DataFrame, SparkSession
 
 from jobs import encode, fit, load
 from jobs.config import ConfigError
+from jobs.errors import SchemaError
 from jobs.models.registry import ModelVersion
-from jobs.warehouse.errors import SchemaError
 from pipelines.backfill import chosen_items, listed_items, plan
 
 DAY, NEXT = date(2026, 1, 1), date(2026, 1, 2)

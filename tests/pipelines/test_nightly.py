@@ -17,8 +17,8 @@ from deltalake import DeltaTable
 from house import ITEMS, House, Silent
 
 from jobs.config import ConfigError
+from jobs.errors import SchemaError
 from jobs.models.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL
-from jobs.warehouse.errors import SchemaError
 from jobs.warehouse.releases import current_release
 from jobs.warehouse.reports import report
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS

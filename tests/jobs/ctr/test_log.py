@@ -15,8 +15,8 @@ import pytest
 
 from jobs.config import TrainConfig
 from jobs.ctr.log import Log, Survey, checked_rows, conclude, plan_reading, survey
+from jobs.errors import SchemaError
 from jobs.files.sources import Source
-from jobs.warehouse.errors import SchemaError
 
 FIRST = datetime(2026, 1, 31, 12, 0, 5, tzinfo=UTC)
 SECONDS = [

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jobs.embeddings.packed import packed_as, read_packed
-from jobs.warehouse.errors import SchemaError
+from jobs.errors import SchemaError
 
 X = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
 

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.config import ConfigError
+from jobs.errors import SchemaError
 from jobs.files.sources import Source, as_ids, filesystem_of, is_id_type, open_source, read_row_group
-from jobs.warehouse.errors import SchemaError
 
 
 def write(path: Path, **columns: Any) -> Path:

@@ -10,6 +10,7 @@ import torch
 from data import topics
 from ledger import opened
 
+from jobs.errors import SchemaError
 from jobs.models.codebooks import (
     check_recipe,
     codebook_files,
@@ -21,7 +22,6 @@ from jobs.models.codebooks import (
 )
 from jobs.models.registry import CODEBOOK_MODEL, ModelVersion, Registry, RegistryMismatch, register
 from jobs.read_config import load_config
-from jobs.warehouse.errors import SchemaError
 from tokenizer import CodebookError, fit_rqgmm, save_codebook
 
 RECIPE = {

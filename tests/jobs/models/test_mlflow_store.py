@@ -15,10 +15,10 @@ import mlflow
 import pytest
 
 from jobs.config import ConfigError
+from jobs.errors import WarehouseError
 from jobs.models import mlflow_store
 from jobs.models.registry import ModelVersion, Registry, open_registry, register
 from jobs.read_config import load_config
-from jobs.warehouse.errors import WarehouseError
 
 NAME = "semantic-id-codebook"
 CODE = """

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from jobs.errors import WarehouseError
 from jobs.spark import engine
 from jobs.spark.engine import EnvironmentProblem, delta_jars, find_java, java_version
-from jobs.warehouse.errors import WarehouseError
 from jobs.warehouse.lock import writer_lock
 from jobs.warehouse.root import warehouse_root
 

@@ -12,10 +12,10 @@ import pytest
 from pyspark.sql import SparkSession
 
 from jobs.config import ConfigError
+from jobs.errors import WarehouseError
 from jobs.files.row_groups import row_groups
 from jobs.warehouse.delta_rs import count_and_version, read_rows
 from jobs.warehouse.delta_spark import Warehouse
-from jobs.warehouse.errors import WarehouseError
 from jobs.warehouse.lock import writer_lock
 from jobs.warehouse.root import warehouse_root
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS

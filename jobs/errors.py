@@ -1,10 +1,10 @@
-"""Exceptions of the warehouse."""
+"""Errors that several folders of jobs/ raise."""
 
 from __future__ import annotations
 
 
 class SchemaError(ValueError):
-    """A table or an input does not have the columns it must have."""
+    """A table or an input does not have the columns, types or values that it must have."""
 
 
 class WarehouseError(RuntimeError):
