@@ -43,7 +43,9 @@ def _as_whole(value: object) -> object:
 
 Text = Annotated[str, BeforeValidator(_as_text)]
 Whole = Annotated[int, BeforeValidator(_as_whole)]
-Seed = Annotated[int, BeforeValidator(_as_whole), Field(ge=0, le=LARGEST_SEED)]
+Seed = Annotated[
+    int, BeforeValidator(_as_whole), Field(ge=0, le=LARGEST_SEED, description="seed of the random numbers")
+]
 
 
 MAX_DIM = 65536  # of one modality; a row of float32 is then 256 KiB
@@ -79,7 +81,7 @@ class SparkConfig(Section):
 
 class MlflowConfig(Section):
     tracking_uri: Text = Field("", description="empty: a sqlite file beside the warehouse")
-    experiment: Text = Field("semantic-ids", min_length=1)
+    experiment: Text = Field("semantic-ids", min_length=1, description="MLflow experiment of the runs")
     catalogue: Text = Field(
         "",
         pattern=r"^[A-Za-z0-9._-]*$",
@@ -204,8 +206,8 @@ class TrainConfig(Section):
     codewords: Whole = Field(25, ge=1, le=65536, description="W of DMQN; N x W is about 100 in the paper")
     width: Whole = Field(32, ge=4, le=8192, description="D, width of behaviour and cluster vectors")
     epochs: Whole = Field(3, ge=1, le=10_000, description="at most; training stops when the validation AUC falls")
-    batch_size: Whole = Field(256, ge=1, le=10**6)
-    learning_rate: float = Field(3e-3, gt=0, le=10)
+    batch_size: Whole = Field(256, ge=1, le=10**6, description="examples of one step")
+    learning_rate: float = Field(3e-3, gt=0, le=10, description="of the optimizer")
     seed: Seed = 0
 
 

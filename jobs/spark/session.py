@@ -18,16 +18,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from threading import Thread
 
 from pyspark import SparkContext
+from pyspark.java_gateway import launch_gateway
 from pyspark.sql import SparkSession
 
 from jobs.config import Config
+from jobs.failures import include_log_file
 from jobs.spark.engine import EnvironmentProblem, delta_jars, prepare_environment
 
 # Right for tables of some files on one machine, wrong for a cluster, where Spark's and Delta's own defaults are good:
@@ -52,7 +53,7 @@ CONF = {
     "spark.scheduler.barrier.maxConcurrentTasksCheck.maxFailures": "2",
     "spark.ui.showConsoleProgress": "false",
 }
-SCRATCH, LOCK = "semantic-id-pipeline-", "lock"
+SCRATCH, LOCK, JAVA_LOG = "semantic-id-pipeline-", "lock", "spark.log"
 PLAIN = frozenset(string.ascii_letters + string.digits + "._-/,")  # in a properties file
 JAVA_ENDS_WITHIN = 20  # seconds
 
@@ -75,16 +76,15 @@ def spark_session(config: Config) -> Iterator[Session]:
     submitted = "PYSPARK_GATEWAY_PORT" in os.environ
     local = not submitted and one_machine(config.spark.master)
     conf = {**CONF, **(LOCAL_CONF if local else {})}
-    with _quiet_launch():
-        if submitted:
-            os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
-        else:
-            conf |= _launched(config, conf, local=local)
-        builder = SparkSession.builder.appName("semantic-id-pipeline")
-        for name, value in {**conf, **config.spark.conf}.items():
-            builder = builder.config(name, value)
-        spark = builder.getOrCreate()
-    spark.sparkContext.setLogLevel("OFF" if local else "ERROR")
+    if submitted:
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    else:
+        conf |= _launched(config, conf, local=local)
+    builder = SparkSession.builder.appName("semantic-id-pipeline")
+    for name, value in {**conf, **config.spark.conf}.items():
+        builder = builder.config(name, value)
+    spark = builder.getOrCreate()
+    spark.sparkContext.setLogLevel("ERROR")
     if not callable(spark._jvm.io.delta.tables.DeltaTable):  # type: ignore[union-attr]
         spark.stop()
         raise EnvironmentProblem(
@@ -134,11 +134,15 @@ def _launched(config: Config, conf: Mapping[str, str], *, local: bool) -> dict[s
         if "utf" not in locale.getencoding().lower():
             for_java["LC_ALL"] = "C.UTF-8"  # else no file whose name has an é is one that Java can open
         atexit.register(_end, os.getpid())
-        with _environment(for_java):
-            try:
-                SparkContext._ensure_initialized()
-            finally:
-                properties.unlink()  # Java has read it
+        with _environment(for_java), ExitStack() as until_started:
+            until_started.callback(properties.unlink)  # Java has read it
+            popen = {}
+            if (
+                local
+            ):  # what Java and its Python workers print goes into the trace file of a failure, not on the console
+                popen["stderr"] = until_started.enter_context(open(scratch / JAVA_LOG, "wb"))
+                include_log_file(scratch / JAVA_LOG)
+            SparkContext._ensure_initialized(gateway=launch_gateway(popen_kwargs=popen))  # type: ignore[no-untyped-call]
     return start
 
 
@@ -202,29 +206,3 @@ def _end(owner: int) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(JAVA_ENDS_WITHIN)
     shutil.rmtree(_scratch(), ignore_errors=True)
-
-
-LAUNCHER_SAYS = (b"Using incubator modules", b"Setting default log level to", b"To adjust logging level use")
-
-
-@contextmanager
-def _quiet_launch() -> Iterator[None]:
-    """Whatever Java prints for as long as it lives passes through, but for the three lines that say nothing to anyone."""
-    readable, writable = os.pipe()
-    terminal = os.dup(2)
-    sys.stderr.flush()
-    os.dup2(writable, 2)
-    try:
-        yield
-    finally:
-        os.dup2(terminal, 2)
-        os.close(writable)  # Java has its own copy: the pipe ends when Java does
-        Thread(target=_pass_on, args=(readable, terminal), daemon=True).start()
-
-
-def _pass_on(readable: int, terminal: int) -> None:
-    with open(readable, "rb") as lines:
-        for line in lines:
-            if not any(phrase in line for phrase in LAUNCHER_SAYS):
-                os.write(terminal, line)
-    os.close(terminal)

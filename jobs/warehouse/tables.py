@@ -10,7 +10,7 @@ from pyspark.sql import types as T
 
 @dataclass(frozen=True)
 class Table:
-    """A declared table. `key` identifies a row; `checks` are Delta CHECK constraints by name."""
+    """A declared table. `key` identifies a row; `checks` are Delta CHECK constraints by name; docs/tables.md is generated from it."""
 
     name: str
     key: tuple[str, ...]
@@ -18,6 +18,8 @@ class Table:
     partition_by: tuple[str, ...] = ()
     checks: Mapping[str, str] = field(default_factory=dict)
     change_feed: bool = False
+    description: str = ""
+    meaning: Mapping[str, str] = field(default_factory=dict)  # of each column
 
 
 STRING, BINARY, INT, LONG, FLOAT, BOOLEAN, DATE = (
@@ -44,12 +46,31 @@ ITEM_EMBEDDINGS = Table(
     ),
     checks={"packed": "octet_length(embedding) IN (4 * dim, 2 * dim)"},
     change_feed=True,
+    description="One fused vector per item; a row is replaced when its content changes.",
+    meaning={
+        "item_id": "the item",
+        "embedding": "the fused vector: packed little-endian float32 or float16",
+        "dim": "components of the vector",
+        "modalities": "modalities that the item has; a missing one is a block of zeros",
+        "content_hash": "hash of the vector's bytes",
+        "first_seen": "day of the run that first stored the item",
+        "run_date": "day of the run that last changed the vector",
+    },
 )
 REJECTED_EMBEDDINGS = Table(
     "rejected_embeddings",
     ("run_date", "item_id", "occurrence"),
     _columns(("item_id",), item_id=STRING, occurrence=INT, reason=STRING, detail=STRING, excerpt=STRING, run_date=DATE),
     partition_by=("run_date",),
+    description="Input rows that were not stored, each with its reason.",
+    meaning={
+        "item_id": "the item as the source names it",
+        "occurrence": "counts rows of the same item and day from 0",
+        "reason": "short name of what is wrong",
+        "detail": "what is wrong with the value, in words",
+        "excerpt": "the beginning of the value",
+        "run_date": "day of the run",
+    },
 )
 SEMANTIC_IDS = Table(
     "semantic_ids",
@@ -61,6 +82,20 @@ SEMANTIC_IDS = Table(
     partition_by=("codebook_version",),
     checks={"suffix_counts_from_zero": "suffix >= 0", "confidence_is_a_probability": "confidence BETWEEN 0 AND 1"},
     change_feed=True,
+    description="The semantic ID of every item under every codebook version. IDs of a version that was released never change.",
+    meaning={
+        "codebook_version": "version in the MLflow registry",
+        "item_id": "the item",
+        "codes": "one component index a level",
+        "suffix": "separates items with equal codes; 0 for the first",
+        "semantic_id": "the text form, such as 12-87 or 12-87-1",
+        "confidence": "posterior probability of the codes",
+        "log_likelihood": "log of the sum of p(x, codes) over the codes of the last level, in nats",
+        "codebook_hash": "content hash of the codebook",
+        "content_hash": "of the vector that was encoded",
+        "held": "whether the item keeps the codes of an earlier codebook that are not the most probable ones",
+        "run_date": "day of the run that wrote the row",
+    },
 )  # fmt: skip
 # Nullable, as Delta cannot hold a column inside an array to NOT NULL.
 UNCERTAIN_ITEM = (
@@ -79,6 +114,19 @@ QUALITY_REPORTS = Table(
         reasons=T.ArrayType(STRING), least_certain=T.ArrayType(UNCERTAIN_ITEM), judged_against=INT, table_versions=VERSIONS,
         run_date=DATE,
     ),
+    description="The evaluation of a codebook version on given table versions, with the verdict of the gate.",
+    meaning={
+        "codebook_version": "version in the MLflow registry",
+        "run_id": "MLflow run of the evaluation",
+        "codebook_hash": "content hash of the codebook",
+        "metrics": "every metric by name",
+        "passed": "whether the gate passed",
+        "reasons": "limits that were not met",
+        "least_certain": "items with the lowest confidence",
+        "judged_against": "codebook version of the champion that it was compared with",
+        "table_versions": "versions of the tables that were evaluated",
+        "run_date": "day of the run",
+    },
 )  # fmt: skip
 RELEASES = Table(
     "releases",
@@ -88,6 +136,16 @@ RELEASES = Table(
         release_id=LONG, codebook_version=INT, codebook_hash=STRING, table_versions=VERSIONS, previous=LONG, status=STRING,
         at=T.TimestampType(),
     ),
+    description="One row per release, only appended. Readers follow the row with the highest release_id.",
+    meaning={
+        "release_id": "counts from 1",
+        "codebook_version": "version in the MLflow registry",
+        "codebook_hash": "content hash of the codebook",
+        "table_versions": "versions of the tables that belong to the release",
+        "previous": "release that was current before",
+        "status": "promoted or rolled back",
+        "at": "time of the release, UTC",
+    },
 )  # fmt: skip
 CTR_EXAMPLES = Table(
     "ctr_examples",
@@ -102,5 +160,15 @@ CTR_EXAMPLES = Table(
         split=STRING,
     ),
     partition_by=("split",),
+    description="Training examples of the CTR model.",
+    meaning={
+        "user_id": "the user",
+        "item_id": "the item that was shown",
+        "label": "1 for a click, else 0",
+        "ts": "time of the impression",
+        "history": "items of the user's earlier behaviours, oldest first",
+        "features": "numeric features as of the impression",
+        "split": "train, validation or test",
+    },
 )
 TABLES = (ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, QUALITY_REPORTS, RELEASES, CTR_EXAMPLES)

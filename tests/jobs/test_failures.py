@@ -344,3 +344,21 @@ def test_both_entries_end_in_sentences_and_codes(entry: str, tmp_path: Path) -> 
         "  1. fit.levels = True; expected a whole number from 1 to 16",
         "  2. date '20260131' is not a day of the calendar; expected YYYY-MM-DD, such as 2026-01-31",
     ]
+
+
+def test_the_trace_file_ends_with_the_log_of_spark_s_java(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(failures, "_log_files", [])
+    log = tmp_path / "spark.log"
+    log.write_text("12:00:00 ERROR SparkContext: no such thing\n")
+    failures.include_log_file(log)
+    failures.include_log_file(tmp_path / "gone.log")
+    with pytest.raises(KeyError) as info, failures.on_warehouse(str(tmp_path)):
+        raise KeyError("levels")
+    failures.report(info.value)
+    assert "SparkContext" not in capsys.readouterr().err
+    (trace,) = (tmp_path / "_logs").iterdir()
+    assert trace.read_text().endswith(
+        "Logged by Spark's Java process (spark.log):\n12:00:00 ERROR SparkContext: no such thing"
+    )
