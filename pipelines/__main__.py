@@ -237,13 +237,14 @@ bench = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
-    help="Measurements: quality and speed of the quantizer.",
+    help="Measurements: quality and speed of the quantizer, and what its IDs are worth to a ranker.",
 )
 
 
 def _add_bench() -> None:
     """The benchmarks need the packages of the `dev` extra, which a production image lacks: loaded only when called."""
     try:
+        from benchmarks.ctr.harness import ctr
         from benchmarks.encode import encode
         from benchmarks.encode_job import encode_job
         from benchmarks.fit import fit
@@ -253,7 +254,7 @@ def _add_bench() -> None:
         raise ConfigError(
             f"`sid bench` needs {error.name}, which is not installed; expected the repository with its dev extra. Run `make setup`"
         ) from error
-    for command in (quantizers, fit, encode, encode_job, gpu):
+    for command in (quantizers, fit, encode, encode_job, gpu, ctr):
         bench.command()(command)
     app.add_typer(bench, name="bench")
 

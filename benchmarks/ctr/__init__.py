@@ -1,0 +1,1 @@
+"""Ranking with semantic IDs: sources of IDs and models of a click, compared on the same impressions."""

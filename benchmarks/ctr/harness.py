@@ -1,0 +1,298 @@
+"""What semantic IDs are worth to a ranker: models of a click over sources of item tokens, on the same impressions.
+
+sid bench ctr --data DIR --models fnn,din --sources item-id,rq-kmeans,rq-gmm-soft,embedding --seeds 3 --json ctr.json
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import pyarrow.parquet as pq
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.ctr.din import DIN
+from benchmarks.ctr.embedding import Inputs
+from benchmarks.ctr.fnn import FNN
+from benchmarks.ctr.generated import generate
+from benchmarks.ctr.hstu import HSTU
+from benchmarks.ctr.impressions import Batches, Impressions, Split, read_log
+from benchmarks.ctr.intervals import COLD, Scored, difference
+from benchmarks.ctr.ipnn import IPNN
+from benchmarks.ctr.linear_attention import LinearAttention
+from benchmarks.ctr.pooling import MeanPooling
+from benchmarks.ctr.sim import SIM
+from benchmarks.ctr.sources import SOURCES, Catalogue, read_catalogue
+from benchmarks.vectors import WrongVectors
+from jobs.ctr.training import auc, gauc, log_loss
+from tokenizer.kernels import without_denormals
+
+LEARNING_RATES = (1e-3, 3e-4)  # each row trains with both, the better one on the validation split counts
+WEIGHT_DECAY = 1e-5
+BATCH = 512
+EPOCHS = 12  # at most
+CHECKS = 2  # of the validation split in an epoch
+PATIENCE = 4  # checks without a better AUC after which training ends
+
+WITHOUT_BEHAVIOURS = ("fnn", "ipnn")
+Make = Callable[[Inputs], nn.Module]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trained model on the test split. NaN is undefined."""
+
+    model: str
+    source: str
+    with_embedding: bool
+    seed: int
+    auc: float
+    gauc: float
+    log_loss: float
+    auc_cold: float
+    parameters: int
+    seconds_per_step: float
+
+
+def makers(catalogue: Catalogue, category: Tensor | None) -> dict[str, Make]:
+    """Every model by name. `category` of the items, where the data has one."""
+    models: dict[str, Make] = {
+        "fnn": FNN,
+        "ipnn": IPNN,
+        "mean-pooling": MeanPooling,
+        "din": DIN,
+        "sim-code": lambda inputs: SIM(inputs, catalogue.level_one(seed=0)),
+        "hstu": HSTU,
+        "linear-attention": LinearAttention,
+    }
+    if category is not None:
+        models["sim-category"] = lambda inputs: SIM(inputs, category)
+    return models
+
+
+def scored(model: nn.Module, batches: Batches, rows: npt.NDArray[np.int64], log: Impressions) -> Scored:
+    """The impressions `rows` under a model."""
+    model.eval()
+    score = np.empty(len(log.user))
+    with torch.no_grad():
+        for own in batches.groups():
+            score[own] = model(batches.batch(own)).sigmoid().double().numpy()
+    return Scored(log.label[rows].astype(np.float32), score[rows], log.user[rows], log.shown[rows])
+
+
+def trained(make: Make, name: str, inputs: Inputs, log: Impressions, rate: float, seed: int, history: int) -> tuple[nn.Module, float, float]:  # fmt: skip
+    """The model at its best check of the validation split, that AUC, and the seconds of a training step."""
+    torch.manual_seed(seed)
+    model = make(inputs)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
+    train, validation = (batches_of(name, inputs, log, split, history, seed) for split in ("train", "validation"))
+    rows = log.of("validation")
+    best, best_auc, since, steps, seconds = copy.deepcopy(model.state_dict()), -math.inf, 0, 0, 0.0
+    for _ in range(EPOCHS):
+        batches = list(train.groups())
+        for number, own in enumerate(batches, start=1):
+            began = time.perf_counter()
+            model.train()
+            batch = train.batch(own)
+            loss = F.binary_cross_entropy_with_logits(model(batch), batch.label)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            seconds, steps = seconds + time.perf_counter() - began, steps + 1
+            if number % math.ceil(len(batches) / CHECKS) and number != len(batches):
+                continue
+            value = scored(model, validation, rows, log).auc
+            since = since + 1
+            if value > best_auc:
+                best, best_auc, since = copy.deepcopy(model.state_dict()), value, 0
+        if since >= PATIENCE or not math.isfinite(loss.item()):
+            break
+    model.load_state_dict(best)
+    return model, best_auc, seconds / max(1, steps)
+
+
+def batches_of(name: str, inputs: Inputs, log: Impressions, split: Split, history: int, seed: int) -> Batches:
+    behaviours = name not in WITHOUT_BEHAVIOURS
+    shuffled = seed if split == "train" else None
+    return Batches(log, log.of(split), inputs.tokens, size=BATCH, behaviours=behaviours, history=history, seed=shuffled)
+
+
+def measured(name: str, make: Make, source: str, with_embedding: bool, seed: int, inputs: Inputs, log: Impressions, history: int) -> tuple[Row, Scored]:  # fmt: skip
+    """A model trained with each learning rate; the one with the better validation AUC on the test split."""
+    runs = [trained(make, name, inputs, log, rate, seed, history) for rate in LEARNING_RATES]
+    model, _, seconds = max(runs, key=lambda run: run[1])
+    test = scored(model, batches_of(name, inputs, log, "test", history, seed), log.of("test"), log)
+    cold = test.shown < COLD
+    return Row(
+        model=name,
+        source=source,
+        with_embedding=with_embedding,
+        seed=seed,
+        auc=test.auc,
+        gauc=gauc(test.user, test.label, test.score)[0],
+        log_loss=log_loss(test.label, test.score),
+        auc_cold=auc(test.label[cold], test.score[cold]),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        seconds_per_step=seconds,
+    ), test
+
+
+# ---- the command ----
+
+
+def compared(
+    catalogue: Catalogue, models: dict[str, Make], sources: Sequence[str], embeddings: Sequence[bool], seeds: int, history: int
+) -> tuple[list[Row], dict[tuple[str, str, bool], list[Scored]]]:  # fmt: skip
+    """Every model with every source, seed by seed; the rows, and the scores of the test split by model, source, with embedding."""
+    rows: list[Row] = []
+    scores: dict[tuple[str, str, bool], list[Scored]] = {}
+    for seed in range(seeds):
+        for source in sources:
+            for with_embedding in embeddings:
+                if with_embedding and source == "embedding":
+                    continue  # it is the embedding already
+                inputs = catalogue.inputs(source, seed, with_embedding=with_embedding)
+                for name, make in models.items():
+                    with without_denormals():
+                        row, test = measured(name, make, source, with_embedding, seed, inputs, catalogue.log, history)
+                    rows.append(row)
+                    scores.setdefault((name, source, with_embedding), []).append(test)
+                    typer.echo(
+                        f"seed {seed}: {name}, {source}{' w/ Emb' if with_embedding else ''}: AUC {row.auc:.4f}",
+                        err=True,
+                    )
+    return rows, scores
+
+
+def table(rows: Sequence[Row], scores: dict[tuple[str, str, bool], list[Scored]], reference: str) -> Table:
+    """Means over seeds; differences are paired with the row of the same model and the source `reference`, without embedding."""
+    grid = Table(box=None, padding=(0, 1))
+    headings = ["model", "source", "AUC", f"less {reference}, 95 %", "cold", f"less {reference}, 95 %", "GAUC", "log-loss", "parameters", "s/step"]  # fmt: skip
+    for number, heading in enumerate(headings):
+        grid.add_column(heading, justify="left" if number < 2 else "right")
+    last = ""
+    for key in sorted(scores, key=lambda key: [name for name, _, _ in scores].index(key[0])):
+        name, source, with_embedding = key
+        own = [row for row in rows if (row.model, row.source, row.with_embedding) == key]
+        mean = {
+            field: float(np.mean([getattr(row, field) for row in own]))
+            for field in ("auc", "auc_cold", "gauc", "log_loss", "parameters", "seconds_per_step")
+        }
+        base = scores.get((name, reference, False))
+        gains = ["", ""]
+        if base is not None and (source, with_embedding) != (reference, False):
+            gains = [_interval(*difference(scores[key], base, cold=cold)) for cold in (False, True)]
+        if last and last != name:
+            grid.add_section()
+        grid.add_row(
+            name if name != last else "", source + (" w/ Emb" if with_embedding else ""), f"{mean['auc']:.4f}", gains[0],
+            f"{mean['auc_cold']:.4f}", gains[1], f"{mean['gauc']:.4f}", f"{mean['log_loss']:.4f}", f"{mean['parameters']:,.0f}",
+            f"{mean['seconds_per_step']:.4f}",
+        )  # fmt: skip
+        last = name
+    return grid
+
+
+def _interval(mean: float, low: float, high: float) -> str:
+    return f"{mean:+.4f} ({low:+.4f} {high:+.4f})"
+
+
+def category_of(folder: Path, log: Impressions) -> Tensor | None:
+    """(items + 1,): the category of `items.parquet` (its column category, categories or genres), -1 where there is none."""
+    file = folder / "items.parquet"
+    names = pq.read_schema(file).names if file.exists() else []
+    column = next((name for name in ("category", "categories", "genres") if name in names), None)
+    if column is None:
+        return None
+    items = pd.read_parquet(file, columns=["item_id", column])
+    row = log.item_ids.get_indexer(items["item_id"]) + 1
+    number, _ = pd.factorize(items[column].astype("string"))
+    found = torch.full((log.items + 1,), -1)
+    found[torch.from_numpy(row[row > 0])] = torch.from_numpy(number[row > 0])
+    return found
+
+
+def ctr(
+    data: Annotated[Path | None, typer.Option(help="Folder with embeddings.parquet and interactions.parquet, as the README says.")] = None,
+    generated: Annotated[bool, typer.Option("--generated", help="A generated log of long sequences, whose best possible AUC is printed.")] = False,
+    users: Annotated[int, typer.Option(help="Users of the generated log.")] = 2000,
+    length: Annotated[int, typer.Option(help="Longest history of the generated log.")] = 500,
+    chosen_models: Annotated[str, typer.Option("--models", help="Some of fnn, ipnn, mean-pooling, din, sim-code, sim-category, hstu, linear-attention; all by default.")] = "",
+    chosen_sources: Annotated[str, typer.Option("--sources", help=f"Any of {', '.join(SOURCES)}.")] = ",".join(SOURCES),
+    with_embedding: Annotated[bool, typer.Option("--with-embedding", help="Each source also with the embedding as a further input (w/ Emb).")] = False,
+    reference: Annotated[str, typer.Option(help="The source that the others are compared with.")] = "rq-kmeans",
+    column: Annotated[str, typer.Option(help="Vector column; by default the first that ends with _embedding.")] = "",
+    levels: int = 2,
+    components: int = 128,
+    history: Annotated[int, typer.Option(help="Behaviours that an impression sees, at most.")] = 10_000,
+    seeds: Annotated[int, typer.Option(help="Number of seeds; each fits the quantizer and trains anew.")] = 3,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every row to this file.")] = None,
+) -> None:  # fmt: skip
+    """What semantic IDs are worth to a ranker: models of a click over sources of item tokens."""
+    if (data is None) == (not generated):
+        raise WrongVectors("which log? Expected one of --data DIR and --generated")
+    if min(levels, seeds, history, users) < 1 or components < 2 or length < 20:
+        raise WrongVectors("levels, seeds, history and users are at least 1, components 2, length 20")
+    console = Console(width=200, highlight=False)
+    if data is not None:
+        log = read_log(data)
+        catalogue, category, title = (
+            read_catalogue(data, log, column, levels, components),
+            category_of(data, log),
+            data.name,
+        )
+    else:
+        made = generate(users, length, levels, components)
+        catalogue, category, log = made.catalogue, made.category, made.catalogue.log
+        test = log.of("test")
+        title = f"generated, histories to {length:,}, best possible AUC {auc(log.label[test].astype(np.float32), made.probability[test]):.4f}"
+    models = makers(catalogue, category)
+    names = _some("--models", chosen_models or ",".join(models), list(models))
+    sources = _some("--sources", chosen_sources, SOURCES)
+    rows, scores = compared(
+        catalogue, {name: models[name] for name in names}, sources, (False, True) if with_embedding else (False,), seeds, history
+    )  # fmt: skip
+    test = log.of("test")
+    cold = float((log.shown[test] < COLD).mean())
+    console.print(
+        f"{title}: {log.users:,} users, {log.items:,} items ({len(catalogue.row):,} with an embedding), {len(log.user):,} impressions, "
+        f"{log.label.mean():.3f} of them clicks; {levels} x {components}, {seeds} seeds"
+    )  # fmt: skip
+    console.print(
+        f"Test split: the last tenth, {len(test):,} impressions, {cold:.0%} of them of items shown under {COLD} times in training (cold)."
+    )
+    console.print(table(rows, scores, reference))
+    console.print(
+        "Intervals: bootstrap over users and seeds, paired. Learning rate and epoch of each row are chosen on the validation split."
+    )
+    if json_file is not None:
+        values = [
+            {
+                name: None if isinstance(value, float) and math.isnan(value) else value
+                for name, value in asdict(row).items()
+            }
+            for row in rows
+        ]
+        json_file.write_text(json.dumps({"rows": values}, indent=1) + "\n")
+
+
+def _some(flag: str, text: str, known: Sequence[str]) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise WrongVectors(f"{flag} has {unknown or 'nothing'}; expected some of {', '.join(known)}")
+    return names

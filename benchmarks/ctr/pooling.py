@@ -1,0 +1,29 @@
+"""Mean pooling: a user is the mean of all his behaviours, whatever the candidate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.ctr.embedding import WIDTH, Inputs, ItemEmbedding, mlp
+from jobs.ctr.batch import UserBatch
+
+
+class MeanPooling(nn.Module):
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__()
+        self.item = ItemEmbedding(inputs)
+        self.head = mlp(3 * WIDTH)
+
+    def forward(self, batch: UserBatch) -> Tensor:
+        behaviours, candidate = self.item(batch.behaviours), self.item(batch.candidates)  # (B, S, D), (n, D)
+        length = (batch.last - batch.first).clamp_min(1)[:, None]
+        mean = window_sums(behaviours, batch) / length
+        logits: Tensor = self.head(torch.cat([candidate, mean, candidate * mean], dim=1))[:, 0]
+        return logits
+
+
+def window_sums(behaviours: Tensor, batch: UserBatch) -> Tensor:
+    """(n, ...): of behaviours (B, S, ...), the sum over each impression's history, as a difference of two running sums."""
+    total = torch.cat([torch.zeros_like(behaviours[:, :1]), behaviours], dim=1).cumsum(1)
+    return total[batch.user, batch.last] - total[batch.user, batch.first]

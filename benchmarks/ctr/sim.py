@@ -1,0 +1,38 @@
+"""SIM with hard search (arXiv 2006.05639): the latest behaviours of the candidate's category, then target attention to them.
+
+The category is the code of level 1 (`sim-code`) or a column of the items (`sim-category`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.ctr.din import TargetAttention
+from benchmarks.ctr.embedding import WIDTH, Inputs, ItemEmbedding, mlp
+from jobs.ctr.batch import UserBatch
+
+RETRIEVED = 50  # behaviours, at most
+
+
+class SIM(nn.Module):
+    def __init__(self, inputs: Inputs, category: Tensor) -> None:
+        """`category` (items + 1,), -1 where there is none: such a candidate retrieves nothing."""
+        super().__init__()
+        self.item = ItemEmbedding(inputs)
+        self.category: Tensor
+        self.register_buffer("category", category, persistent=False)
+        self.attention = TargetAttention()
+        self.head = mlp(3 * WIDTH)
+
+    def forward(self, batch: UserBatch) -> Tensor:
+        wanted = self.category[batch.candidates.item]  # (n,)
+        alike = (self.category[batch.behaviours.item][batch.user] == wanted[:, None]) & (wanted >= 0)[:, None]  # (n, S)
+        position = torch.arange(alike.shape[1], device=alike.device)
+        alike &= (position >= batch.first[:, None]) & (position < batch.last[:, None])
+        latest = (alike * (position + 1)).topk(min(RETRIEVED, alike.shape[1]), dim=1).values  # (n, R), 0 is none
+        retrieved = self.item(batch.behaviours)[batch.user[:, None], (latest - 1).clamp_min(0)]  # (n, R, D)
+        candidate = self.item(batch.candidates)
+        interest = self.attention(candidate, retrieved, latest > 0)
+        logits: Tensor = self.head(torch.cat([candidate, interest, candidate * interest], dim=1))[:, 0]
+        return logits

@@ -1,0 +1,110 @@
+"""Sources of item tokens: nothing, item ids, codes of five quantizers, soft semantic IDs, the embedding itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from benchmarks.ctr.embedding import Inputs
+from benchmarks.ctr.impressions import Impressions, ItemTokens
+from benchmarks.opponents import QUANTIZERS
+from benchmarks.vectors import WrongVectors
+from jobs.ctr.tokens import FULL_WEIGHT, TokenKind, TokenScheme
+from tokenizer import fit_rqgmm
+from tokenizer.alternates import ALTERNATES
+
+SOURCES = ("none", "item-id", "vq-vae", "rq-vae", "rq-kmeans", "rq-gmm", "rq-gmm-soft", "embedding")
+HASHED_ROWS = 2**17  # of the token table, for tuples of codes
+NO_TOKENS = "none", "item-id", "embedding"
+
+
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """The items of a log and the embeddings of those that have one.
+
+    Attributes:
+        x: (N, D) float32, unit length.
+        row: (N,) the item row of each.
+        levels, components: of the quantizers.
+    """
+
+    log: Impressions
+    x: Tensor
+    row: Tensor
+    levels: int
+    components: int
+
+    def vectors(self) -> Tensor:
+        """(items + 1, D), zeros for padding and for items without an embedding."""
+        return torch.zeros(self.log.items + 1, self.x.shape[1]).index_copy(0, self.row, self.x)
+
+    def tokens(self, source: str, seed: int) -> ItemTokens:
+        """The tokens of every item by a source; the quantizer is fitted on all items, with this seed."""
+        items = self.log.items + 1
+        if source in NO_TOKENS:
+            return ItemTokens(torch.zeros(items, 0, dtype=torch.int64), torch.zeros(items, 0), 1, ())
+        if source.endswith("-soft"):
+            rqgmm = fit_rqgmm(self.x, levels=self.levels, components=self.components, seed=seed).rqgmm
+            soft = rqgmm.alternates(self.x, rqgmm.encode(self.x), ALTERNATES)
+            codes, weights = soft.codes, soft.weights.int()
+        else:
+            codes = QUANTIZERS[source](self.x, self.levels, self.components, seed).encode(self.x)[:, :, None]
+            weights = torch.full_like(codes, FULL_WEIGHT)
+        _, levels, alternates = codes.shape
+        kind: TokenKind = "soft" if source.endswith("-soft") else "level"
+        single = 1 + levels * self.components
+        scheme = TokenScheme(kind, levels, self.components, alternates, single + HASHED_ROWS)
+        rows, shares = scheme.rows(codes, weights)
+        return ItemTokens(
+            rows=torch.zeros(items, rows.shape[1], dtype=torch.int64).index_copy(0, self.row, rows),
+            weights=torch.zeros(items, rows.shape[1]).index_copy(0, self.row, shares),
+            table_rows=scheme.table_rows,
+            fields=(alternates,) * levels + (1,),
+        )
+
+    def inputs(self, source: str, seed: int, *, with_embedding: bool) -> Inputs:
+        return Inputs(
+            users=self.log.users,
+            items=self.log.items,
+            tokens=self.tokens(source, seed),
+            item_ids=source != "none",
+            vectors=self.vectors() if with_embedding or source == "embedding" else None,
+        )
+
+    def level_one(self, seed: int) -> Tensor:
+        """(items + 1,): the level-1 code of each item by RQ-GMM, -1 where there is none."""
+        rqgmm = fit_rqgmm(self.x, levels=1, components=self.components, seed=seed).rqgmm
+        codes = rqgmm.encode(self.x)[:, 0].long()
+        return torch.full((self.log.items + 1,), -1).index_copy(0, self.row, codes)
+
+
+def read_catalogue(folder: Path, log: Impressions, column: str, levels: int, components: int) -> Catalogue:
+    """The embeddings of `embeddings.parquet`, of the items of the log; `column` is by default the first that ends with _embedding.
+
+    Raises:
+        WrongVectors: no such file or column, or no item of the log has an embedding.
+    """
+    file = folder / "embeddings.parquet"
+    if not file.exists():
+        raise WrongVectors(f"{file} does not exist; expected a folder with embeddings.parquet and interactions.parquet")
+    names = pq.read_schema(file).names
+    column = column or next((name for name in names if name.endswith("_embedding")), "")
+    if column not in names:
+        raise WrongVectors(f"column {column!r} is missing from {file}; it has {names}")
+    table = pd.read_parquet(file, columns=["item_id", column]).dropna()
+    row = log.item_ids.get_indexer(table["item_id"]) + 1
+    vectors = np.stack(table[column][row > 0]).astype(np.float32) if (row > 0).any() else np.empty((0, 1), np.float32)
+    norm = np.linalg.norm(vectors, axis=1)
+    usable = np.isfinite(norm) & (norm > 0)
+    if usable.sum() <= components:
+        raise WrongVectors(
+            f"{usable.sum()} items of the log have an embedding in {file}; expected more than {components} components"
+        )
+    x = vectors[usable] / norm[usable, None]
+    return Catalogue(log, torch.from_numpy(x), torch.from_numpy(row[row > 0][usable]), levels, components)

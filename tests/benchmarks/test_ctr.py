@@ -1,0 +1,91 @@
+"""The harness of `sid bench ctr`: what an impression knows, negatives that tell nothing, histories as models read them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from benchmarks.ctr.embedding import Inputs
+from benchmarks.ctr.generated import generate
+from benchmarks.ctr.impressions import Batches, Impressions, ItemTokens, impressions, with_negatives
+from benchmarks.ctr.intervals import weighted_auc
+from benchmarks.ctr.linear_attention import LinearAttention
+from benchmarks.ctr.pooling import window_sums
+
+
+@pytest.fixture(scope="module")
+def log() -> Impressions:
+    generator = np.random.default_rng(0)
+    rows = pd.DataFrame(
+        {
+            "user": np.sort(generator.integers(9, size=300)),
+            "time": generator.integers(40, size=300),  # many at the same moment
+            "item": generator.integers(1, 30, size=300),
+            "label": generator.integers(2, size=300),
+        }
+    ).sort_values(["user", "time"], ignore_index=True)
+    rows["split"] = np.searchsorted([25, 33], rows["time"], side="right")
+    return impressions(rows, rows[rows["label"] == 1], pd.RangeIndex(1, 30))
+
+
+TOKENS = ItemTokens(torch.zeros(30, 0, dtype=torch.int64), torch.zeros(30, 0), 1, ())
+
+
+@pytest.mark.parametrize("history", [3, 1000])
+def test_a_batch_holds_what_happened_strictly_before_each_impression(log: Impressions, history: int) -> None:
+    batches = Batches(log, log.of("train"), TOKENS, size=50, history=history, together=7, seed=1)
+    seen = []
+    for own in batches.groups():
+        batch = batches.batch(own)
+        sums = window_sums(batch.behaviours.item[..., None].float(), batch)[:, 0]
+        for row, number in enumerate(own):
+            past = slice(log.start[log.user[number]], log.start[log.user[number] + 1])
+            before = log.behaviour_item[past][log.behaviour_time[past] < log.time[number]][-history:]
+            window = batch.behaviours.item[batch.user[row], batch.first[row] : batch.last[row]]
+            assert window.tolist() == before.tolist()
+            assert float(sums[row]) == before.sum()
+        seen += own.tolist()
+    assert sorted(seen) == log.of("train").tolist()
+
+
+def test_linear_attention_by_running_sums_is_that_of_each_history(log: Impressions) -> None:
+    torch.manual_seed(0)
+    model = LinearAttention(Inputs(9, 29, TOKENS, item_ids=True, vectors=None)).eval()
+    batches = Batches(log, log.of("test"), TOKENS, size=1000)
+    (own,) = batches.groups()
+    one_by_one = [model(batches.batch(own[row : row + 1])).item() for row in range(len(own))]
+    np.testing.assert_allclose(model(batches.batch(own)).detach(), one_by_one, rtol=1e-4, atol=1e-5)
+
+
+def test_popularity_tells_nothing_of_sampled_negatives() -> None:
+    generator = np.random.default_rng(0)
+    popular = generator.choice(200, size=8000, p=np.arange(1, 201) / np.arange(1, 201).sum()) + 1
+    clicks = pd.DataFrame(
+        {"user": np.repeat(np.arange(800), 10), "time": np.tile(np.arange(10), 800), "item": popular, "label": 1}
+    )
+    clicks["split"] = np.repeat([0, 1, 2], [6, 2, 2])[clicks["time"]]
+    rows = with_negatives(clicks, seed=0)
+    chosen = set(zip(clicks["user"], clicks["item"], strict=True))
+    for split in range(3):
+        own = rows[rows["split"] == split]
+        count = own[own["label"] == 1]["item"].value_counts()
+        assert abs(roc_auc_score(own["label"], own["item"].map(count).fillna(0)) - 0.5) < 0.03
+    last = rows[(rows["split"] == 2) & (rows["label"] == 0)]
+    assert not chosen & set(zip(last["user"], last["item"], strict=True))
+
+
+def test_a_weighted_auc_is_scikit_learn_s() -> None:
+    generator = np.random.default_rng(0)
+    label, score = generator.integers(2, size=500).astype(np.float32), generator.integers(20, size=500).astype(float)
+    weight = generator.integers(0, 4, size=500).astype(float)
+    assert weighted_auc(label, score, weight) == pytest.approx(roc_auc_score(label, score, sample_weight=weight))
+
+
+def test_clicks_of_the_generated_log_follow_their_probabilities() -> None:
+    made = generate(users=150, length=60, levels=2, components=16)
+    label = made.catalogue.log.label
+    assert abs(label.mean() - made.probability.mean()) < 0.03
+    assert roc_auc_score(label, made.probability) > 0.75
