@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from jobs.config import Config, ConfigError
 from jobs.ctr.examples import EXAMPLES_RECIPE, FEATURES, build_examples
 from jobs.ctr.log import Log, covered, examine, read_rows
-from jobs.ctr.training import Examples, Metrics, Trained, item_tokens, shuffled_codes, train_dmqn
+from jobs.ctr.metrics import auc
+from jobs.ctr.padded import Examples, Metrics, Trained, item_tokens, shuffled_codes, train_dmqn
 from jobs.errors import SchemaError
 from jobs.files.sources import open_source
 from jobs.models.registry import CANDIDATE, CTR_MODEL, ModelVersion, Registry, pinned, register
@@ -290,8 +291,6 @@ def _by_rarity(
     splits: dict[str, Examples], with_ids: Trained, control: Trained
 ) -> tuple[list[str], list[float], list[float]]:
     """Test AUC of both models by how often the item was shown in training."""
-    from jobs.ctr.training import auc
-
     test = splits["test"]
     seen = torch.bincount(splits["train"].item.long(), minlength=int(test.item.max()) + 1)[test.item.long()].numpy()
     bounds = (

@@ -250,6 +250,7 @@ def _add_bench() -> None:
         from benchmarks.fit import fit
         from benchmarks.gpu import gpu
         from benchmarks.quantizers import quantizers
+        from benchmarks.train import train as train_speed
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"`sid bench` needs {error.name}, which is not installed; expected the repository with its dev extra. Run `make setup`"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 
@@ -20,6 +21,13 @@ class Items:
     item: Tensor
     tokens: Tensor
     weights: Tensor
+
+    def __getitem__(self, index: Tensor) -> Items:
+        """The items at `index` of the leading dimensions."""
+        return Items(self.item[index], self.tokens[index], self.weights[index])
+
+    def to(self, device: torch.device) -> Items:
+        return Items(self.item.to(device), self.tokens.to(device), self.weights.to(device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,3 +68,6 @@ class UserBatch:
 
     def __len__(self) -> int:
         return len(self.label)
+
+    def to(self, device: torch.device) -> UserBatch:
+        return UserBatch(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})

@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 try:
-    from jobs.ctr.dmqn import DMQN, DMQNShape
+    from jobs.ctr.padded_dmqn import DMQN, DMQNShape
 except ModuleNotFoundError:  # loaded where this project is not installed: the module travels with the model
-    from dmqn import DMQN, DMQNShape  # type: ignore[import-not-found, no-redef]
+    from padded_dmqn import DMQN, DMQNShape  # type: ignore[import-not-found, no-redef]
 
 
 class DMQNModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]

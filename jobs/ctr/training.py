@@ -1,156 +1,252 @@
-"""Training of DMQN on tensors, and the metrics of a CTR model. No Spark, no MLflow."""
+"""Training of a CTR model on batches of users: early stopping, checkpoints, one process or several.
+
+A model is any `nn.Module` whose `forward(batch)` gives the logits (n,) of the batch's impressions. If it has a method
+`penalty()`, what that returns after a forward pass is added to the loss.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from jobs.config import TrainConfig
-from jobs.ctr.dmqn import DMQN, DMQNShape
-from tokenizer import item_tokens
+from jobs.config import ConfigError
+from jobs.ctr.batch import UserBatch
+from jobs.ctr.metrics import Scores, auc
+from jobs.ctr.training_state import TrainingCheckpoint, TrainingState
+from jobs.warehouse.errors import SchemaError
+from tokenizer.collectives import gather_rows
 
-Array = npt.NDArray[np.float64]
+REPORT_SECONDS = 1.0
 
 
-@dataclass(frozen=True, eq=False)
-class Examples:
-    """One split as tensors. `history` (n, S) and `item` (n,) are item rows, 0 is padding; `user` numbers the users."""
-
-    item: Tensor
-    history: Tensor
-    features: Tensor
-    label: Tensor
-    user: Tensor
-
-    def __len__(self) -> int:
-        return len(self.item)
+class TrainingDiverged(ConfigError):
+    """The loss or a prediction is no number."""
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """NaN is undefined: an AUC needs clicks and non-clicks."""
+class Progress:
+    """Where training is. `validation_auc` is of the epoch that has just ended, None within one."""
 
-    auc: float
-    gauc: float
-    gauc_users: int  # that have both, over which GAUC is the mean
-    log_loss: float
+    epoch: int  # from 1
+    examples: int  # of this epoch, all processes
+    examples_per_second: float
+    loss: float  # mean of this epoch
+    validation_auc: float | None = None
+
+    def __str__(self) -> str:
+        text = f"epoch {self.epoch}, {self.examples:,} examples, {self.examples_per_second:,.0f} a second, loss {self.loss:.4f}"
+        return text if self.validation_auc is None else f"{text}, validation AUC {self.validation_auc:.4f}"
 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    model: DMQN
-    test: Metrics
-    validation_auc: tuple[float, ...]  # by epoch
-    scores: Array  # of the test examples
+    """The model as it was after its best epoch.
+
+    Attributes:
+        model: In eval mode.
+        validation_auc: Of each epoch.
+        examples_per_second: Of training alone, since the last start.
+    """
+
+    model: nn.Module
+    validation_auc: tuple[float, ...]
+    examples_per_second: float
 
 
-def shuffled_codes(codes: Tensor, seed: int) -> Tensor:
-    """The control: the same codes, dealt to the items at random, so that sizes are equal and the meaning is gone."""
-    known = (codes[:, 0] >= 0).nonzero()[:, 0]
-    dealt = codes.clone()
-    dealt[known] = codes[known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]]
-    return dealt
+def train(
+    model: nn.Module,
+    batches: Callable[[int], Iterable[UserBatch]],
+    validation: Iterable[UserBatch],
+    *,
+    epochs: int,
+    learning_rate: float,
+    seed: int = 0,
+    checkpoint: TrainingCheckpoint | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Trained:
+    """Train with Adam until the validation AUC of an epoch is not above the best so far, at most `epochs`; keep the best.
 
+    Random numbers of a step depend on seed, process, epoch and number of the batch only, so a run that is killed and goes
+    on from its checkpoint does the same steps as one that is not. Where torch.distributed is initialized, each process
+    gives its own share of `batches` and `validation`; a step uses the mean gradient over the examples of all processes.
 
-def train_dmqn(
-    train: Examples, validation: Examples, test: Examples, codes: Tensor, components: int, config: TrainConfig,
-    told: Callable[[int, float], None] | None = None,
-) -> Trained:  # fmt: skip
-    """Train with early stopping on the validation AUC; the best epoch's model is kept and judged on the test split."""
-    torch.manual_seed(config.seed)
-    tokens, table = item_tokens(codes, components)
-    shape = DMQNShape(
-        tokens=table, items=len(codes), levels=codes.shape[1], components=components, features=train.features.shape[1], width=config.width,
-        interest_codebooks=config.interest_codebooks, codewords=config.codewords,
-    )  # fmt: skip
-    model = DMQN(shape)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    generator = torch.Generator().manual_seed(config.seed)
-    best, aucs = copy.deepcopy(model), list[float]()
-    for epoch in range(config.epochs):
-        model.train()
-        for rows in batches(train, config.batch_size, generator):
-            loss = F.binary_cross_entropy_with_logits(_logits(model, train, rows, tokens), train.label[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        aucs.append(auc(validation.label.numpy(), predict(model, validation, tokens)))
-        if told is not None:
-            told(epoch + 1, aucs[-1])
-        if epoch and not aucs[-1] > max(aucs[:-1]):  # nor where it is undefined
-            break
-        best = copy.deepcopy(model)
-    scores = predict(best, test, tokens)
-    return Trained(best, measure(test, scores), tuple(aucs), scores)
+    Args:
+        batches: The training batches of an epoch (from 0); the same for the same epoch.
+        validation: Re-iterable.
 
-
-def batches(examples: Examples, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Row numbers in batches of like history length (little padding), in random order."""
-    length = (examples.history > 0).sum(1).float()
-    noise = torch.rand(len(examples), generator=generator)
-    order = (length * (0.8 + 0.4 * noise) + noise).argsort()
-    parts = list(order.split(size))
-    for number in torch.randperm(len(parts), generator=generator).tolist():
-        if len(parts[number]) > 1:  # batch normalisation needs two rows
-            yield parts[number]
-
-
-def predict(model: DMQN, examples: Examples, tokens: Tensor, size: int = 2048) -> Array:
-    """Probability of a click, (n,)."""
+    Raises:
+        TrainingDiverged: the loss is no number.
+        SchemaError: no batch to train on.
+    """
+    with torch.random.fork_rng():
+        run = _Run(model, learning_rate, seed, checkpoint, progress)
+        while run.epoch < epochs and not run.stopped:
+            run.train_epoch(batches(run.epoch))
+            run.end_epoch(auc_of(predict(model, validation)))
+    model.load_state_dict(run.best)
     model.eval()
-    order = (examples.history > 0).sum(1).argsort(stable=True)
-    scores = torch.empty(len(examples))
+    return Trained(model, tuple(run.validation_auc), run.examples_per_second)
+
+
+class _Run:
+    """The state of one training; what of it survives a kill is `TrainingState`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        seed: int,
+        checkpoint: TrainingCheckpoint | None,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.model, self.seed, self.checkpoint, self.progress = model, seed, checkpoint, progress
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+        self.device = next(model.parameters()).device
+        self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self.rank = dist.get_rank() if self.distributed else 0
+        self.learning_rate = learning_rate
+        self.epoch = self.batch = self.examples = 0
+        self.loss = 0.0  # sum over the examples of this epoch
+        self.validation_auc: list[float] = []
+        self.best = copy.deepcopy(model.state_dict())
+        self.seconds, self.seen = 0.0, 0
+        state = checkpoint.load() if checkpoint else None
+        if state is not None:
+            state.restore(model, self.optimizer)
+            self.epoch, self.batch, self.examples, self.loss = state.epoch, state.batch, state.examples, state.loss
+            self.validation_auc, self.best = list(state.validation_auc), state.best
+
+    @property
+    def stopped(self) -> bool:
+        """The last epoch is not better than those before it."""
+        return len(self.validation_auc) > 1 and not self.validation_auc[-1] > max(self.validation_auc[:-1])
+
+    @property
+    def examples_per_second(self) -> float:
+        return self.seen / self.seconds if self.seconds else 0.0
+
+    def train_epoch(self, batches: Iterable[UserBatch]) -> None:
+        self.model.train()
+        own = iter(batches)
+        for _ in range(self.batch):  # done before the checkpoint
+            next(own, None)
+        reported = began = time.monotonic()
+        while examples := self.step(next(own, None)):
+            self.batch += 1
+            self.examples += examples
+            self.seen += examples
+            now = time.monotonic()
+            self.seconds, began = self.seconds + now - began, now
+            if now - reported > REPORT_SECONDS:
+                self.report(None)
+                reported = now
+            if self.checkpoint and self.batch % self.checkpoint.every == 0:
+                self.save()
+        if not self.examples:
+            raise SchemaError("the training split has no examples; expected at least one batch to train on")
+
+    def step(self, batch: UserBatch | None) -> int:
+        """One step of all processes, of which this one may have no batch left; the number of examples, 0 for none."""
+        torch.manual_seed(_seed(self.seed, self.rank, self.epoch, self.batch))
+        self.optimizer.zero_grad(set_to_none=not self.distributed)
+        own = total = len(batch) if batch is not None else 0
+        loss = torch.zeros((), device=self.device)
+        if batch is not None:
+            batch = batch.to(self.device)
+            loss = F.binary_cross_entropy_with_logits(self.model(batch), batch.label)
+            penalty = getattr(self.model, "penalty", None)
+            (loss if penalty is None else loss + penalty()).backward()
+        value = float(loss.detach()) * own
+        if self.distributed:
+            total, value = self.average_gradients(own, value)
+        if total:
+            if not math.isfinite(value):
+                raise TrainingDiverged(
+                    f"training diverged: with train.learning_rate = {self.learning_rate:g} the loss is {value / total} in epoch "
+                    f"{self.epoch + 1}; expected a number. Lower it"
+                )
+            self.optimizer.step()
+            self.loss += value
+        return total
+
+    def average_gradients(self, own: int, loss: float) -> tuple[int, float]:
+        """Gradients become the mean over the examples of all processes; the number of examples and the sum of losses."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        numbers = torch.tensor([own, loss], dtype=torch.float64)
+        dist.all_reduce(numbers)
+        total = int(numbers[0])
+        if total:
+            for parameter in parameters:
+                assert parameter.grad is not None
+                gradient = parameter.grad.mul_(own / total).cpu()
+                dist.all_reduce(gradient)
+                parameter.grad.copy_(gradient)
+        return total, float(numbers[1])
+
+    def end_epoch(self, validation_auc: float) -> None:
+        self.validation_auc.append(validation_auc)
+        if len(self.validation_auc) == 1 or not self.stopped:
+            self.best = copy.deepcopy(self.model.state_dict())
+        self.report(validation_auc)
+        self.epoch, self.batch, self.examples, self.loss = self.epoch + 1, 0, 0, 0.0
+        if self.checkpoint:
+            self.save()
+
+    def report(self, validation_auc: float | None) -> None:
+        if self.progress is not None and self.rank == 0:
+            mean = self.loss / self.examples
+            self.progress(Progress(self.epoch + 1, self.examples, self.examples_per_second, mean, validation_auc))
+
+    def save(self) -> None:
+        if self.checkpoint and self.rank == 0:
+            at = (self.epoch, self.batch, self.examples, self.loss, tuple(self.validation_auc))
+            self.checkpoint.save(TrainingState.of(self.model, self.optimizer, self.best, *at))
+
+
+def predict(model: nn.Module, batches: Iterable[UserBatch]) -> Scores:
+    """The model's probabilities, of all processes' batches in the order of ranks."""
+    device = next(model.parameters()).device
+    if dist.is_available() and dist.is_initialized():
+        _average_buffers(model)
+    model.eval()
+    columns: list[tuple[Tensor, ...]] = []
     with torch.no_grad():
-        for rows in order.split(size):
-            scores[rows] = _logits(model, examples, rows, tokens).sigmoid()
-    return scores.double().numpy()
+        for batch in batches:
+            scores = model(batch.to(device)).double().sigmoid().cpu()
+            columns.append((batch.label.cpu(), scores, batch.user_number.cpu(), batch.shown.cpu()))
+    empty = (
+        torch.empty(0),
+        torch.empty(0, dtype=torch.float64),
+        *(torch.empty(0, dtype=torch.int64) for _ in range(2)),
+    )
+    label, score, user, shown = (gather_rows(torch.cat(parts)).numpy() for parts in zip(empty, *columns, strict=True))
+    return Scores(label, score, user, shown)
 
 
-def _logits(model: DMQN, examples: Examples, rows: Tensor, tokens: Tensor) -> Tensor:
-    history = examples.history[rows].long()
-    longest = max(1, int((history > 0).sum(1).max()))
-    history = history[:, -longest:]  # right-aligned: padding is on the left
-    item = examples.item[rows].long()
-    logits: Tensor = model(history, tokens[history], item, tokens[item], examples.features[rows])
-    return logits
+def auc_of(scores: Scores) -> float:
+    return auc(scores.label, scores.score)
 
 
-def measure(examples: Examples, scores: Array) -> Metrics:
-    label = examples.label.numpy()
-    return Metrics(auc(label, scores), *gauc(examples.user.numpy(), label, scores), log_loss(label, scores))
+def _average_buffers(model: nn.Module) -> None:
+    """What models count while training, such as the mean of a feature, is each process's own until here."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            mean = buffer.cpu() / dist.get_world_size()
+            dist.all_reduce(mean)
+            buffer.copy_(mean)
 
 
-def auc(label: npt.NDArray[np.float32], score: Array) -> float:
-    """Area under the ROC curve from ranks, ties shared; NaN where only one class is present or a score is no number."""
-    positives = float(label.sum())
-    negatives = len(label) - positives
-    if positives == 0 or negatives == 0 or np.isnan(score).any():
-        return float("nan")
-    _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
-    rank = (np.cumsum(count) - (count - 1) / 2)[inverse]
-    return float((rank[label > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def gauc(user: npt.NDArray[np.int64], label: npt.NDArray[np.float32], score: Array) -> tuple[float, int]:
-    """AUC per user, weighted by the user's impressions, and the number of users it is over: those with clicks and
-    non-clicks. NaN where there are none."""
-    total, weight, users = 0.0, 0, 0
-    order = np.argsort(user, kind="stable")
-    for rows in np.split(order, np.flatnonzero(np.diff(user[order])) + 1):
-        if 0 < label[rows].sum() < len(rows):
-            total += len(rows) * auc(label[rows], score[rows])
-            weight += len(rows)
-            users += 1
-    return (total / weight if users else float("nan")), users
-
-
-def log_loss(label: npt.NDArray[np.float32], score: Array) -> float:
-    p = np.clip(score, 1e-7, 1 - 1e-7)
-    return float(-np.mean(label * np.log(p) + (1 - label) * np.log(1 - p)))
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CODEBOOK_MODEL = "semantic-id-codebook"
 CTR_MODEL = "dmqn-ctr"
 PACKAGES = Path(__file__).parents[2]
-CARRIED = {CODEBOOK_MODEL: "tokenizer", CTR_MODEL: "jobs/ctr/dmqn.py"}  # our code that a model travels with
+CARRIED = {CODEBOOK_MODEL: "tokenizer", CTR_MODEL: "jobs/ctr/padded_dmqn.py"}  # our code that a model travels with
 CANDIDATE, CHAMPION = "candidate", "champion"
 ROLLED_BACK_TAG = "rolled_back"  # on a codebook version that a rollback left: from which release
 WAREHOUSE_TAG = "warehouse_id"  # on every version: the warehouse that registered it

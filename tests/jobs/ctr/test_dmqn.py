@@ -1,78 +1,151 @@
-"""DMQN: padding contributes nothing, interests need no candidate, and the layers are what slow loops say."""
+"""DMQN is what slow loops over each impression alone say; noise, order, empty histories and every part's gradient."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from jobs.ctr.dmqn import DMQN, HSTU, DMQNShape
+from benchmarks.train import FEATURES, ITEMS, TOKENS, DirectDMQN, generated
+from jobs.ctr.batch import UserBatch
+from jobs.ctr.dmqn import DMQN, DMQNShape, InterestClusterInteraction, Interests, RunningNorm
+from jobs.ctr.embedding import ItemEmbedding
 
-SHAPE = DMQNShape(tokens=30, items=20, levels=2, components=8, features=3, width=6, interest_codebooks=2, codewords=5)
+SHAPE = DMQNShape(features=FEATURES, width=6, interest_codebooks=2, codewords=5)
 
 
-def model() -> DMQN:
+def model(kind: type[DMQN] = DMQN, std: float = 0.5) -> DMQN:
+    """With vectors large enough that clusters differ, and an interaction that has left its start."""
     torch.manual_seed(0)
-    return DMQN(SHAPE).eval()
+    dmqn = kind(ItemEmbedding(ITEMS, TOKENS, SHAPE.width), SHAPE)
+    for name, parameter in dmqn.named_parameters():
+        if name.startswith(("embed", "interact")):
+            torch.nn.init.normal_(parameter, std=std)
+    return dmqn.eval()
 
 
-def inputs(n: int, length: int, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    g = torch.Generator().manual_seed(seed)
-    history = torch.randint(0, 20, (n, length), generator=g)
-    tokens = torch.randint(0, 30, (20, 3), generator=g)
-    tokens[0] = 0
-    item = torch.randint(1, 20, (n,), generator=g)
-    return history, tokens[history], item, tokens[item], torch.randn(n, 3, generator=g)
+def ragged(seed: int = 0) -> UserBatch:
+    """Three users with 11, 0 and 30 behaviours and histories of any length, some of them shared."""
+    batch, g = generated(3, 20, 11, seed=seed), torch.Generator().manual_seed(seed)
+    length = torch.tensor([11, 0, 30])
+    ends = (torch.rand(len(batch), 2, generator=g) * (1 + length[batch.user])[:, None]).long().sort(1).values
+    ends[1], ends[25] = ends[0], ends[24]
+    return replace(batch, length=length, first=ends[:, 0], last=ends[:, 1])
 
 
-@settings(max_examples=20, deadline=None)
-@given(pad=st.integers(0, 7), left=st.booleans())
-def test_padding_changes_nothing(pad: int, left: bool) -> None:
-    dmqn, (history, history_tokens, item, tokens, features) = model(), inputs(4, 9)
-    zeros, zero_tokens = torch.zeros(4, pad, dtype=torch.int64), torch.zeros(4, pad, 3, dtype=torch.int64)
-    parts, token_parts = [zeros, history], [zero_tokens, history_tokens]
-    padded = torch.cat(parts if left else parts[::-1], 1), torch.cat(token_parts if left else token_parts[::-1], 1)
+def vector(embed: ItemEmbedding, items: object, index: tuple[int, ...]) -> np.ndarray:
+    item, tokens, weights = (getattr(items, name)[index].numpy() for name in ("item", "tokens", "weights"))
+    table, token_table = (part.detach().double().numpy() for part in (embed.item, embed.token))
+    return table[item] + (weights.astype(np.float64)[:, None] * token_table[tokens]).sum(0)
+
+
+def slow_clusters(dmqn: DMQN, batch: UserBatch, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Clusters (N, W, D) and counts (N, W) of one impression, behaviour by behaviour, before ICIM."""
+    project, codewords = (part.detach().double().numpy() for part in (dmqn.quantize.project, dmqn.quantize.codewords))
+    sums, counts = np.zeros_like(codewords), np.zeros(codewords.shape[:2])
+    for position in range(int(batch.first[n]), int(batch.last[n])):
+        x = vector(dmqn.embed, batch.behaviours, (int(batch.user[n]), position))
+        for j in range(len(project)):
+            h = x @ project[j]
+            weight = np.exp((codewords[j] @ h) / float(dmqn.quantize.temperature))
+            weight /= weight.sum()
+            sums[j] += weight[:, None] * h
+            counts[j] += weight
+    return codewords + sums / np.maximum(counts, 1e-6)[..., None], counts
+
+
+def test_every_impression_alone_gives_the_same_logit() -> None:
+    dmqn, batch = model(), ragged()
     with torch.no_grad():
-        torch.testing.assert_close(
-            dmqn(*padded, item, tokens, features), dmqn(history, history_tokens, item, tokens, features)
-        )
+        together = dmqn(batch)
+        for n in range(len(batch)):
+            clusters, count = (torch.tensor(part, dtype=torch.float32) for part in slow_clusters(dmqn, batch, n))
+            interests = Interests(dmqn.interact(clusters[:, None]), count[:, None])
+            one, history = torch.tensor([n]), torch.tensor([0])
+            alone = dmqn.score(interests, history, batch.candidates[one], batch.features[one])
+            torch.testing.assert_close(together[n : n + 1], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_order_of_behaviours_changes_nothing() -> None:
-    dmqn, (history, history_tokens, *_) = model(), inputs(3, 9)
-    order = torch.randperm(9)
+def test_the_padded_twin_gives_the_same_logits_and_gradients() -> None:
+    batch, gradients, logits = generated(2, 40, 7), [], []
+    for kind in (DMQN, DirectDMQN):
+        dmqn = model(kind)
+        logits.append(dmqn(batch))
+        logits[-1].square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in dmqn.named_parameters()})
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_score_from_kept_interests_is_the_whole_forward() -> None:
+    """What a cache does: interests of one user by themselves, then many candidates."""
+    dmqn, batch = model(), ragged()
     with torch.no_grad():
-        torch.testing.assert_close(
-            dmqn.user_interests(history[:, order], history_tokens[:, order]),
-            dmqn.user_interests(history, history_tokens),
-        )
+        expected = dmqn(batch)
+        for n in range(len(batch)):
+            user, first, last = (int(part[n]) for part in (batch.user, batch.first, batch.last))
+            history = batch.behaviours[torch.tensor(user), torch.arange(first, last)]
+            kept = dmqn.user_interests(history, torch.tensor([0]), torch.tensor([last - first]))
+            score = dmqn.score(kept, torch.tensor([0]), batch.candidates[[n]], batch.features[[n]])
+            torch.testing.assert_close(score, expected[n : n + 1], rtol=1e-5, atol=1e-5)
 
 
-def test_an_empty_history_is_scored() -> None:
-    dmqn, (history, history_tokens, *rest) = model(), inputs(3, 4)
+def test_ten_thousand_behaviours_lose_no_precision() -> None:
+    dmqn, batch = model(), generated(1, 10_000, 3)
     with torch.no_grad():
-        assert torch.isfinite(dmqn(torch.zeros_like(history), torch.zeros_like(history_tokens), *rest)).all()
+        precise = model().double()
+        wide = replace(batch, features=batch.features.double())
+        for part in ("behaviours", "candidates"):
+            items = getattr(wide, part)
+            wide = replace(wide, **{part: replace(items, weights=items.weights.double())})
+        torch.testing.assert_close(dmqn(batch).double(), precise(wide), rtol=1e-5, atol=1e-5)
 
 
-def test_candidates_alone_and_together_agree() -> None:
-    dmqn, (history, history_tokens, item, tokens, features) = model(), inputs(6, 5)
+def test_padding_and_the_order_of_a_history_change_nothing() -> None:
+    dmqn, batch = model(), generated(1, 30, 1)
+    order = torch.cat([torch.randperm(30), torch.randint(0, 30, (5,))])[None]
+    mixed = replace(
+        batch,
+        behaviours=batch.behaviours[torch.zeros_like(order), order],
+        behaviour_time=torch.zeros(1, 35, dtype=torch.int64),
+    )
     with torch.no_grad():
-        interests = dmqn.user_interests(history, history_tokens)
-        together = dmqn.score(interests, item, tokens, features)
-        alone = [
-            dmqn.score(interests[n : n + 1], item[n : n + 1], tokens[n : n + 1], features[n : n + 1]) for n in range(6)
-        ]
-    torch.testing.assert_close(torch.cat(alone), together)
+        torch.testing.assert_close(dmqn(mixed), dmqn(batch))
 
 
 def test_scoring_has_no_noise_and_training_has() -> None:
-    dmqn, arguments = model(), inputs(4, 6)
+    dmqn, batch = model(), ragged()
     with torch.no_grad():
-        assert torch.equal(dmqn(*arguments), dmqn(*arguments))
+        assert torch.equal(dmqn(batch), dmqn(batch))
         dmqn.quantize.train()
-        assert not torch.equal(dmqn.user_interests(*arguments[:2]), dmqn.user_interests(*arguments[:2]))
+        assert not torch.equal(dmqn(batch), dmqn(batch))
+
+
+def test_the_temperature_falls_to_the_coldest_and_usage_is_penalised() -> None:
+    quantize = model().quantize.train().requires_grad_(False)
+    same = torch.ones(2, 50, 6) @ quantize.project
+    quantize.assign(100 * same)  # all behaviours in one cluster
+    worst = float(quantize.penalty)
+    assert worst == pytest.approx(SHAPE.usage * np.log(5), rel=1e-2)
+    quantize.assign(0 * same)  # every cluster alike
+    assert float(quantize.penalty) == pytest.approx(0, abs=1e-6)
+    for _ in range(2 * SHAPE.halving):
+        quantize.assign(same[:, :1])
+    assert float(quantize.temperature) == pytest.approx(SHAPE.coldest)
+
+
+@pytest.mark.parametrize(
+    "part", ["quantize.codewords", "quantize.project", "interact.split", "interact.out", "interact.bias", "attend.log_scale", "embed.token", "embed.item"]
+)  # fmt: skip
+def test_every_part_learns(part: str) -> None:
+    dmqn = model().train()
+    dmqn(ragged()).square().sum().backward()
+    gradient = dict(dmqn.named_parameters())[part].grad
+    assert gradient is not None
+    assert float(gradient.abs().sum()) > 0
 
 
 def silu(x: np.ndarray) -> np.ndarray:
@@ -83,39 +156,38 @@ def layer_norm(x: np.ndarray) -> np.ndarray:
     return (x - x.mean()) / np.sqrt(x.var() + 1e-5)
 
 
-def test_hstu_is_the_slow_loop() -> None:
+def test_interaction_is_the_slow_loop() -> None:
     torch.manual_seed(1)
-    layer = HSTU(4, 3)
+    layer = InterestClusterInteraction(DMQNShape(features=0, width=4, interest_codebooks=2, codewords=3))
     torch.nn.init.normal_(layer.bias)
-    x = torch.randn(3, 4)
-    w1, w2, rab = (p.detach().numpy() for p in (layer.split.weight, layer.out.weight, layer.bias))
-    parts = [silu(w1 @ layer_norm(row)) for row in x.numpy()]
-    u, v, q, k = (np.stack([part[4 * n : 4 * n + 4] for part in parts]) for n in range(4))
-    slow = []
-    for i in range(3):
-        mixed = sum(silu(q[i] @ k[j] + rab[i, j]) * v[j] for j in range(3)) / 3
-        slow.append(x[i].numpy() + w2 @ (layer_norm(mixed) * u[i]))
-    np.testing.assert_allclose(layer(x).detach(), np.stack(slow), rtol=1e-4, atol=1e-5)
+    torch.nn.init.normal_(layer.out)
+    x = torch.randn(2, 1, 3, 4)
+    fast = layer(x).detach()
+    for n in range(2):
+        w1, w2, bias = (part[n, 0].detach().numpy() for part in (layer.split, layer.out, layer.bias))
+        parts = [silu(layer_norm(row) @ w1) for row in x[n, 0].numpy()]
+        u, v, q, k = (np.stack([part[4 * i : 4 * i + 4] for part in parts]) for i in range(4))
+        for i in range(3):
+            mixed = sum(silu(q[i] @ k[j] + bias[i, j]) * v[j] for j in range(3)) / 3
+            expected = x[n, 0, i].numpy() + (layer_norm(mixed) * u[i]) @ w2
+            np.testing.assert_allclose(fast[n, 0, i], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_assignment_is_the_softmax_of_similarities() -> None:
-    quantize = model().quantize
-    x = torch.randn(1, 1, 6)
-    projected, weight = quantize.assign(x)
-    for j in range(2):
-        h = x[0, 0].detach().numpy() @ quantize.project[j].detach().numpy()
-        similarity = quantize.codewords[j].detach().numpy() @ h
-        expected = np.exp(similarity - similarity.max())
-        np.testing.assert_allclose(projected[0, j, 0].detach(), h, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(weight[0, j, 0].detach(), expected / expected.sum(), rtol=1e-3, atol=1e-5)
+def test_attention_to_clusters_of_equal_behaviours_is_full_attention_to_the_behaviours() -> None:
+    attend = model().attend
+    g = torch.Generator().manual_seed(0)
+    query, clusters = torch.randn(2, 1, 6, generator=g), torch.randn(2, 1, 5, 6, generator=g)
+    count = torch.tensor([3.0, 1, 0, 7, 2]).expand(2, 1, 5)
+    interest, amount = attend(query, clusters, count)
+    behaviours = clusters[:, 0].repeat_interleave(count[0, 0].long(), dim=1)  # (N, 13, D)
+    score = (behaviours @ query[:, 0, :, None])[..., 0] / 6**0.5
+    torch.testing.assert_close(interest[:, 0], (score.softmax(1)[..., None] * behaviours).sum(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(amount[:, 0], score.logsumexp(1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "part", ["quantize.codewords", "quantize.project", "interact.split.weight", "token.weight", "mlp.0.weight"]
-)
-def test_every_part_learns(part: str) -> None:
-    dmqn = model().train()
-    dmqn(*inputs(8, 6)).square().sum().backward()
-    gradient = dict(dmqn.named_parameters())[part].grad
-    assert gradient is not None
-    assert float(gradient.abs().sum()) > 0
+def test_features_are_normalised_by_all_rows_so_far() -> None:
+    norm, x = RunningNorm(2), 5 + 3 * torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
+    for part in x.split([1, 30, 69]):
+        norm(part)
+    norm.eval()
+    torch.testing.assert_close(norm(x), (x - x.mean(0)) / x.std(0, unbiased=False))

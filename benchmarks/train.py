@@ -1,0 +1,174 @@
+"""Speed of training: DMQN, the same model with every impression by itself, and DIN over the full history.
+
+sid bench train --json train.json
+
+Batches are generated: users have as many impressions as behaviours, in turn, so that the history grows by one behaviour from
+impression to impression up to the longest, as in a log; every batch has about the same number of impressions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from jobs.ctr.batch import Items, UserBatch
+from jobs.ctr.dmqn import DMQN, DMQNShape, Interests
+from jobs.ctr.embedding import ItemEmbedding
+
+LENGTHS = (50, 200, 1000, 5000)
+ITEMS, TOKENS, TOKENS_PER_ITEM = 10_000, 20_000, 9
+WIDTH = 32
+FEATURES = 4
+PAIRS = 2_000_000  # of impression and behaviour that a step of the models that look at each pair may hold
+
+
+def generated(users: int, length: int, impressions: int, *, items: int = ITEMS, seed: int = 0) -> UserBatch:
+    """Users with `impressions` each, in order of time: the history of the last is `length` behaviours, that of each one
+    before it begins and ends one earlier."""
+    g = torch.Generator().manual_seed(seed)
+
+    def some(*shape: int) -> Items:
+        rows = torch.randint(1, TOKENS, (*shape, TOKENS_PER_ITEM), generator=g)
+        weights = torch.rand(*shape, TOKENS_PER_ITEM, generator=g)
+        return Items(torch.randint(1, items, shape, generator=g), rows, weights)
+
+    total = length + impressions - 1
+    last = length + torch.arange(impressions).repeat(users)
+    return UserBatch(
+        behaviours=some(users, total),
+        behaviour_time=torch.arange(total).repeat(users, 1),
+        length=torch.full((users,), total),
+        candidates=some(users * impressions),
+        user=torch.arange(users).repeat_interleave(impressions),
+        first=last - length,
+        last=last,
+        time=last,
+        features=torch.randn(users * impressions, FEATURES, generator=g),
+        label=(torch.rand(users * impressions, generator=g) < 0.3).float(),
+        shown=torch.full((users * impressions,), 10),
+        user_number=torch.arange(users).repeat_interleave(impressions),
+    )
+
+
+class DirectDMQN(DMQN):
+    """DMQN that projects and assigns the whole history anew for each impression, padded to the longest."""
+
+    def forward(self, batch: UserBatch) -> Tensor:
+        n, longest = len(batch), int((batch.last - batch.first).max())
+        position = batch.first[:, None] + torch.arange(longest)
+        used = position < batch.last[:, None]
+        x = self.embed(batch.behaviours[batch.user[:, None], position.where(used, 0)])  # (n, S, D)
+        quantize = self.quantize
+        projected = torch.einsum("qsd,nde->nqse", x, quantize.project)
+        assignment = quantize.assign(projected.flatten(1, 2)).unflatten(1, (n, longest)) * used[None, :, :, None]
+        count = assignment.sum(2)  # (N, n, W)
+        mean = assignment.mT @ projected / count.clamp(min=1e-6)[..., None]
+        interests = Interests(self.interact(quantize.codewords[:, None] + mean), count)
+        return self.score(interests, torch.arange(n), batch.candidates, batch.features)
+
+
+class FullDIN(nn.Module):
+    """DIN (arXiv 1706.06978) over the whole history: a network weighs each pair of candidate and behaviour.
+
+    Its input of a pair is behaviour, candidate and their product. The first layer is linear in the behaviour with a matrix
+    that depends on the candidate, so that nothing of size (n, S, D) is written.
+    """
+
+    def __init__(self, embed: nn.Module, hidden: int = 16) -> None:
+        super().__init__()
+        self.embed = embed
+        self.behaviour, self.product = (nn.Parameter(torch.randn(WIDTH, hidden) / WIDTH**0.5) for _ in range(2))
+        self.candidate = nn.Linear(WIDTH, hidden)
+        self.weight = nn.Linear(hidden, 1)
+        self.mlp = nn.Sequential(nn.Linear(3 * WIDTH + FEATURES, 64), nn.ReLU(), nn.Linear(64, 1))
+
+    def forward(self, batch: UserBatch) -> Tensor:
+        x, candidate = self.embed(batch.behaviours), self.embed(batch.candidates)  # (B, S, D), (n, D)
+        own = x[batch.user]  # (n, S, D)
+        matrix = self.behaviour + candidate[:, :, None] * self.product  # (n, D, H)
+        hidden = torch.baddbmm(self.candidate(candidate)[:, None], own, matrix).relu()
+        position = torch.arange(x.shape[1])
+        used = (position >= batch.first[:, None]) & (position < batch.last[:, None])
+        score = self.weight(hidden)[..., 0].masked_fill(~used, -1e9)
+        interest = torch.bmm(score.softmax(-1)[:, None], own)[:, 0]
+        inputs = torch.cat([candidate, interest, candidate * interest, batch.features], dim=1)
+        logits: Tensor = self.mlp(inputs)[:, 0]
+        return logits
+
+
+def models() -> dict[str, Callable[[], nn.Module]]:
+    embed = lambda: ItemEmbedding(ITEMS, TOKENS, WIDTH)  # noqa: E731
+    shape = DMQNShape(features=FEATURES, width=WIDTH)
+    return {
+        "dmqn": lambda: DMQN(embed(), shape),
+        "direct": lambda: DirectDMQN(embed(), shape),
+        "din": lambda: FullDIN(embed()),
+    }
+
+
+def seconds_per_example(make: Callable[[], nn.Module], batches: list[UserBatch]) -> tuple[float, float]:
+    """Of training steps, forward, backward and Adam, the first one left out: seconds an example, seconds a step."""
+    torch.manual_seed(0)
+    model = make().train()
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    times = []
+    for batch in batches:
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        F.binary_cross_entropy_with_logits(model(batch), batch.label).backward()
+        optimizer.step()
+        times.append(time.perf_counter() - began)
+    step = min(times[1:])
+    return step / len(batches[0]), step
+
+
+def train(
+    impressions: Annotated[int, typer.Option(min=1, help="Impressions of a step.")] = 1024,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time, of which the fastest counts.")] = 3,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Examples a second of DMQN, of DMQN with each impression by itself, and of full-length DIN, at four history lengths."""
+    rows: list[dict[str, float | str | int]] = []
+    typer.echo(f"{'history':>8} {'model':>8} {'examples/s':>12} {'ms/step':>9} {'examples/step':>14}")
+    for length in LENGTHS:
+        for name, make in models().items():
+            many = impressions if name == "dmqn" else max(1, min(impressions, PAIRS // (4 * length)))
+            each = min(many, max(1, length))
+            batches = [generated(max(1, many // each), length, each, seed=seed) for seed in range(1 + steps)]
+            example, step = seconds_per_example(make, batches)
+            shown = len(batches[0])
+            rows.append(
+                {
+                    "model": name,
+                    "history": length,
+                    "examples_per_second": 1 / example,
+                    "seconds_per_step": step,
+                    "examples": shown,
+                }
+            )
+            typer.echo(f"{length:>8} {name:>8} {1 / example:>12,.0f} {1000 * step:>9,.0f} {shown:>14,}")
+    rate = {(row["model"], row["history"]): float(row["examples_per_second"]) for row in rows}
+    ratios = {
+        "dmqn_over_direct_at_200": rate["dmqn", 200] / rate["direct", 200],
+        "dmqn_at_50_over_5000": rate["dmqn", 50] / rate["dmqn", 5000],
+        "dmqn_time_over_din_at_1000": rate["din", 1000] / rate["dmqn", 1000],
+    }
+    for name, value in ratios.items():
+        typer.echo(f"{name}: {value:.2f}")
+    if json_file is not None:
+        machine = {"threads": torch.get_num_threads(), "cpus": os.cpu_count(), "processor": platform.processor()}
+        json_file.write_text(json.dumps({"rows": rows, **ratios, **machine}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(train)

@@ -1,0 +1,106 @@
+"""What a CTR model is worth on impressions whose clicks are known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.float32]
+Numbers = npt.NDArray[np.int64]
+
+COLD = 5  # an item shown fewer times in the training split is cold
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Impressions with the model's probability of a click; arrays of shape (n,).
+
+    Attributes:
+        label: 1 is a click.
+        score: Probability of a click.
+        user: A number of the user.
+        shown: Times the item was shown in the training split.
+    """
+
+    label: Labels
+    score: Array
+    user: Numbers
+    shown: Numbers
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """NaN is undefined: an AUC needs clicks and non-clicks."""
+
+    auc: float
+    gauc: float
+    gauc_users: int  # with clicks and non-clicks, over which GAUC is the mean
+    log_loss: float
+    calibration: float  # mean prediction / click rate
+    auc_cold: float  # of items shown fewer than COLD times in training
+
+
+def measure(scores: Scores) -> Metrics:
+    """All metrics of one model on one set of impressions."""
+    label, score = scores.label, scores.score
+    cold = scores.shown < COLD
+    return Metrics(
+        auc(label, score),
+        *gauc(scores.user, label, score),
+        log_loss(label, score),
+        calibration(label, score),
+        auc(label[cold], score[cold]),
+    )
+
+
+def auc(label: Labels, score: Array) -> float:
+    """Area under the ROC curve from ranks, ties shared; NaN where only one class is present or a score is no number."""
+    positives = float(label.sum())
+    negatives = len(label) - positives
+    if positives == 0 or negatives == 0 or np.isnan(score).any():
+        return float("nan")
+    _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(count) - (count - 1) / 2)[inverse]
+    return float((rank[label > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def gauc(user: Numbers, label: Labels, score: Array) -> tuple[float, int]:
+    """AUC per user, weighted by the user's impressions, and the number of users it is over: those with clicks and
+    non-clicks. NaN where there are none or a score is no number."""
+    if not len(user) or np.isnan(score).any():
+        return float("nan"), 0
+    order = np.lexsort((score, user))
+    user, label, score = user[order], label[order].astype(np.float64), score[order]
+    new_user = np.concatenate([[True], user[1:] != user[:-1]])
+    new_tie = new_user | np.concatenate([[True], score[1:] != score[:-1]])
+    first, group, tie = np.flatnonzero(new_user), np.cumsum(new_user) - 1, np.cumsum(new_tie) - 1
+    size = np.diff(np.append(np.flatnonzero(new_tie), len(user)))
+    rank = (np.flatnonzero(new_tie) + (size + 1) / 2)[tie] - first[
+        group
+    ]  # from 1, of the user's impressions, ties shared
+    shown, clicks = np.bincount(group).astype(np.float64), np.bincount(group, label)
+    both = (clicks > 0) & (clicks < shown)
+    if not both.any():
+        return float("nan"), 0
+    above = np.bincount(group, rank * label)[both] - clicks[both] * (clicks[both] + 1) / 2
+    aucs = above / (clicks[both] * (shown[both] - clicks[both]))
+    return float(np.average(aucs, weights=shown[both])), int(both.sum())
+
+
+def log_loss(label: Labels, score: Array) -> float:
+    """Mean negative log-likelihood of the labels, in nats; NaN without any."""
+    if not len(label):
+        return float("nan")
+    p = np.clip(score, 1e-7, 1 - 1e-7)
+    return float(-np.mean(label * np.log(p) + (1 - label) * np.log(1 - p)))
+
+
+def calibration(label: Labels, score: Array) -> float:
+    """Mean prediction / click rate; 1 is right, NaN without clicks."""
+    return float(score.mean() / label.mean()) if label.any() else float("nan")
