@@ -250,12 +250,12 @@ def _add_bench() -> None:
         from benchmarks.fit import fit
         from benchmarks.gpu import gpu
         from benchmarks.quantizers import quantizers
-        from benchmarks.train import train as train_speed
+        from benchmarks.train import train
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"`sid bench` needs {error.name}, which is not installed; expected the repository with its dev extra. Run `make setup`"
         ) from error
-    for command in (quantizers, fit, encode, encode_job, gpu, ctr):
+    for command in (quantizers, fit, encode, encode_job, gpu, ctr, train):
         bench.command()(command)
     app.add_typer(bench, name="bench")
 

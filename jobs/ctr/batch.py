@@ -22,7 +22,7 @@ class Items:
     tokens: Tensor
     weights: Tensor
 
-    def __getitem__(self, index: Tensor) -> Items:
+    def __getitem__(self, index: Tensor | tuple[Tensor, ...]) -> Items:
         """The items at `index` of the leading dimensions."""
         return Items(self.item[index], self.tokens[index], self.weights[index])
 

@@ -22,7 +22,7 @@ from jobs.config import ConfigError
 from jobs.ctr.batch import UserBatch
 from jobs.ctr.metrics import Scores, auc
 from jobs.ctr.training_state import TrainingCheckpoint, TrainingState
-from jobs.warehouse.errors import SchemaError
+from jobs.errors import SchemaError
 from tokenizer.collectives import gather_rows
 
 REPORT_SECONDS = 1.0

@@ -98,7 +98,16 @@ class TrainingCheckpoint:
         for name, value in tensors.items():
             part, _, key = name.partition("/")
             parts[part][key] = value
-        return TrainingState(**parts, **{**numbers, "validation_auc": tuple(numbers["validation_auc"])})
+        return TrainingState(
+            parts["model"],
+            parts["best"],
+            parts["optimizer"],
+            numbers["epoch"],
+            numbers["batch"],
+            numbers["examples"],
+            numbers["loss"],
+            tuple(numbers["validation_auc"]),
+        )
 
     def delete(self) -> None:
         """After the model is registered."""

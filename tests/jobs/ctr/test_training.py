@@ -28,7 +28,7 @@ from jobs.ctr.embedding import ItemEmbedding
 from jobs.ctr.metrics import Scores, auc, gauc, log_loss, measure
 from jobs.ctr.training import Progress, Trained, TrainingDiverged, predict, train
 from jobs.ctr.training_state import TrainingCheckpoint
-from jobs.warehouse.errors import SchemaError
+from jobs.errors import SchemaError
 
 ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1), st.integers(0, 9)), min_size=2, max_size=60)
 
