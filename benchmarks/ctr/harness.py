@@ -38,7 +38,7 @@ from benchmarks.ctr.pooling import MeanPooling
 from benchmarks.ctr.sim import SIM
 from benchmarks.ctr.sources import SOURCES, Catalogue, read_catalogue
 from benchmarks.vectors import WrongVectors
-from jobs.ctr.training import auc, gauc, log_loss
+from jobs.ctr.metrics import auc, gauc, log_loss
 from tokenizer.kernels import without_denormals
 
 LEARNING_RATES = (1e-3, 3e-4)  # each row trains with both, the better one on the validation split counts

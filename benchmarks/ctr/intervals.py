@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from jobs.ctr.training import auc
+from jobs.ctr.metrics import auc
 
 COLD = 5  # an item shown fewer times in training is cold
 BOOTSTRAPS = 1000
