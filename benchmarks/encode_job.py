@@ -21,6 +21,7 @@ import typer
 
 from benchmarks.fit import clustered
 from jobs import encode, fit, load
+from jobs.config import EncodeConfig
 from jobs.embeddings.packed import pack
 from jobs.encode import ENCODED, encode_group, worker_codebook
 from jobs.files.row_groups import RowGroup, row_groups
@@ -94,7 +95,7 @@ def _write(path: Path, rows: int, dim: int) -> None:
 
 def _codes(groups: Sequence[RowGroup], rqgmm: RQGMM) -> Iterator[pa.RecordBatch]:
     for group in groups:
-        yield from encode_group(group, None, rqgmm, 1, 1.0, 8192)
+        yield from encode_group(group, None, rqgmm, 1, EncodeConfig(hold=1.0))
 
 
 def _one_process(groups: Sequence[RowGroup], rqgmm: RQGMM, out: Path) -> None:

@@ -158,6 +158,12 @@ HOW_TO_FIT = {"workers", "device", "batch_rows", "memory_mib"}  # the codebook i
 
 
 class EncodeConfig(Section):
+    alternates: Whole = Field(
+        8,
+        ge=0,
+        le=64,
+        description="codes a level that a soft semantic ID keeps, each with a weight; 0: no soft semantic IDs",
+    )
     rows_per_batch: Whole = Field(8192, ge=1, le=10**7, description="rows that a task reads and encodes at a time")
     hold: float = Field(
         1.1,

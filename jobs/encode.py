@@ -25,7 +25,7 @@ from pyspark.sql import DataFrame, Window
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 
-from jobs.config import Config
+from jobs.config import Config, EncodeConfig
 from jobs.embeddings.packed import Float32, unpack
 from jobs.files.row_groups import RowGroup, row_groups
 from jobs.models.champion import check_rows
@@ -33,7 +33,7 @@ from jobs.models.codebooks import Files, check_recipe, codebook_files, load_file
 from jobs.models.registry import ModelVersion, Registry
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
-from tokenizer import RQGMM
+from tokenizer import RQGMM, Alternates
 from tokenizer.codebook import MANIFEST
 
 ROWS_A_TASK = 250_000  # that a first encode scores, and again that it numbers and writes as one file
@@ -41,6 +41,7 @@ NUMBERED = ("joined", "first_seen", "item_id")  # suffixes count the items of eq
 BATCHES_A_RUN = 8  # that a task holds back to sort them together
 GROUPS = "uri STRING, index INT, rows BIGINT"
 PENDING = "ARRAY<STRUCT<item_id STRING, codes ARRAY<INT>, suffix INT, final BOOLEAN>>"
+ALTERNATE = pa.struct([("codes", pa.list_(pa.int32())), ("weights", pa.list_(pa.int16()))])
 ENCODED = pa.schema(
     [
         ("codebook_version", pa.int32()),
@@ -53,6 +54,7 @@ ENCODED = pa.schema(
         ("confidence", pa.float32()),
         ("log_likelihood", pa.float32()),
         ("held", pa.bool_()),
+        ("alternates", pa.list_(ALTERNATE)),
     ]
 )
 
@@ -99,7 +101,7 @@ def run(
 
     def encoded(groups: Sequence[RowGroup], pending: DataFrame | None) -> DataFrame:
         shared = warehouse.spark.sparkContext.broadcast(dict(files))
-        encoder = _encoder(shared, model, config.encode.hold, config.encode.rows_per_batch)
+        encoder = _encoder(shared, model, config.encode)
         return _spread(warehouse, groups, pending).mapInArrow(encoder, from_arrow_schema(ENCODED))
 
     def result(count: int, version: int) -> EncodeResult:
@@ -208,7 +210,7 @@ def worker_codebook(files: Files, codebook_hash: str) -> RQGMM:
 
 
 def _encoder(
-    shared: Any, model: ModelVersion, hold: float, batch_rows: int
+    shared: Any, model: ModelVersion, config: EncodeConfig
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     version, codebook_hash = model.version, model.tags["codebook_hash"]
 
@@ -223,7 +225,7 @@ def _encoder(
             for row in range(len(batch)):
                 group = RowGroup(*(batch.column(name)[row].as_py() for name in ("uri", "index", "rows")))
                 pending = batch.column("pending")[row].values
-                yield from _sorted_runs(encode_group(group, pending, rqgmm, version, hold, batch_rows))
+                yield from _sorted_runs(encode_group(group, pending, rqgmm, version, config))
 
     return encode
 
@@ -235,35 +237,36 @@ def _sorted_runs(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 
 def encode_group(
-    group: RowGroup, pending: pa.StructArray | None, rqgmm: RQGMM, version: int, hold: float, batch_rows: int
+    group: RowGroup, pending: pa.StructArray | None, rqgmm: RQGMM, version: int, config: EncodeConfig
 ) -> Iterator[pa.RecordBatch]:
     """The items of a row group, encoded; of `pending` those that it names, else all."""
     places = None  # in `pending` of each row, null where it is not
     if pending is not None:
-        ids = pa.Table.from_batches(group.batches(["item_id"], batch_rows))["item_id"].combine_chunks()
+        ids = pa.Table.from_batches(group.batches(["item_id"], config.rows_per_batch))["item_id"].combine_chunks()
         places = pc.index_in(ids, value_set=pending.field("item_id"))
         if places.null_count == len(places):
             return
     first = 0
-    for batch in group.batches(["item_id", "embedding", "content_hash", "first_seen"], batch_rows):
+    for batch in group.batches(["item_id", "embedding", "content_hash", "first_seen"], config.rows_per_batch):
         incumbents = None
         if places is not None:
             own = places.slice(first, len(batch))
             first += len(batch)
             batch, incumbents = batch.filter(own.is_valid()), pending.take(own.drop_null())
         if len(batch):
-            yield encode_batch(batch, incumbents, rqgmm, version, hold)
+            yield encode_batch(batch, incumbents, rqgmm, version, config)
 
 
 def encode_batch(
-    batch: pa.RecordBatch, incumbents: pa.StructArray | None, rqgmm: RQGMM, version: int, hold: float
+    batch: pa.RecordBatch, incumbents: pa.StructArray | None, rqgmm: RQGMM, version: int, config: EncodeConfig
 ) -> pa.RecordBatch:
-    """Codes, posterior and likelihood of a batch of packed vectors, incumbents kept where the rule says so."""
+    """Codes, soft IDs, posterior and likelihood of a batch of packed vectors, incumbents kept where the rule says so."""
     import torch
 
     # (n, D), not copied; by way of Arrow, as torch warns of NumPy memory that cannot be written.
     x = torch.from_dlpack(pa.array(unpack(batch.column("embedding"), rqgmm.dim).reshape(-1))).view(-1, rqgmm.dim)
-    best = rqgmm.assign(x)
+    best = rqgmm.assign(x, alternates=config.alternates)
+    soft = best.alternates
     codes, confidence, log_likelihood = best.codes.numpy(), best.confidence.numpy(), best.log_likelihood.numpy()
     held = np.zeros(len(x), bool)
     kept_suffix = pa.nulls(len(x), pa.int32())
@@ -272,14 +275,18 @@ def encode_batch(
         rows = np.flatnonzero(has_codes)  # of the batch, that have codes now
         former = incumbents.field("codes").flatten().to_numpy().reshape(len(rows), rqgmm.n_levels)  # (m, L)
         error, least = _squared_error(rqgmm, x[rows], former), _squared_error(rqgmm, x[rows], codes[rows])
-        keep = incumbents.field("final").filter(has_codes).to_numpy(zero_copy_only=False) | (error <= hold * least)
+        keep = incumbents.field("final").filter(has_codes).to_numpy(zero_copy_only=False) | (
+            error <= config.hold * least
+        )
         moved = (former != codes[rows]).any(1)
         chosen = rows[keep & moved]
         if len(chosen):
-            scored = rqgmm.assign(x[chosen], torch.tensor(former[keep & moved]))
+            scored = rqgmm.assign(x[chosen], torch.tensor(former[keep & moved]), alternates=config.alternates)
             codes[chosen], confidence[chosen] = scored.codes.numpy(), scored.confidence.numpy()
             log_likelihood[chosen] = scored.log_likelihood.numpy()
             held[chosen] = True
+            if soft is not None and scored.alternates is not None:
+                soft.codes[chosen], soft.weights[chosen] = scored.alternates.codes, scored.alternates.weights
         same = np.zeros(len(x), bool)
         same[rows] = keep | ~moved
         kept_suffix = pc.if_else(pa.array(same), incumbents.field("suffix"), kept_suffix)
@@ -294,8 +301,20 @@ def encode_batch(
         "confidence": confidence,
         "log_likelihood": log_likelihood,
         "held": held,
+        "alternates": pa.nulls(len(x), pa.list_(ALTERNATE)) if soft is None else _as_lists(soft),
     }
     return pa.RecordBatch.from_pydict(columns, schema=ENCODED)
+
+
+def _as_lists(soft: Alternates) -> pa.ListArray:
+    """One list of structs an item, of a struct a level."""
+    items, levels, kept = soft.codes.shape
+    parts = (soft.codes.numpy().reshape(-1), soft.weights.numpy().astype(np.int16).reshape(-1))
+    ends = pa.array(np.arange(0, items * levels * kept + 1, kept, dtype=np.int32))
+    of_level = pa.StructArray.from_arrays(
+        [pa.ListArray.from_arrays(ends, pa.array(part)) for part in parts], fields=list(ALTERNATE)
+    )
+    return pa.ListArray.from_arrays(pa.array(np.arange(0, items * levels + 1, levels, dtype=np.int32)), of_level)
 
 
 def _squared_error(rqgmm: RQGMM, x: Any, codes: Any) -> Float32:
@@ -339,4 +358,5 @@ def _published(encoded: DataFrame, own: DataFrame | None, model: ModelVersion, r
         "content_hash",
         "held",
         F.lit(run_date).cast("date").alias("run_date"),
+        "alternates",
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from jobs.errors import SchemaError
 from jobs.warehouse.delta_rs import open_table
@@ -81,10 +82,18 @@ class Warehouse:
             shutil.rmtree(folder)
 
     def _to_write(self, table: Table) -> DeltaTable:
-        """The table; one that was made before KEPT gets it, with the next write so that an idle night adds no version."""
+        """The table; one that was made before KEPT or before an optional column was declared gets them, with the next write
+        so that an idle night adds no version.
+        """
         target = self.create(table)
         with open_table(self.root, table) as log:
             present = log.metadata().configuration if log is not None else KEPT
+            columns = [] if log is None else [field.name for field in log.schema().fields]
+        added = [field for field in table.schema if columns and field.nullable and field.name not in columns]
+        if added:
+            types = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in added)
+            self.spark.sql(f"ALTER TABLE {self._identifier(table)} ADD COLUMNS ({types})")
+            target = self.create(table)
         for name, value in KEPT.items():
             if name not in present:
                 self.set_property(table, name, value)
@@ -114,6 +123,9 @@ class Warehouse:
         if version is not None:
             reader = reader.option("versionAsOf", version)
         frame = reader.load(self.path(table))
+        if len(frame.columns) < len(table.schema):  # made before an optional column was declared: null in every row
+            absent = [field for field in table.schema if field.nullable and field.name not in frame.columns]
+            frame = frame.withColumns({field.name: F.lit(None).cast(field.dataType) for field in absent})
         check_columns(frame, table)
         return frame
 

@@ -22,7 +22,8 @@ class Table:
     meaning: Mapping[str, str] = field(default_factory=dict)  # of each column
 
 
-STRING, BINARY, INT, LONG, FLOAT, BOOLEAN, DATE = (
+SHORT, STRING, BINARY, INT, LONG, FLOAT, BOOLEAN, DATE = (
+    T.ShortType(),
     T.StringType(), T.BinaryType(), T.IntegerType(), T.LongType(), T.FloatType(), T.BooleanType(), T.DateType(),
 )  # fmt: skip
 VERSIONS = T.MapType(STRING, LONG)
@@ -72,12 +73,16 @@ REJECTED_EMBEDDINGS = Table(
         "run_date": "day of the run",
     },
 )
+# Of one level: the code of the ID and the most probable others, with weights in 1/255.
+ALTERNATE = T.StructType().add("codes", T.ArrayType(INT)).add("weights", T.ArrayType(SHORT))
 SEMANTIC_IDS = Table(
     "semantic_ids",
     ("codebook_version", "item_id"),
     _columns(
+        ("alternates",),
         codebook_version=INT, item_id=STRING, codes=T.ArrayType(INT), suffix=INT, semantic_id=STRING, confidence=FLOAT,
         log_likelihood=FLOAT, codebook_hash=STRING, content_hash=STRING, held=BOOLEAN, run_date=DATE,
+        alternates=T.ArrayType(ALTERNATE),
     ),
     partition_by=("codebook_version",),
     checks={"suffix_counts_from_zero": "suffix >= 0", "confidence_is_a_probability": "confidence BETWEEN 0 AND 1"},

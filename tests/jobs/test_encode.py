@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
+from jobs.config import EncodeConfig
 from jobs.embeddings.packed import pack
 from jobs.encode import ENCODED, ROWS_A_TASK, _published, _tasks, encode_group
 from jobs.files.row_groups import RowGroup, row_groups
@@ -52,10 +53,16 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> list[RowGroup]:
 
 
 def encoded(
-    groups: list[RowGroup], rqgmm: RQGMM, pending: list[dict[str, Any]] | None, rows: int = 16
+    groups: list[RowGroup], rqgmm: RQGMM, pending: list[dict[str, Any]] | None, rows: int = 16, alternates: int = 3
 ) -> dict[str, Any]:
     named = None if pending is None else pa.array(pending, PENDING)
-    batches = [batch for group in groups for batch in encode_group(group, named, rqgmm, 1, HOLD, rows)]
+    batches = [
+        batch
+        for group in groups
+        for batch in encode_group(
+            group, named, rqgmm, 1, EncodeConfig(hold=HOLD, rows_per_batch=rows, alternates=alternates)
+        )
+    ]
     return {row["item_id"]: row for batch in batches for row in batch.to_pylist()}
 
 
@@ -107,13 +114,31 @@ def test_who_keeps_codes_and_suffix(groups: list[RowGroup], rqgmm: RQGMM) -> Non
     }
     given_codes = rqgmm.assign(torch.from_numpy(X[60:61]), torch.tensor([far[60]]))
     assert found["i60"]["confidence"] == pytest.approx(float(given_codes.confidence[0]))
+    expected = rqgmm.alternates(torch.from_numpy(X[60:62]), torch.tensor([far[60], best[61]]), 3)
+    for item, codes, weights in zip(("i60", "i61"), expected.codes.tolist(), expected.weights.tolist(), strict=True):
+        assert found[item]["alternates"] == [
+            {"codes": c, "weights": w} for c, w in zip(codes, weights, strict=True)
+        ]  # a kept ID has the alternates of its own path
+    assert all(row["alternates"] is None for row in encoded(groups, rqgmm, None, alternates=0).values())
     assert found["i60"]["log_likelihood"] == pytest.approx(float(given_codes.log_likelihood[0]))
 
 
 @pytest.mark.parametrize("taken", [False, True], ids=["new version", "version with IDs"])
 def test_suffixes_follow_day_and_id_and_begin_after_the_taken_ones(spark: SparkSession, taken: bool) -> None:
     def row(item: str, day: int, kept: int | None = None) -> tuple[Any, ...]:
-        return (1, item, "h", date(2026, 1, day), [1, 2], "1-2", kept, 0.5, -1.0, False)
+        return (
+            1,
+            item,
+            "h",
+            date(2026, 1, day),
+            [1, 2],
+            "1-2",
+            kept,
+            0.5,
+            -1.0,
+            False,
+            [([1, 3], [200, 55]), ([2, 4], [255, 0])],
+        )
 
     rows = [row("b", 1), row("c", 1), row("a", 2)]
     own = None
@@ -126,6 +151,7 @@ def test_suffixes_follow_day_and_id_and_begin_after_the_taken_ones(spark: SparkS
     assert ids == (
         {"b": "1-2-5", "c": "1-2-6", "a": "1-2-7", "k": "1-2-4"} if taken else {"b": "1-2", "c": "1-2-1", "a": "1-2-2"}
     )
+    assert all(row["alternates"][0]["weights"] == [200, 55] for row in found)
     assert all(row["semantic_id"] == text_of(row["codes"], row["suffix"]) for row in found)
 
 

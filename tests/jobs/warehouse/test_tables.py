@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pyspark.sql import SparkSession
+from pyspark.sql import types as T
 
 from jobs.config import ConfigError
 from jobs.errors import WarehouseError
@@ -18,7 +20,7 @@ from jobs.warehouse.delta_rs import count_and_version, read_rows
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.lock import writer_lock
 from jobs.warehouse.root import warehouse_root
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS
 
 DAY = date(2026, 1, 1)
 
@@ -97,3 +99,20 @@ def test_a_lock_without_a_name_is_a_lock(tmp_path: Path, text: str) -> None:
             writer_lock(str(tmp_path)),
         ):
             pass
+
+
+def test_a_table_made_before_an_optional_column_was_declared_gets_it_with_the_next_write(warehouse: Warehouse) -> None:
+    def row(name: str) -> dict[str, Any]:
+        return {
+            "codebook_version": 1, "item_id": name, "codes": [1, 2], "suffix": 0, "semantic_id": "1-2", "confidence": 0.5, "log_likelihood": -1.0,
+            "codebook_hash": "h", "content_hash": "h", "held": False, "run_date": DAY, "alternates": [{"codes": [1], "weights": [255]}] * 2,
+        }  # fmt: skip
+
+    before = T.StructType([field for field in SEMANTIC_IDS.schema if field.name != "alternates"])
+    old = replace(SEMANTIC_IDS, schema=before)
+    warehouse.append(old, warehouse.rows(old, [row("a")]))
+    assert [found["alternates"] for found in warehouse.read(SEMANTIC_IDS).collect()] == [None]
+    warehouse.merge(SEMANTIC_IDS, warehouse.rows(SEMANTIC_IDS, [row("b")]), update=True)
+    found = {row["item_id"]: row["alternates"] for row in warehouse.read(SEMANTIC_IDS).collect()}
+    assert found["a"] is None
+    assert [(level["codes"], level["weights"]) for level in found["b"]] == [([1], [255])] * 2
