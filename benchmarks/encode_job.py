@@ -23,9 +23,9 @@ from benchmarks.fit import clustered
 from jobs import encode, fit, load
 from jobs.config import EncodeConfig
 from jobs.embeddings.packed import pack
-from jobs.encode import ENCODED, encode_group, worker_codebook
+from jobs.encode import ENCODED, encode_group
 from jobs.files.row_groups import RowGroup, row_groups
-from jobs.models.codebooks import codebook_files
+from jobs.models.codebooks import codebook_files, worker_codebook
 from jobs.models.registry import open_registry
 from jobs.read_config import load_config
 from jobs.spark.session import spark_session
@@ -62,7 +62,7 @@ def encode_job(
                 seeded = config.model_copy(update={"fit": config.fit.model_copy(update={"seed": seed})})
                 model = fit.run(seeded, warehouse, registry, DAY, folder / "pictures").model
                 seconds["job"].append(encode.run(seeded, warehouse, registry, model, DAY).seconds)
-                rqgmm = worker_codebook(codebook_files(registry, model), model.tags["codebook_hash"])
+                rqgmm = worker_codebook(codebook_files(registry, model), model.hash)
                 for name, work in (("one process", _one_process), ("codes alone", _codes_alone)):
                     began = time.perf_counter()
                     work(groups, rqgmm, folder / "codes.parquet")

@@ -181,18 +181,28 @@ def codebook(registry: Any, name: str) -> Any:
     Raises:
         ConfigError: there is none.
     """
-    from jobs.models.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL
+    from jobs.models.registry import CANDIDATE, CHAMPION
 
     number = version_number(name)
     if number is not None:
-        found = registry.version(CODEBOOK_MODEL, number)
+        found = registry.codebooks.version(number)
     else:
-        found = registry.resolve(CODEBOOK_MODEL, name) if name in (CANDIDATE, CHAMPION) else None
+        found = registry.codebooks.with_alias(name) if name in (CANDIDATE, CHAMPION) else None
     if found is None:
         raise ConfigError(
             f"there is no codebook {name!r} in the registry; expected a version number, candidate or champion. See `sid status`"
         )
     return found
+
+
+def current_codebook(registry: Any, *, verify_files: bool = True) -> Any:
+    """The champion, checked against the releases; says on standard error if its alias had to be put back."""
+    from jobs.models.champion import restore_champion
+
+    champion, repaired = restore_champion(registry, verify_files=verify_files)
+    if repaired:
+        notice(repaired)
+    return champion
 
 
 @app.command()
@@ -220,10 +230,9 @@ def fit(
 ) -> None:
     """item_embeddings -> a codebook, registered as candidate."""
     from jobs import fit as job
-    from jobs.models.champion import current_champion
 
     with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
-        champion = current_champion(work.registry, notice)
+        champion = current_codebook(work.registry)
         tell(job.run(work.config, work.warehouse, work.registry, work.run_date, work.pictures, champion), json_file)
 
 
@@ -234,10 +243,9 @@ def encode(
 ) -> None:  # fmt: skip
     """item_embeddings + a codebook -> semantic_ids of that version."""
     from jobs import encode as job
-    from jobs.models.champion import current_champion
 
     with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
-        current_champion(work.registry, notice)
+        current_codebook(work.registry)
         tell(
             job.run(work.config, work.warehouse, work.registry, codebook(work.registry, name), work.run_date), json_file
         )
@@ -250,10 +258,9 @@ def evaluate(
 ) -> None:  # fmt: skip
     """semantic_ids of a version -> quality_reports with a verdict, and pictures."""
     from jobs import evaluate as job
-    from jobs.models.champion import current_champion
 
     with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
-        champion = current_champion(work.registry, notice)
+        champion = current_codebook(work.registry)
         model = codebook(work.registry, name)
         tell(
             job.run(work.config, work.warehouse, work.registry, model, champion, work.run_date, work.pictures),
@@ -271,12 +278,11 @@ def train(
 ) -> None:
     """Interactions + semantic_ids of the current release -> ctr_examples and the CTR model (DMQN)."""
     from jobs import train as job
-    from jobs.models.champion import current_champion
     from jobs.warehouse.releases import current_release
 
     with opened(resolved(config, settings, warehouse, days=(run_date,), json_file=json_file), run_date) as work:
         log = job.check_interactions(work.config, work.warehouse)
-        model = current_champion(work.registry, notice)
+        model = current_codebook(work.registry)
         release = current_release(work.warehouse.root)
         if release is None:
             raise ConfigError(

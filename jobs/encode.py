@@ -8,8 +8,6 @@ Tasks read the vectors from the table's files themselves; Spark moves the small 
 
 from __future__ import annotations
 
-import gc
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,12 +27,12 @@ from jobs.config import Config, EncodeConfig
 from jobs.embeddings.packed import Float32, unpack
 from jobs.files.row_groups import RowGroup, row_groups
 from jobs.models.champion import check_rows
-from jobs.models.codebooks import Files, check_recipe, codebook_files, load_files
-from jobs.models.registry import ModelVersion, Registry
+from jobs.models.codebooks import usable_files, worker_codebook
+from jobs.models.registry import Registry
+from jobs.models.versions import CodebookVersion
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
 from tokenizer import RQGMM, Alternates
-from tokenizer.codebook import MANIFEST
 
 ROWS_A_TASK = 250_000  # that a first encode scores, and again that it numbers and writes as one file
 NUMBERED = ("joined", "first_seen", "item_id")  # suffixes count the items of equal codes in this order
@@ -73,7 +71,7 @@ def run(
     config: Config,
     warehouse: Warehouse,
     registry: Registry,
-    model: ModelVersion,
+    model: CodebookVersion,
     run_date: date,
     chosen: DataFrame | None = None,
 ) -> EncodeResult:
@@ -93,11 +91,11 @@ def run(
     embeddings = warehouse.read(ITEM_EMBEDDINGS, embeddings_version)
     warehouse.create(SEMANTIC_IDS)
     published = warehouse.read(SEMANTIC_IDS)
-    own = published.where(F.col("codebook_version") == model.version)
-    parent = int(model.tags.get("started_from_version") or -1)
+    own = published.where(F.col("codebook_version") == model.number)
+    parent = model.started_from_version or -1
     new_version = own.isEmpty()
     # Of a new version all rows are replaced, not appended: two runs that overlap cannot both add theirs.
-    everything = f"codebook_version = {model.version}"
+    everything = f"codebook_version = {model.number}"
 
     def encoded(groups: Sequence[RowGroup], pending: DataFrame | None) -> DataFrame:
         shared = warehouse.spark.sparkContext.broadcast(dict(files))
@@ -106,7 +104,7 @@ def run(
 
     def result(count: int, version: int) -> EncodeResult:
         seconds = time.monotonic() - began
-        return EncodeResult(model.version, count, version, embeddings_version, seconds, nothing_to_do=not count)
+        return EncodeResult(model.number, count, version, embeddings_version, seconds, nothing_to_do=not count)
 
     all_new = new_version and parent < 0 and chosen is None
     if all_new:  # no join, one pass from the files to the table
@@ -117,25 +115,18 @@ def run(
         by_codes = encoded(groups, None).repartition(_tasks(count, warehouse.cores), "joined")
         rows = _published(by_codes, None, model, run_date)
         return result(count, warehouse.replace(SEMANTIC_IDS, rows, everything))
-    pending = _pending(embeddings, published, model.version, parent, chosen).cache()
+    pending = _pending(embeddings, published, model.number, parent, chosen).cache()
     try:
         if pending.isEmpty():
             return result(0, warehouse.version(SEMANTIC_IDS))
         groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
-        with warehouse.staged(encoded(groups, pending), f"encode-{model.version}") as staged:
+        with warehouse.staged(encoded(groups, pending), f"encode-{model.number}") as staged:
             rows = _published(staged, own, model, run_date)
             if new_version:
                 return result(staged.count(), warehouse.replace(SEMANTIC_IDS, rows, everything))
             return result(staged.count(), warehouse.merge(SEMANTIC_IDS, rows, update=True))
     finally:
         pending.unpersist()
-
-
-def usable_files(warehouse: Warehouse, registry: Registry, model: ModelVersion) -> Files:
-    """The verified files of a codebook that is for the vectors of this warehouse."""
-    files = codebook_files(registry, model)
-    check_recipe(json.loads(files[MANIFEST]), model, warehouse.property(ITEM_EMBEDDINGS, "sid.fusion"))
-    return files
 
 
 def _tasks(rows: int, cores: int) -> int:
@@ -199,25 +190,15 @@ def _spread(warehouse: Warehouse, groups: Sequence[RowGroup], pending: DataFrame
 # ---- encode (runs in the tasks) ----
 
 
-_loaded: dict[str, RQGMM] = {}  # one codebook per worker process, by content hash
-
-
-def worker_codebook(files: Files, codebook_hash: str) -> RQGMM:
-    if codebook_hash not in _loaded:
-        gc.freeze()  # Spark collects garbage after every task: a tenth of a second if it looks through all that torch imports
-        _loaded[codebook_hash] = load_files(files, codebook_hash).rqgmm
-    return _loaded[codebook_hash]
-
-
 def _encoder(
-    shared: Any, model: ModelVersion, config: EncodeConfig
+    shared: Any, model: CodebookVersion, config: EncodeConfig
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    version, codebook_hash = model.version, model.tags["codebook_hash"]
+    version, codebook_hash = model.number, model.hash
 
     def encode(work: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         import torch
 
-        from jobs.encode import encode_group, worker_codebook  # the module's own cache, not a copy that travelled
+        from jobs.encode import encode_group  # by name: the worker's own module
 
         torch.set_num_threads(1)  # Spark runs one task per core already
         rqgmm = worker_codebook(shared.value, codebook_hash)
@@ -327,7 +308,7 @@ def _squared_error(rqgmm: RQGMM, x: Any, codes: Any) -> Float32:
 # ---- IDs ----
 
 
-def _published(encoded: DataFrame, own: DataFrame | None, model: ModelVersion, run_date: date) -> DataFrame:
+def _published(encoded: DataFrame, own: DataFrame | None, model: CodebookVersion, run_date: date) -> DataFrame:
     """Rows of `semantic_ids`: newcomers get the next free suffix of their codes, by first day and id; incumbents keep theirs.
 
     `own` holds the version's IDs; None where it has none and no incumbents either.
@@ -354,7 +335,7 @@ def _published(encoded: DataFrame, own: DataFrame | None, model: ModelVersion, r
         text.alias("semantic_id"),
         "confidence",
         "log_likelihood",
-        F.lit(model.tags["codebook_hash"]).alias("codebook_hash"),
+        F.lit(model.hash).alias("codebook_hash"),
         "content_hash",
         "held",
         F.lit(run_date).cast("date").alias("run_date"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,16 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs.config import Config
 from jobs.embeddings.packed import unpack
-from jobs.encode import usable_files, worker_codebook
 from jobs.errors import SchemaError
 from jobs.fingerprint import fingerprint
 from jobs.models.champion import check_rows
-from jobs.models.codebooks import Files, codebook_files
-from jobs.models.registry import ModelVersion, Registry
+from jobs.models.codebooks import Files, codebook_files, usable_files, worker_codebook
+from jobs.models.registry import Registry
+from jobs.models.versions import CodebookVersion
 from jobs.pictures import draw_likelihood, draw_usage
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.releases import versions_to_judge
-from jobs.warehouse.reports import EvaluateResult, UncertainItem, report
+from jobs.warehouse.reports import QualityReport, UncertainItem, report
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS
 from tokenizer import RQGMM, Thresholds, check_gate, level_usage, neighbour_recall
 
@@ -51,8 +51,15 @@ ERRORS = pa.schema(
 )
 
 
+@dataclass(frozen=True)
+class EvaluateResult(QualityReport):
+    pictures: tuple[Path, ...] = ()
+    seconds: float = 0.0
+    nothing_to_do: bool = False
+
+
 def run(
-    config: Config, warehouse: Warehouse, registry: Registry, model: ModelVersion, champion: ModelVersion | None,
+    config: Config, warehouse: Warehouse, registry: Registry, model: CodebookVersion, champion: CodebookVersion | None,
     run_date: date, pictures: Path,
 ) -> EvaluateResult:  # fmt: skip
     """Measure the IDs of `model` and judge them, against the champion's where there is one.
@@ -64,36 +71,36 @@ def run(
     """
     began = time.monotonic()
     check_rows(warehouse.root, model)
-    versions = versions_to_judge(warehouse, model.version)
-    rival = champion if champion is not None and champion.version != model.version else None
-    run_id = fingerprint([RECIPE, versions, model.tags["codebook_hash"], config.digest("gate", "evaluate")])[:16]
+    versions = versions_to_judge(warehouse, model.number)
+    rival = champion if champion is not None and champion.number != model.number else None
+    run_id = fingerprint([RECIPE, versions, model.hash, config.digest("gate", "evaluate")])[:16]
     # A champion was judged against its predecessor when it was promoted; that report stands.
-    judged_against = rival.version if rival else None
-    found = report(warehouse.root, model.version, run_id)
+    judged_against = rival.number if rival else None
+    found = report(warehouse.root, model.number, run_id)
     if found is not None and (rival is None or found.judged_against == judged_against):
-        drawn = tuple(sorted(pictures.glob(f"*-{model.tags['codebook_hash'][:12]}.png")))
-        return replace(found, pictures=drawn, seconds=time.monotonic() - began, nothing_to_do=True)
+        drawn = tuple(sorted(pictures.glob(f"*-{model.hash[:12]}.png")))
+        stored = {field.name: getattr(found, field.name) for field in fields(found)}
+        return EvaluateResult(**stored, pictures=drawn, seconds=time.monotonic() - began, nothing_to_do=True)
 
     embeddings = warehouse.read(ITEM_EMBEDDINGS, versions[ITEM_EMBEDDINGS.name])
     published = warehouse.read(SEMANTIC_IDS, versions[SEMANTIC_IDS.name])
-    ids = published.where(F.col("codebook_version") == model.version).cache()
+    ids = published.where(F.col("codebook_version") == model.number).cache()
     missing = embeddings.join(ids, ["item_id", "content_hash"], how="left_anti").count()
     if missing or ids.isEmpty():
         raise SchemaError(
-            f"{missing} items of item_embeddings have no semantic ID of codebook version {model.version}; the report is over the "
+            f"{missing} items of item_embeddings have no semantic ID of codebook version {model.number}; the report is over the "
             "whole catalogue. Run `sid encode` first"
         )
-    rivals = published.where(F.col("codebook_version") == (rival.version if rival else -1))
-    levels, components = (int(part) for part in model.tags["shape"].split("x")[:2])
-    counts = code_counts(ids, levels, components)
+    rivals = published.where(F.col("codebook_version") == (rival.number if rival else -1))
+    counts = code_counts(ids, model.levels, model.components)
     files = usable_files(warehouse, registry, model)
-    codebook = worker_codebook(files, model.tags["codebook_hash"])
-    rival_codebook = (codebook_files(registry, rival), rival.tags["codebook_hash"]) if rival else None
+    codebook = worker_codebook(files, model.hash)
+    rival_codebook = (codebook_files(registry, rival), rival.hash) if rival else None
     metrics = {
         **_usage_metrics(counts),
         **_collision_metrics(ids, embeddings),
         **_id_metrics(ids, rivals),
-        **_error_metrics(warehouse, embeddings, ids, rivals, (files, model.tags["codebook_hash"]), rival_codebook),
+        **_error_metrics(warehouse, embeddings, ids, rivals, (files, model.hash), rival_codebook),
         "neighbour_recall": _sampled_recall(embeddings, ids, codebook, config.evaluate.neighbour_sample),
     }
     least_certain = tuple(
@@ -107,14 +114,14 @@ def run(
         {**metrics, "rmse": metrics.get("common_rmse", metrics["rmse"])}, _thresholds(config), baseline
     )
 
-    short = model.tags["codebook_hash"][:12]
+    short = model.hash[:12]
     usage, likelihood = pictures / f"usage-{short}.png", pictures / f"likelihood-{short}.png"
     draw_usage(counts, usage)
     draw_likelihood(*_likelihoods(ids, embeddings, run_date), likelihood)
     ids.unpersist()
     tags = {
-        "codebook_version": str(model.version),
-        "codebook_hash": model.tags["codebook_hash"],
+        "codebook_version": str(model.number),
+        "codebook_hash": model.hash,
         "table_versions": json.dumps(versions),
     }
     with registry.run("evaluate", config, {**tags, "verdict": "passed" if verdict.passed else "failed"}) as run_:
@@ -123,9 +130,9 @@ def run(
         for picture in (usage, likelihood):
             registry.client.log_artifact(run_.info.run_id, str(picture), "pictures")
     row = {
-        "codebook_version": model.version,
+        "codebook_version": model.number,
         "run_id": run_id,
-        "codebook_hash": model.tags["codebook_hash"],
+        "codebook_hash": model.hash,
         "metrics": metrics,
         "passed": verdict.passed,
         "reasons": list(verdict.reasons),
@@ -136,7 +143,7 @@ def run(
     }
     warehouse.merge(QUALITY_REPORTS, warehouse.rows(QUALITY_REPORTS, [row]), update=True)
     return EvaluateResult(
-        model.version,
+        model.number,
         run_id,
         verdict.passed,
         tuple(verdict.reasons),
@@ -244,7 +251,7 @@ def _error_metrics(
 
 def _error_summer(shared: Any) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     def sums(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        from jobs.encode import worker_codebook
+        from jobs.models.codebooks import worker_codebook
 
         torch.set_num_threads(1)
         codebook, rival = shared.value

@@ -28,7 +28,8 @@ from jobs.embeddings.batches import EmbeddingFiles
 from jobs.errors import SchemaError
 from jobs.models.checkpoint import Checkpoint
 from jobs.models.codebooks import codebook_files, load_files, register_codebook
-from jobs.models.registry import CANDIDATE, CODEBOOK_MODEL, ModelVersion, Registry, pinned
+from jobs.models.registry import CANDIDATE, Registry
+from jobs.models.versions import CodebookVersion, codebook_tags
 from jobs.pictures import draw_convergence
 from jobs.spark.session import one_machine
 from jobs.warehouse.delta_spark import Warehouse
@@ -43,7 +44,7 @@ RESTARTS = 2  # of a distributed fit that lost a worker
 
 @dataclass(frozen=True)
 class FitResult:
-    model: ModelVersion
+    model: CodebookVersion
     codebook_hash: str
     picture: Path | None
     seconds: float = 0.0
@@ -56,7 +57,7 @@ class FitFailed(RuntimeError):
 
 def run(
     config: Config, warehouse: Warehouse, registry: Registry, run_date: date, pictures: Path,
-    champion: ModelVersion | None = None, progress: Progress | None = None, tell: Tell = print,
+    champion: CodebookVersion | None = None, progress: Progress | None = None, tell: Tell = print,
 ) -> FitResult:  # fmt: skip
     """Fit on the newest `item_embeddings`, from the champion if there is one (stable IDs), and register a candidate.
 
@@ -75,16 +76,14 @@ def run(
             f"item_embeddings has {items} items and fit.components is {config.fit.components}; expected at least as many items as "
             f"components. Load more items or lower it: --set fit.components={max(2, items // 10)}"
         )
-    shape = f"{config.fit.levels}x{config.fit.components}x{fusion.dim}"
-    same_kind = champion is not None and (champion.tags["shape"], method_of(champion)) == (shape, config.fit.method)
-    start = champion if same_kind else None
-    fit_key = f"{RECIPE}-{version}-{config.digest('fit')}-{start.tags['codebook_hash'][:16] if start else 'free'}"
-    done = registry.find(CODEBOOK_MODEL, "fit_key", fit_key)
+    start = champion if champion is not None and _can_start_from(champion, config.fit, fusion.dim) else None
+    fit_key = f"{RECIPE}-{version}-{config.digest('fit')}-{start.hash[:16] if start else 'free'}"
+    done = registry.codebooks.newest(lambda version: version.fit_key == fit_key)
     if done is not None:
         codebook_files(registry, done)
-        if registry.resolve(CODEBOOK_MODEL, CANDIDATE) != done:
-            registry.set_alias(CODEBOOK_MODEL, CANDIDATE, done.version)
-        return FitResult(done, done.tags["codebook_hash"], None, time.monotonic() - began, nothing_to_do=True)
+        if registry.codebooks.alias(CANDIDATE) != done.number:
+            registry.codebooks.set_alias(CANDIDATE, done.number)
+        return FitResult(done, done.hash, None, time.monotonic() - began, nothing_to_do=True)
 
     files = tuple(warehouse.files(ITEM_EMBEDDINGS, version))
     step = max(1, items // config.fit.sample) if config.fit.sample else 1
@@ -95,7 +94,7 @@ def run(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         if start is not None:
-            checkpoint.save_start(load_files(codebook_files(registry, start), start.tags["codebook_hash"]).rqgmm)
+            checkpoint.save_start(load_files(codebook_files(registry, start), start.hash).rqgmm)
         fitted = fit_table(config.fit, data, checkpoint, progress, tell)
         manifest: dict[str, Any] = {
             "levels": config.fit.levels,
@@ -106,34 +105,37 @@ def run(
             "items": items,
             "items_fitted_on": -(-items // step),
             "table_versions": {ITEM_EMBEDDINGS.name: version},
-            "started_from": start.tags["codebook_hash"] if start else None,
+            "started_from": start.hash if start else None,
             "run_date": str(run_date),
         }
         codebook_hash = save_codebook(folder / "codebook", fitted.rqgmm, manifest)
-        tags = {
-            "fit_key": fit_key,
-            "codebook_hash": codebook_hash,
-            "shape": shape,
-            "method": config.fit.method,
-            "started_from": start.tags["codebook_hash"] if start else "",
-            "started_from_version": str(start.version) if start else "",
-            "table_versions": pinned({ITEM_EMBEDDINGS.name: version}),
-            "run_date": str(run_date),
-        }
+        tags = codebook_tags(
+            codebook_hash=codebook_hash,
+            levels=config.fit.levels,
+            components=config.fit.components,
+            dim=fusion.dim,
+            method=config.fit.method,
+            fit_key=fit_key,
+            started_from=start.hash if start else None,
+            started_from_version=start.number if start else None,
+            table_versions={ITEM_EMBEDDINGS.name: version},
+            run_date=run_date,
+        )
         picture = pictures / f"convergence-{codebook_hash[:12]}.png"
         draw_convergence(fitted.trace, picture)
         with registry.run("fit", config, tags) as run_:
             _log_trace(registry, run_.info.run_id, fitted)
             registry.client.log_artifact(run_.info.run_id, str(picture), "pictures")
             model = register_codebook(registry, folder / "codebook", tags)
-        registry.set_alias(CODEBOOK_MODEL, CANDIDATE, model.version)
+        registry.codebooks.set_alias(CANDIDATE, model.number)
     checkpoint.close()
     return FitResult(model, codebook_hash, picture, time.monotonic() - began)
 
 
-def method_of(model: ModelVersion) -> str:
-    """How a codebook was fitted; before this was written down there was one way."""
-    return model.tags.get("method", "annealed")
+def _can_start_from(champion: CodebookVersion, config: FitConfig, dim: int) -> bool:
+    """Whether the champion has the shape and the method that the settings ask for."""
+    wanted = (config.levels, config.components, dim, config.method)
+    return (champion.levels, champion.components, champion.dim, champion.method) == wanted
 
 
 def fit_table(

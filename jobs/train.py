@@ -29,7 +29,8 @@ from jobs.ctr.metrics import auc
 from jobs.ctr.padded import Examples, Metrics, Trained, item_tokens, shuffled_codes, train_dmqn
 from jobs.errors import SchemaError
 from jobs.files.sources import open_source
-from jobs.models.registry import CANDIDATE, CTR_MODEL, ModelVersion, Registry, pinned, register
+from jobs.models.registry import CANDIDATE, CTR_MODEL, Registry, register
+from jobs.models.versions import CodebookVersion, ctr_tags
 from jobs.pictures import draw_ctr
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import CTR_EXAMPLES, ITEM_EMBEDDINGS, SEMANTIC_IDS
@@ -112,7 +113,7 @@ def _examples_key(config: Config, fingerprint: str) -> str:
 
 
 def run(
-    config: Config, warehouse: Warehouse, registry: Registry, codebook: ModelVersion, versions: Mapping[str, int],
+    config: Config, warehouse: Warehouse, registry: Registry, codebook: CodebookVersion, versions: Mapping[str, int],
     run_date: date, pictures: Path, told: Callable[[str], None], log: Log,
 ) -> TrainResult:  # fmt: skip
     """Train on the semantic IDs of `codebook` at the pinned table `versions` and register a candidate.
@@ -124,15 +125,15 @@ def run(
     if not log.rows_used:
         return _nothing(log)
     examples_key = _examples_key(config, log.source.fingerprint)
-    train_key = f"{codebook.tags['codebook_hash'][:16]}-{versions[SEMANTIC_IDS.name]}-{examples_key}"
-    found = registry.find(CTR_MODEL, "train_key", train_key)
-    if found is not None:
-        stored = {**json.loads(found.tags["result"]), "version": found.version, "nothing_to_do": True}
+    train_key = f"{codebook.hash[:16]}-{versions[SEMANTIC_IDS.name]}-{examples_key}"
+    done = registry.ctr_models.newest(lambda version: version.train_key == train_key)
+    if done is not None:
+        stored = {**done.result, "version": done.number, "nothing_to_do": True}
         return TrainResult(**{**stored, "seconds": time.monotonic() - began})
 
     published = (
         warehouse.read(SEMANTIC_IDS, versions[SEMANTIC_IDS.name])
-        .where(F.col("codebook_version") == codebook.version)
+        .where(F.col("codebook_version") == codebook.number)
         .select("item_id", "codes")
     )
     coverage = covered(log, published.select("item_id"), config.train)
@@ -158,7 +159,7 @@ def run(
                 f"the {name} split has {clicks:,} clicks in {rows_of_split:,} examples; expected clicks and non-clicks in each of "
                 f"{', '.join(SPLITS)}, which follow each other in time ({log.note}). Give a longer log"
             )
-    components = int(codebook.tags["shape"].split("x")[1])
+    components = codebook.components
     codes = _codes(ids, items)
     with_ids = _trained("with semantic IDs", splits, codes, components, config, told)
     control = _trained("control", splits, shuffled_codes(codes, config.train.seed), components, config, told)
@@ -182,16 +183,16 @@ def run(
         share_without_id=coverage.share_without,
         note=log.note,
     )
-    picture = pictures / f"ctr-{codebook.tags['codebook_hash'][:12]}.png"
+    picture = pictures / f"ctr-{codebook.hash[:12]}.png"
     draw_ctr(with_ids.validation_auc, control.validation_auc, *_by_rarity(splits, with_ids, control), picture)
-    tags = {
-        "train_key": train_key,
-        "codebook_version": str(codebook.version),
-        "codebook_hash": codebook.tags["codebook_hash"],
-        "table_versions": pinned({**versions, CTR_EXAMPLES.name: examples_version}),
-        "run_date": str(run_date),
-        "result": json.dumps(asdict(result)),
-    }
+    table_versions = {**versions, CTR_EXAMPLES.name: examples_version}
+    tags = ctr_tags(
+        codebook=codebook,
+        train_key=train_key,
+        table_versions=table_versions,
+        run_date=run_date,
+        result=asdict(result),
+    )
     with (
         registry.run("train", config, {k: v for k, v in tags.items() if k != "result"}) as run_,
         tempfile.TemporaryDirectory() as scratch,
@@ -200,10 +201,10 @@ def run(
             registry.client.log_metric(run_.info.run_id, name, value)
         registry.client.log_artifact(run_.info.run_id, str(picture), "pictures")
         folder = Path(scratch) / "dmqn"
-        _save(folder, with_ids, codes, components, items, tags)
+        _save(folder, with_ids, codes, components, items, codebook.hash, table_versions)
         model = register(registry, CTR_MODEL, Path(__file__).parent / "ctr" / "dmqn_model.py", folder, tags)
-    registry.set_alias(CTR_MODEL, CANDIDATE, model.version)
-    return replace(result, version=model.version, seconds=time.monotonic() - began)
+    registry.ctr_models.set_alias(CANDIDATE, model.number)
+    return replace(result, version=model.number, seconds=time.monotonic() - began)
 
 
 def _nothing(log: Log) -> TrainResult:
@@ -309,7 +310,13 @@ def _by_rarity(
 
 
 def _save(
-    folder: Path, trained: Trained, codes: torch.Tensor, components: int, items: list[str], tags: Mapping[str, str]
+    folder: Path,
+    trained: Trained,
+    codes: torch.Tensor,
+    components: int,
+    items: list[str],
+    codebook_hash: str,
+    table_versions: Mapping[str, int],
 ) -> None:
     folder.mkdir(parents=True)
     tensors = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
@@ -322,7 +329,7 @@ def _save(
         "shape": asdict(trained.model.shape),
         "items": items,
         "features": list(FEATURES),
-        "codebook_hash": tags["codebook_hash"],
-        "table_versions": json.loads(tags["table_versions"]),
+        "codebook_hash": codebook_hash,
+        "table_versions": dict(table_versions),
     }
     (folder / "manifest.json").write_text(json.dumps(manifest) + "\n")

@@ -24,6 +24,7 @@ from jobs.__main__ import (
     Settings,
     WarehouseDir,
     codebook,
+    current_codebook,
     notice,
     opened,
     resolved,
@@ -120,17 +121,16 @@ def promote(
     config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None,
 ) -> None:  # fmt: skip
     """Move the champion to a version whose verdict passed, and write the release."""
-    from jobs.models.champion import current_champion
     from jobs.warehouse.reports import report
     from pipelines.promote import promote as move
 
     with opened(resolved(config, settings, warehouse, json_file=json_file)) as work:
-        current_champion(work.registry, notice, whole=False)
+        current_codebook(work.registry, verify_files=False)
         model = codebook(work.registry, version)
-        verdict = report(work.warehouse.root, model.version)
+        verdict = report(work.warehouse.root, model.number)
         if verdict is None:
             raise ConfigError(
-                f"codebook version {model.version} has no quality report; expected one. Run `sid evaluate --codebook {model.version}`"
+                f"codebook version {model.number} has no quality report; expected one. Run `sid evaluate --codebook {model.number}`"
             )
         tell(
             move(work.warehouse, work.registry, model, verdict, again=version_number(version) is not None),
@@ -174,7 +174,7 @@ def backfill(
 ) -> None:  # fmt: skip
     """Semantic IDs of a codebook version for a list of items, for what changed since a day, or for all; says first what it will do."""
     from jobs import encode
-    from jobs.models.champion import agreed_champion, current_champion
+    from jobs.models.champion import current_champion
     from pipelines.backfill import chosen_items, listed_items, plan
     from pipelines.report import write_json
 
@@ -184,9 +184,9 @@ def backfill(
     listed, day = listed_items(items) if items else None, parse_date(since) if since else None
     with opened(settled, run_date, write=not dry_run) as work:
         if dry_run:
-            agreed_champion(work.registry)
+            current_champion(work.registry)
         else:
-            current_champion(work.registry, notice)
+            current_codebook(work.registry)
         model = codebook(work.registry, name)
         chosen = chosen_items(work.warehouse, listed, day)
         planned = plan(work.warehouse, model, chosen)

@@ -17,7 +17,7 @@ from pyspark.sql import functions as F
 
 from jobs.config import ConfigError
 from jobs.files.sources import as_ids, begins_as_parquet, filesystem_of, is_id_type, open_source, read_row_group
-from jobs.models.registry import ModelVersion
+from jobs.models.versions import CodebookVersion
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
 
@@ -107,12 +107,12 @@ def chosen_items(warehouse: Warehouse, listed: pa.StringArray | None, since: dat
     return None
 
 
-def plan(warehouse: Warehouse, model: ModelVersion, chosen: DataFrame | None) -> Plan:
+def plan(warehouse: Warehouse, model: CodebookVersion, chosen: DataFrame | None) -> Plan:
     """What encoding `chosen` (None: every item) under `model` comes to."""
     embeddings = warehouse.read(ITEM_EMBEDDINGS).select("item_id", "content_hash")
     rows = embeddings if chosen is None else chosen.join(embeddings, "item_id", how="left")
     if warehouse.exists(SEMANTIC_IDS):
-        own = warehouse.read(SEMANTIC_IDS).where(F.col("codebook_version") == model.version)
+        own = warehouse.read(SEMANTIC_IDS).where(F.col("codebook_version") == model.number)
         has_id = own.select("item_id", "content_hash", F.lit(True).alias("has_id"))
         rows = rows.join(has_id, ["item_id", "content_hash"], how="left")
     else:
@@ -124,8 +124,8 @@ def plan(warehouse: Warehouse, model: ModelVersion, chosen: DataFrame | None) ->
     unknown = counts["chosen"] - counts["known"]
     some = rows.where("content_hash IS NULL").orderBy("item_id").limit(NAMED).collect() if unknown else []
     return Plan(
-        codebook_version=model.version,
-        codebook_hash=model.tags["codebook_hash"],
+        codebook_version=model.number,
+        codebook_hash=model.hash,
         chosen=counts["chosen"],
         with_id=counts["with_id"],
         to_encode=counts["known"] - counts["with_id"],

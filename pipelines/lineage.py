@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from pyspark.sql import Row
 from pyspark.sql import functions as F
 from rich.table import Table as Grid
 
-from jobs.models.champion import agreed_champion
-from jobs.models.registry import (
-    CANDIDATE,
-    CHAMPION,
-    CODEBOOK_MODEL,
-    CTR_MODEL,
-    ROLLED_BACK_TAG,
-    Registry,
-    RegistryMismatch,
-)
+from jobs.models.champion import current_champion
+from jobs.models.registry import CANDIDATE, CHAMPION, CTR_MODEL, Registry
+from jobs.models.versions import RegistryMismatch
 from jobs.warehouse.delta_rs import count_and_version
 from jobs.warehouse.delta_spark import Warehouse
-from jobs.warehouse.releases import Release, current_release
+from jobs.warehouse.releases import Release, current_release, releases, rolled_back
 from jobs.warehouse.reports import report
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, TABLES
 from pipelines.report import page
@@ -29,9 +23,9 @@ from pipelines.report import page
 def status_facts(root: str, registry: Registry) -> dict[str, Any]:
     """The state of the warehouse at `root` as flat keys; without Spark, which takes longer to start than all of it."""
     release = current_release(root)
-    candidate = registry.resolve(CODEBOOK_MODEL, CANDIDATE)
-    ctr = registry.resolve(CTR_MODEL, CANDIDATE)
-    newest = report(root, candidate.version) if candidate else None
+    candidate = registry.codebooks.alias(CANDIDATE)
+    left = rolled_back(releases(root)).get(candidate) if candidate else None
+    newest = report(root, candidate) if candidate else None
     facts: dict[str, Any] = {
         "release": release.release_id if release else None,
         "release_status": release.status if release else None,
@@ -39,11 +33,11 @@ def status_facts(root: str, registry: Registry) -> dict[str, Any]:
         "champion_version": release.codebook_version if release else None,
         "codebook_hash": release.codebook_hash if release else None,
         "registry": _registry_problem(registry, release),
-        "candidate_version": candidate.version if candidate else None,
-        "candidate_rolled_back": candidate.tags.get(ROLLED_BACK_TAG) if candidate else None,
+        "candidate_version": candidate,
+        "candidate_rolled_back": f"from release {left}" if left else None,
         "verdict": None if newest is None else ("passed" if newest.passed else "failed"),
         "reasons": [] if newest is None else list(newest.reasons),
-        "ctr_version": ctr.version if ctr else None,
+        "ctr_version": registry.ctr_models.alias(CANDIDATE),
     }
     for table in TABLES:
         rows, version = count_and_version(root, table) or (None, None)
@@ -54,13 +48,13 @@ def status_facts(root: str, registry: Registry) -> dict[str, Any]:
 def _registry_problem(registry: Registry, release: Release | None) -> str | None:
     """What the registry says otherwise than the releases; None where they agree."""
     try:
-        agreed_champion(registry)
+        current_champion(registry)
     except RegistryMismatch as error:
         return str(error)
-    alias = registry.resolve(CODEBOOK_MODEL, CHAMPION)
-    if release is None or (alias is not None and alias.version == release.codebook_version):
+    alias = registry.codebooks.alias(CHAMPION)
+    if release is None or alias == release.codebook_version:
         return None
-    names = f"names version {alias.version}" if alias else "is missing"
+    names = f"names version {alias}" if alias else "is missing"
     return f"alias {CHAMPION} {names}; the next command that writes puts it back to version {release.codebook_version}"
 
 
@@ -128,9 +122,10 @@ def print_item(warehouse: Warehouse, registry: Registry, item_id: str) -> bool:
     release = current_release(warehouse.root)
     if warehouse.exists(SEMANTIC_IDS):
         ids = warehouse.read(SEMANTIC_IDS)
+        codebooks = registry.codebooks.versions()
         for row in ids.where(F.col("item_id") == item_id).orderBy(F.desc("codebook_version")).collect():
             known = True
-            model = registry.version(CODEBOOK_MODEL, row["codebook_version"])
+            model = codebooks.get(row["codebook_version"])
             mark = " (current release)" if release and release.codebook_version == row["codebook_version"] else ""
             grid.add_row(
                 "semantic ID",
@@ -154,16 +149,16 @@ def print_item(warehouse: Warehouse, registry: Registry, item_id: str) -> bool:
                     "", f"shares its codes with {', '.join(others[:5])}{' and more' if len(others) > 5 else ''}"
                 )
             if model is not None:
-                start = f", started from {model.tags['started_from'][:12]}" if model.tags.get("started_from") else ""
+                start = f", started from {model.started_from[:12]}" if model.started_from else ""
                 grid.add_row(
                     "codebook",
-                    f"fitted {model.tags['run_date']} on {model.tags['table_versions']}{start}; MLflow run {model.run_id}",
+                    f"fitted {model.run_date} on {json.dumps(dict(model.table_versions))}{start}; MLflow run {model.run_id}",
                 )
-    ctr = registry.resolve(CTR_MODEL, CANDIDATE)
+    ctr = registry.ctr_models.with_alias(CANDIDATE)
     if known and ctr is not None:
         grid.add_row(
             "CTR model",
-            f"{CTR_MODEL} version {ctr.version} on codebook {ctr.tags.get('codebook_hash', '')[:12]}; MLflow run {ctr.run_id}",
+            f"{CTR_MODEL} version {ctr.number} on codebook {ctr.codebook_hash[:12]}; MLflow run {ctr.run_id}",
         )
     if known:
         console.print(f"item {item_id}")

@@ -21,14 +21,15 @@ from jobs import encode, evaluate, fit, load, train
 from jobs.config import Config
 from jobs.ctr.log import Log
 from jobs.encode import EncodeResult
+from jobs.evaluate import EvaluateResult
 from jobs.fit import FitResult
 from jobs.load import LoadResult
-from jobs.models.champion import current_champion
-from jobs.models.registry import ModelVersion, Registry
+from jobs.models.champion import restore_champion
+from jobs.models.registry import Registry
+from jobs.models.versions import CodebookVersion
 from jobs.train import TrainResult
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.releases import ROLLED_BACK, Release, current_release, releases, versions_to_judge
-from jobs.warehouse.reports import EvaluateResult
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
 from pipelines.promote import GateFailed, promote
 from tokenizer import Iteration
@@ -76,7 +77,9 @@ def run(
         with _timed(night, reporter, "interactions", config.train.interactions):
             night.log = train.check_interactions(config, warehouse)
         reporter.done("interactions", night.log.account())
-    champion = current_champion(registry, lambda text: reporter.done("champion", text))
+    champion, repaired = restore_champion(registry)
+    if repaired:
+        reporter.done("champion", repaired)
     with _timed(night, reporter, "load", config.load.source):
         night.loaded = load.run(config, warehouse, night.run_date)
     reporter.done("load", _load_facts(night.loaded))
@@ -97,7 +100,7 @@ def run(
             )
         reporter.done(
             "fit",
-            f"codebook version {night.fitted.model.version}, hash {night.fitted.codebook_hash[:12]}"
+            f"codebook version {night.fitted.model.number}, hash {night.fitted.codebook_hash[:12]}"
             + _idle(night.fitted),
         )
         model = night.fitted.model
@@ -123,39 +126,41 @@ def run(
         reporter.done("train", night.trained.summary() + _idle(night.trained))
 
 
-def refit_reason(config: Config, warehouse: Warehouse, champion: ModelVersion | None, night: Night) -> str | None:
+def refit_reason(config: Config, warehouse: Warehouse, champion: CodebookVersion | None, night: Night) -> str | None:
     """Why tonight needs a new codebook; None if the champion will do."""
     if champion is None:
         return "there is no champion yet"
-    wanted = f"{config.fit.levels}x{config.fit.components}x"
-    if not champion.tags["shape"].startswith(wanted):
-        return f"the champion is {champion.tags['shape']}, the settings ask for {config.fit.levels}x{config.fit.components}"
-    if fit.method_of(champion) != config.fit.method:
-        return f"the champion was fitted by {fit.method_of(champion)}, the settings ask for {config.fit.method}"
+    if (champion.levels, champion.components) != (config.fit.levels, config.fit.components):
+        return (
+            f"the champion is {champion.levels}x{champion.components}x{champion.dim}, the settings ask for "
+            f"{config.fit.levels}x{config.fit.components}"
+        )
+    if champion.method != config.fit.method:
+        return f"the champion was fitted by {champion.method}, the settings ask for {config.fit.method}"
     # Who rolled back has as long as a codebook lasts to find out why, before a refit from the same data comes.
     since = max(
         [
-            date.fromisoformat(champion.tags["run_date"]),
+            champion.run_date,
             *(release.at.date() for release in releases(warehouse.root) if release.status == ROLLED_BACK),
         ]
     )
     due = since + timedelta(days=config.nightly.refit_every_days)
     if night.run_date >= due:
-        return f"the champion of {champion.tags['run_date']} was due for a refit on {due}"
+        return f"the champion of {champion.run_date} was due for a refit on {due}"
     drop = likelihood_drop(warehouse, champion, night.run_date)
     if drop is not None and drop > config.nightly.max_likelihood_drop:
         return f"the likelihood of tonight's new items is {drop:.2f} standard deviations below the others'"
     return None
 
 
-def likelihood_drop(warehouse: Warehouse, champion: ModelVersion, run_date: date) -> float | None:
+def likelihood_drop(warehouse: Warehouse, champion: CodebookVersion, run_date: date) -> float | None:
     """How far the mean log-likelihood of the items that came tonight lies below the others', in the others' standard deviations.
 
     An item whose vector changed is not new, and one that holds earlier codes has their likelihood, not that of its best ones:
     neither counts. None where one of the two groups has under 30 rows: a mean of few items says nothing about drift.
     """
     first = warehouse.read(ITEM_EMBEDDINGS).select("item_id", "content_hash", F.col("first_seen") == F.col("run_date"))
-    ids = warehouse.read(SEMANTIC_IDS).where(F.col("codebook_version") == champion.version).where("NOT held")
+    ids = warehouse.read(SEMANTIC_IDS).where(F.col("codebook_version") == champion.number).where("NOT held")
     rows = ids.join(first.toDF("item_id", "content_hash", "unchanged"), ["item_id", "content_hash"], how="inner")
     tonight = F.col("run_date") == F.lit(run_date)
     new = tonight & F.col("unchanged")
@@ -173,22 +178,22 @@ def likelihood_drop(warehouse: Warehouse, champion: ModelVersion, run_date: date
 
 
 def _release(
-    config: Config, warehouse: Warehouse, registry: Registry, model: ModelVersion, champion: ModelVersion | None, night: Night,
+    config: Config, warehouse: Warehouse, registry: Registry, model: CodebookVersion, champion: CodebookVersion | None, night: Night,
     pictures: Path, reporter: Reporter,
 ) -> None:  # fmt: skip
     """Judge the IDs of `model` and, if they pass, make them what readers follow."""
     night.gate_message = None
     current = current_release(warehouse.root)
     before_refit = model is champion and night.refit_because is not None
-    if before_refit and current and versions_to_judge(warehouse, model.version) == current.table_versions:
+    if before_refit and current and versions_to_judge(warehouse, model.number) == current.table_versions:
         night.release = replace(current, nothing_to_do=True)
         return
-    with _timed(night, reporter, "evaluate", f"codebook version {model.version}"):
+    with _timed(night, reporter, "evaluate", f"codebook version {model.number}"):
         night.evaluated = evaluate.run(config, warehouse, registry, model, champion, night.run_date, pictures)
     verdict = "passed" if night.evaluated.passed else "failed"
     reporter.done("evaluate", f"RMSE {night.evaluated.metrics['rmse']:.5f}, gate {verdict}" + _idle(night.evaluated))
     try:
-        with _timed(night, reporter, "promote", f"codebook version {model.version}"):
+        with _timed(night, reporter, "promote", f"codebook version {model.number}"):
             night.release = promote(warehouse, registry, model, night.evaluated)
     except GateFailed as refusal:
         night.gate_message = str(refusal)
@@ -196,16 +201,16 @@ def _release(
             reporter.done("promote", f"nothing released before the refit: {refusal}")
         return
     reporter.done(
-        "promote", f"champion is version {model.version}, release {night.release.release_id}" + _idle(night.release)
+        "promote", f"champion is version {model.number}, release {night.release.release_id}" + _idle(night.release)
     )
 
 
 def _encode(
-    config: Config, warehouse: Warehouse, registry: Registry, model: ModelVersion, night: Night, reporter: Reporter
+    config: Config, warehouse: Warehouse, registry: Registry, model: CodebookVersion, night: Night, reporter: Reporter
 ) -> EncodeResult:
-    with _timed(night, reporter, "encode", f"codebook version {model.version}"):
+    with _timed(night, reporter, "encode", f"codebook version {model.number}"):
         result = encode.run(config, warehouse, registry, model, night.run_date)
-    reporter.done("encode", f"{result.encoded:,} items encoded with codebook version {model.version}" + _idle(result))
+    reporter.done("encode", f"{result.encoded:,} items encoded with codebook version {model.number}" + _idle(result))
     return result
 
 

@@ -17,18 +17,19 @@ from pyspark.sql import functions as F
 from jobs.files.row_groups import missing
 from jobs.models.champion import check_rows
 from jobs.models.codebooks import codebook_files
-from jobs.models.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL, ROLLED_BACK_TAG, ModelVersion, Registry
+from jobs.models.registry import CANDIDATE, CHAMPION, Registry
+from jobs.models.versions import CodebookVersion
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.releases import (
     PROMOTED,
     ROLLED_BACK,
     Release,
-    current_release,
     releases,
+    rolled_back,
     versions_to_judge,
     write_release,
 )
-from jobs.warehouse.reports import EvaluateResult
+from jobs.warehouse.reports import QualityReport
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Table
 
 
@@ -59,7 +60,7 @@ class Rollback:
 
 
 def promote(
-    warehouse: Warehouse, registry: Registry, model: ModelVersion, verdict: EvaluateResult, *, again: bool = False
+    warehouse: Warehouse, registry: Registry, model: CodebookVersion, verdict: QualityReport, *, again: bool = False
 ) -> Release:
     """Make `model` the champion and release the tables it was judged on. Call with the writer lock held.
 
@@ -70,31 +71,33 @@ def promote(
         PromotionConflict: the champion is not the one the verdict compared with, or a table has changed since.
         RegistryMismatch, CodebookError: its IDs are another codebook's, or its files are gone or damaged.
     """
-    if ROLLED_BACK_TAG in model.tags and not again:
+    every = releases(warehouse.root)
+    left_release = rolled_back(every).get(model.number)
+    if left_release is not None and not again:
         raise GateFailed(
-            f"codebook version {model.version} was rolled back ({model.tags[ROLLED_BACK_TAG]}), expected another one. The champion "
-            f"stays; new items or settings give a new fit, `sid promote {model.version}` takes this one all the same"
+            f"codebook version {model.number} was rolled back (from release {left_release}), expected another one. The champion "
+            f"stays; new items or settings give a new fit, `sid promote {model.number}` takes this one all the same"
         )
     if not verdict.passed:
         raise GateFailed(
-            f"codebook version {model.version} did not pass the gate: {'; '.join(verdict.reasons)}. The champion stays; "
+            f"codebook version {model.number} did not pass the gate: {'; '.join(verdict.reasons)}. The champion stays; "
             "change the data or the fit, or the limits under gate.* if they are wrong for your catalogue"
         )
-    present = versions_to_judge(warehouse, model.version)
+    present = versions_to_judge(warehouse, model.number)
     if dict(verdict.table_versions) != present:
         raise PromotionConflict(
             f"the verdict is about table versions {dict(verdict.table_versions)}, the tables are at {present}; "
             "expected no change in between. Run `sid evaluate` again"
         )
-    current = current_release(warehouse.root)
+    current = every[0] if every else None
     champion = current.codebook_version if current else None
     if (
         current
-        and (champion, current.codebook_hash) == (model.version, model.tags["codebook_hash"])
+        and (champion, current.codebook_hash) == (model.number, model.hash)
         and dict(current.table_versions) == present
     ):
         return replace(current, nothing_to_do=True)
-    if champion not in (None, model.version, verdict.judged_against):
+    if champion not in (None, model.number, verdict.judged_against):
         raise PromotionConflict(
             f"the champion is version {champion}, the verdict compared with {verdict.judged_against or 'no champion'}; expected the same. "
             "Run `sid evaluate` again"
@@ -102,10 +105,9 @@ def promote(
     # Nothing moves to a codebook that cannot be used.
     check_rows(warehouse.root, model)
     codebook_files(registry, model)
-    registry.set_tag(model, ROLLED_BACK_TAG, None)
     # Killed between these two writes, the next command puts the alias back, and the next night promotes again.
-    registry.set_alias(CODEBOOK_MODEL, CHAMPION, model.version)
-    return write_release(warehouse, current, model, present, PROMOTED)
+    registry.codebooks.set_alias(CHAMPION, model.number)
+    return write_release(warehouse, current, model.number, model.hash, present, PROMOTED)
 
 
 def rollback(warehouse: Warehouse, registry: Registry, to: int | None = None) -> Rollback:
@@ -118,35 +120,32 @@ def rollback(warehouse: Warehouse, registry: Registry, to: int | None = None) ->
         NoWayBack: there is no such release, or its tables are gone, or the registry has not its codebook.
         RegistryMismatch, CodebookError: the codebook's files are gone or damaged.
     """
-    current, target = _way_back(registry, releases(warehouse.root), to)
+    current, target = _way_back(releases(warehouse.root), to)
     model = _intact(warehouse, registry, target)
-    ctr = registry.find(CTR_MODEL, "codebook_hash", target.codebook_hash)
+    ctr = registry.ctr_models.newest(lambda version: version.codebook_hash == target.codebook_hash)
     left = None
     if target is not current:
         # Killed between these writes, the same command finds the release as it was and does them again.
         if current.codebook_version != target.codebook_version:
             left = current.codebook_version
-            if (left_model := registry.version(CODEBOOK_MODEL, left)) is not None:
-                registry.set_tag(left_model, ROLLED_BACK_TAG, f"from release {current.release_id}")
-        registry.set_tag(model, ROLLED_BACK_TAG, None)
-        registry.set_alias(CODEBOOK_MODEL, CHAMPION, model.version)
+        registry.codebooks.set_alias(CHAMPION, model.number)
         if ctr is not None:
-            registry.set_alias(CTR_MODEL, CANDIDATE, ctr.version)
-        current = write_release(warehouse, current, model, target.table_versions, ROLLED_BACK)
+            registry.ctr_models.set_alias(CANDIDATE, ctr.number)
+        current = write_release(warehouse, current, model.number, model.hash, target.table_versions, ROLLED_BACK)
     items = warehouse.read(ITEM_EMBEDDINGS).count()
     return Rollback(
         release_id=current.release_id,
-        codebook_version=model.version,
+        codebook_version=model.number,
         codebook_hash=target.codebook_hash,
         table_versions=target.table_versions,
         left_version=left,
-        ctr_version=ctr.version if ctr else None,
+        ctr_version=ctr.number if ctr else None,
         items_without_id=items - _released_ids(warehouse, target).count(),
         nothing_to_do=target is current,
     )
 
 
-def _way_back(registry: Registry, every: Sequence[Release], to: int | None) -> tuple[Release, Release]:
+def _way_back(every: Sequence[Release], to: int | None) -> tuple[Release, Release]:
     """The current release and the one to go back to; twice the current one where that has been done."""
     if not every:
         raise NoWayBack("this warehouse has no release; expected one to go back from. Run `sid nightly` first")
@@ -154,10 +153,9 @@ def _way_back(registry: Registry, every: Sequence[Release], to: int | None) -> t
     if to is None:
         if current.status == ROLLED_BACK:
             return current, current
+        excluded = {current.codebook_version, *rolled_back(every)}
         for release in every:
-            model = registry.version(CODEBOOK_MODEL, release.codebook_version)
-            left = model is not None and ROLLED_BACK_TAG in model.tags
-            if release.codebook_version != current.codebook_version and not left:
+            if release.codebook_version not in excluded:
                 return current, release
         raise NoWayBack(
             f"no release before release {current.release_id} has another codebook than version {current.codebook_version} that was "
@@ -170,18 +168,18 @@ def _way_back(registry: Registry, every: Sequence[Release], to: int | None) -> t
     return current, current if same else target
 
 
-def _intact(warehouse: Warehouse, registry: Registry, release: Release) -> ModelVersion:
+def _intact(warehouse: Warehouse, registry: Registry, release: Release) -> CodebookVersion:
     """The codebook of a release, after a look at what the release pins."""
     version, wanted = release.codebook_version, release.codebook_hash
     again = (
         f"Encode and release anew instead: `sid backfill --codebook {version} --all`, `sid evaluate --codebook {version}`, "
         f"`sid promote {version}`"
     )
-    model = registry.version(CODEBOOK_MODEL, version)
-    if model is None or model.tags["codebook_hash"] != wanted:
+    model = registry.codebooks.version(version)
+    if model is None or model.hash != wanted:
         raise NoWayBack(
             f"release {release.release_id} is of codebook version {version} with hash {wanted[:12]}, the registry has "
-            f"{model.tags['codebook_hash'][:12] if model else 'no such version'}; expected the same. If the registry was lost, run `sid register`; "
+            f"{model.hash[:12] if model else 'no such version'}; expected the same. If the registry was lost, run `sid register`; "
             "else name another release with --to"
         )
     codebook_files(registry, model)

@@ -5,33 +5,25 @@ Codebooks, releases and IDs stand in the warehouse, so nothing is fitted or enco
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jobs.config import Config
-from jobs.models.champion import OTHER_REGISTRY, own_versions, restore_marks
+from jobs.models.champion import OTHER_REGISTRY, own_versions
 from jobs.models.codebooks import (
     FOLDER,
     Files,
     load_files,
-    noted_versions,
+    read_codebook,
     register_codebook,
-    stored_files,
     stored_hashes,
+    stored_tags,
+    tags_of_manifest,
 )
-from jobs.models.registry import (
-    CANDIDATE,
-    CHAMPION,
-    CODEBOOK_MODEL,
-    LOST_TAG,
-    Registry,
-    RegistryMismatch,
-    register_lost,
-)
+from jobs.models.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, Registry, register_lost
+from jobs.models.versions import LOST_TAG, RegistryMismatch
 from jobs.warehouse.delta_rs import HASH_DIGITS, hashes_by_codebook_version
 from jobs.warehouse.releases import Release, current_release, releases
 from tokenizer.codebook import MANIFEST
@@ -58,12 +50,9 @@ def register(config: Config, registry: Registry, tell: Callable[[str], None]) ->
     root, present = registry.root, own_versions(registry)
     hashes, noted = _known_versions(root)
     for number, codebook_hash in hashes.items():
-        if (
-            number in present
-            and present[number].tags.get("codebook_hash", "")[:HASH_DIGITS] != codebook_hash[:HASH_DIGITS]
-        ):
+        if number in present and present[number].codebook_hash[:HASH_DIGITS] != codebook_hash[:HASH_DIGITS]:
             raise RegistryMismatch(
-                f"version {number} in the registry has hash {present[number].tags.get('codebook_hash', '')[:12] or 'none'}, the warehouse's "
+                f"version {number} in the registry has hash {present[number].codebook_hash[:12] or 'none'}, the warehouse's "
                 f"codebook version {number} has {codebook_hash[:12]}; expected the same. {OTHER_REGISTRY}"
             )
     # MLflow gives the next number, and never one again.
@@ -79,17 +68,17 @@ def register(config: Config, registry: Registry, tell: Callable[[str], None]) ->
         with registry.run("register", config, tags), tempfile.TemporaryDirectory() as scratch:
             content = files[number]
             if content is None:
-                model = register_lost(registry, CODEBOOK_MODEL, tags)
+                registered = register_lost(registry, CODEBOOK_MODEL, tags).number
             else:
                 folder = Path(scratch) / "codebook"
                 folder.mkdir()
                 for name, data in content.items():
                     (folder / name).write_bytes(data)
-                model = register_codebook(registry, folder, tags)
-        if model.version != number:
-            registry.client.delete_model_version(model.name, str(model.version))
+                registered = register_codebook(registry, folder, tags).number
+        if registered != number:
+            registry.client.delete_model_version(registry.codebooks.name, str(registered))
             raise RegistryMismatch(
-                f"the registry gave number {model.version} to codebook version {number}; expected {number}. Versions that were deleted keep "
+                f"the registry gave number {registered} to codebook version {number}; expected {number}. Versions that were deleted keep "
                 "their numbers: give this warehouse an empty registry (mlflow.catalogue=NAME on a server) and run `sid register` again"
             )
         tell(
@@ -98,7 +87,6 @@ def register(config: Config, registry: Registry, tell: Callable[[str], None]) ->
             else f"version {number}: its codebook is gone from the warehouse; its number is taken by an empty version tagged {LOST_TAG}"
         )
     champion, candidate, moved = _aliases(registry, release, tell)
-    restore_marks(registry, tell)
     return Registration(
         registered=tuple(number for number in numbers if files[number] is not None),
         lost=tuple(number for number in numbers if files[number] is None),
@@ -113,7 +101,7 @@ def _known_versions(root: str) -> tuple[dict[int, str], dict[tuple[int, str], Ma
 
     What rows carry counts before what a release says, and that before what is written beside a codebook.
     """
-    stored, noted = stored_hashes(root), noted_versions(root)
+    stored, noted = stored_hashes(root), stored_tags(root)
     known = {
         **{number: tags["codebook_hash"] for number, tags in noted},
         **{release.codebook_version: release.codebook_hash for release in reversed(releases(root))},
@@ -125,7 +113,7 @@ def _known_versions(root: str) -> tuple[dict[int, str], dict[tuple[int, str], Ma
 
 
 def _usable(root: str, codebook_hash: str) -> Files | None:
-    files = stored_files(root, codebook_hash) if codebook_hash else None
+    files = read_codebook(root, codebook_hash) if codebook_hash else None
     if files is not None:
         load_files(files, codebook_hash)
     return files
@@ -145,36 +133,23 @@ def _tags(
 ) -> dict[str, str]:
     """As it was registered; from its manifest where that was not written down."""
     if files is None:
-        return {"codebook_hash": codebook_hash, "shape": "", "run_date": "", "table_versions": "{}"}
+        return {"codebook_hash": codebook_hash}
     if noted is not None:
         return dict(noted)
-    manifest: dict[str, Any] = json.loads(files[MANIFEST])
-    start = manifest.get("started_from") or ""
-    start_version = next((number for number, found in hashes.items() if found == start), "")
-    return {
-        "codebook_hash": codebook_hash,
-        "shape": f"{manifest['levels']}x{manifest['components']}x{manifest['dim']}",
-        "method": manifest.get("fit", {}).get("method", "annealed"),
-        "started_from": start,
-        "started_from_version": str(start_version),
-        "table_versions": json.dumps(manifest.get("table_versions", {}), sort_keys=True),
-        "run_date": manifest.get("run_date", ""),
-    }
+    return tags_of_manifest(files[MANIFEST], codebook_hash, hashes)
 
 
 def _aliases(
     registry: Registry, release: Release | None, tell: Callable[[str], None]
 ) -> tuple[int | None, int | None, bool]:
     """Champion as the release says; candidate the newest version, where there is none."""
-    found = {alias: registry.resolve(CODEBOOK_MODEL, alias) for alias in (CHAMPION, CANDIDATE)}
-    now = {alias: model.version if model else None for alias, model in found.items()}
-    whole = [number for number, model in registry.versions(CODEBOOK_MODEL).items() if LOST_TAG not in model.tags]
+    now = {alias: registry.codebooks.alias(alias) for alias in (CHAMPION, CANDIDATE)}
     wanted = {
         CHAMPION: release.codebook_version if release else now[CHAMPION],
-        CANDIDATE: now[CANDIDATE] or max(whole, default=None),
+        CANDIDATE: now[CANDIDATE] or max(registry.codebooks.versions(), default=None),
     }
     for alias, number in wanted.items():
         if number is not None and number != now[alias]:
-            registry.set_alias(CODEBOOK_MODEL, alias, number)
+            registry.codebooks.set_alias(alias, number)
             tell(f"alias {alias} set to version {number}")
     return wanted[CHAMPION], wanted[CANDIDATE], wanted != now

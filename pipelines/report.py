@@ -91,9 +91,7 @@ def facts(night: Night, warehouse: str, pictures: Path, seconds: float) -> dict[
         "churn": metrics.get("churn"),
         "verdict": None if night.evaluated is None else ("passed" if night.evaluated.passed else "failed"),
         "champion_version": night.release.codebook_version if night.release else None,
-        "codebook_hash": night.release.codebook_hash
-        if night.release
-        else (model.tags["codebook_hash"] if model else None),
+        "codebook_hash": night.release.codebook_hash if night.release else (model.hash if model else None),
         "interactions_in": log.rows_in if log else None,
         "interactions_used": log.rows_used if log else None,
         "interactions_dropped": dict(log.dropped) if log else None,

@@ -5,18 +5,42 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 from contextlib import closing
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from deltalake import write_deltalake
 
-from jobs.models.registry import Registry, open_registry
+from jobs.models.registry import CODEBOOK_MODEL, Registry, open_registry, register_lost
+from jobs.models.versions import LOST_TAG, CodebookVersion, RegisteredVersion, codebook_tags
 from jobs.read_config import load_config
 
 
 def silent(_: str) -> None: ...
+
+
+def tags(codebook_hash: str, **others: Any) -> dict[str, str]:
+    """The tags of a codebook version with this hash."""
+    values: dict[str, Any] = {
+        "levels": 2, "components": 4, "dim": 6, "method": "annealed", "fit_key": "", "started_from": None,
+        "started_from_version": None, "table_versions": {}, "run_date": date(2026, 1, 1),
+    }  # fmt: skip
+    return codebook_tags(codebook_hash=codebook_hash, **{**values, **others})
+
+
+def version(codebook_hash: str, number: int = 1, **others: Any) -> CodebookVersion:
+    """A codebook version with this hash, in no registry."""
+    return CodebookVersion.of(RegisteredVersion("m", number, "", tags(codebook_hash, **others)))
+
+
+def add(registry: Registry, codebook_hash: str) -> RegisteredVersion:
+    """Register a codebook version without files."""
+    with registry.run("fit", load_config(), {}):
+        version = register_lost(registry, CODEBOOK_MODEL, tags(codebook_hash))
+    registry.client.delete_model_version_tag(version.name, str(version.number), LOST_TAG)
+    return version
 
 
 @cache

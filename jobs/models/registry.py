@@ -1,26 +1,24 @@
-"""The MLflow side of a run: where it is tracked, which model versions exist, which one an alias names.
-
-An alias is resolved once per command, to a version; everything after that names the version.
-"""
+"""The MLflow registry of a warehouse: its two registered models with their versions and aliases, and the runs of the stages."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from configparser import ConfigParser
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from jobs.config import Config
 from jobs.errors import WarehouseError
 from jobs.files.sources import filesystem_of, read_file, write_file
 from jobs.identity import OURS
 from jobs.models.mlflow_store import open_store
+from jobs.models.versions import LOST_TAG, WAREHOUSE_TAG, CodebookVersion, CtrVersion, RegisteredVersion
 from jobs.redaction import redact_config
 
 if TYPE_CHECKING:
@@ -31,24 +29,60 @@ CTR_MODEL = "dmqn-ctr"
 PACKAGES = Path(__file__).parents[2]
 CARRIED = {CODEBOOK_MODEL: "tokenizer", CTR_MODEL: "jobs/ctr/padded_dmqn.py"}  # our code that a model travels with
 CANDIDATE, CHAMPION = "candidate", "champion"
-ROLLED_BACK_TAG = "rolled_back"  # on a codebook version that a rollback left: from which release
-WAREHOUSE_TAG = "warehouse_id"  # on every version: the warehouse that registered it
-LOST_TAG = "lost"  # on a version that only keeps its number: what it was made of is gone
 IDENTITY = "warehouse.json"
 
-
-class RegistryMismatch(RuntimeError):
-    """The registry, the releases, the codebooks and the rows of a warehouse do not speak of the same codebook."""
+Version = TypeVar("Version")
 
 
 @dataclass(frozen=True)
-class ModelVersion:
-    """One registered version and the facts it was registered with."""
+class RegisteredModel(Generic[Version]):
+    """One registered model and its versions. An alias is resolved once per command; later steps use the version."""
 
+    client: MlflowClient
     name: str
-    version: int
-    run_id: str
-    tags: Mapping[str, str]
+    of: Callable[[RegisteredVersion], Version]  # gives a version its type
+
+    def registered(self) -> dict[int, RegisteredVersion]:
+        """Every version by number, also those that only reserve their number."""
+        versions = map(_registered, self.client.search_model_versions(f"name = '{self.name}'"))
+        return {version.number: version for version in sorted(versions, key=lambda version: version.number)}
+
+    def versions(self) -> dict[int, Version]:
+        """Every version by number, except those whose files are gone."""
+        return {number: self.of(version) for number, version in self.registered().items() if not version.lost}
+
+    def version(self, number: int) -> Version | None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return self.of(_registered(self.client.get_model_version(self.name, str(number))))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+    def newest(self, where: Callable[[Version], bool]) -> Version | None:
+        """The newest of the versions that satisfy `where`."""
+        return next((version for version in reversed(list(self.versions().values())) if where(version)), None)
+
+    def alias(self, alias: str) -> int | None:
+        """Number of the version that `alias` names, or None."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return int(self.client.get_model_version_by_alias(self.name, alias).version)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    def with_alias(self, alias: str) -> Version | None:
+        """The version that `alias` names, or None."""
+        number = self.alias(alias)
+        return None if number is None else self.version(number)
+
+    def set_alias(self, alias: str, number: int) -> None:
+        self.client.set_registered_model_alias(self.name, alias, str(number))
 
 
 @dataclass(frozen=True)
@@ -59,62 +93,28 @@ class Registry:
     experiment_id: str
     tracking_uri: str
     root: str
-    shared: bool  # a store that other warehouses may use too, unlike the default one beside the tables
-    catalogue: str = ""  # what sets the registered names of this warehouse apart on a shared store
+    shared: bool  # other warehouses may use the store too; false for the default store beside the tables
+    catalogue: str = ""  # suffix of the registered names of this warehouse on a shared store
+
+    @property
+    def codebooks(self) -> RegisteredModel[CodebookVersion]:
+        return RegisteredModel(self.client, self.name(CODEBOOK_MODEL), CodebookVersion.of)
+
+    @property
+    def ctr_models(self) -> RegisteredModel[CtrVersion]:
+        return RegisteredModel(self.client, self.name(CTR_MODEL), CtrVersion.of)
 
     def name(self, model: str) -> str:
         """The registered name of CODEBOOK_MODEL or CTR_MODEL."""
         return f"{model}-{self.catalogue}" if self.shared and self.catalogue else model
 
-    def resolve(self, name: str, alias: str) -> ModelVersion | None:
-        """The version that `alias` names now, or None."""
-        from mlflow.exceptions import MlflowException
-
-        try:
-            found = self.client.get_model_version_by_alias(self.name(name), alias)
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                return None
-            raise
-        return _model_version(found)
-
-    def version(self, name: str, number: int) -> ModelVersion | None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            return _model_version(self.client.get_model_version(self.name(name), str(number)))
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
-
-    def find(self, name: str, tag: str, value: str) -> ModelVersion | None:
-        """The newest version registered with this tag: 'has this work been done already?'"""
-        found = [model for model in self.versions(name).values() if model.tags.get(tag) == value]
-        return max(found, key=lambda model: model.version, default=None)
-
-    def versions(self, name: str) -> dict[int, ModelVersion]:
-        """Every version by its number."""
-        found = self.client.search_model_versions(f"name = '{self.name(name)}'")
-        return {model.version: model for model in sorted(map(_model_version, found), key=lambda model: model.version)}
-
-    def set_alias(self, name: str, alias: str, version: int) -> None:
-        self.client.set_registered_model_alias(self.name(name), alias, str(version))
-
-    def set_tag(self, model: ModelVersion, tag: str, value: str | None) -> None:
-        """On a registered version; None removes it."""
-        if value is not None:
-            self.client.set_model_version_tag(model.name, str(model.version), tag, value)
-        elif tag in model.tags:
-            self.client.delete_model_version_tag(model.name, str(model.version), tag)
-
-    def download(self, model: ModelVersion, folder: Path) -> Path:
+    def download(self, model: CodebookVersion, folder: Path) -> Path:
         """The artefacts of a version as a local folder."""
         import mlflow
 
         return Path(
             mlflow.artifacts.download_artifacts(
-                artifact_uri=f"models:/{model.name}/{model.version}",
+                artifact_uri=f"models:/{model.name}/{model.number}",
                 dst_path=str(folder),
                 tracking_uri=self.tracking_uri,
             )
@@ -138,48 +138,49 @@ def open_registry(config: Config, root: str, *, create: bool = True) -> Registry
     return Registry(store.client, store.experiment_id, store.uri, root, store.shared, config.mlflow.catalogue)
 
 
-def register(registry: Registry, name: str, code: Path, artefacts: Path, tags: Mapping[str, str]) -> ModelVersion:
+def register(registry: Registry, model: str, code: Path, artefacts: Path, tags: Mapping[str, str]) -> RegisteredVersion:
     """Log `artefacts` with the pyfunc in the file `code` (models from code, no pickle) and register a version with `tags`.
 
-    Call inside `Registry.run`. The tags, and that of the warehouse, go in with the version: it is never seen without them.
+    Call inside `Registry.run`. The version is created with its tags and that of the warehouse in one request.
     """
     import mlflow
 
-    carried, name = str(PACKAGES / CARRIED[name]), registry.name(name)
+    name = registry.name(model)
     info = mlflow.pyfunc.log_model(
         name=name,
         python_model=str(code),
         artifacts={"artefact": str(artefacts)},
-        code_paths=[carried],
+        code_paths=[str(PACKAGES / CARRIED[model])],
         pip_requirements=requirements(),
     )
     return _create(registry, name, info.model_uri, info.run_id, info.model_id, tags)
 
 
-def register_lost(registry: Registry, name: str, tags: Mapping[str, str]) -> ModelVersion:
-    """A version that has nothing but its number and `tags`. Call inside `Registry.run`."""
+def register_lost(registry: Registry, model: str, tags: Mapping[str, str]) -> RegisteredVersion:
+    """Register a version that only reserves its number. Call inside `Registry.run`."""
     import mlflow
 
     run = mlflow.active_run()
     source, lost = f"{run.info.artifact_uri}/lost", {LOST_TAG: "its files are gone"}
-    return _create(registry, registry.name(name), source, run.info.run_id, None, {**tags, **lost})
+    return _create(registry, registry.name(model), source, run.info.run_id, None, {**tags, **lost})
 
 
 def _create(
     registry: Registry, name: str, source: str, run_id: str, model_id: str | None, tags: Mapping[str, str]
-) -> ModelVersion:
+) -> RegisteredVersion:
     client, own = registry.client, {WAREHOUSE_TAG: warehouse_id(registry.root)}
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     created = client.create_model_version(name, source, run_id=run_id, model_id=model_id, tags={**tags, **own})
-    return _model_version(created)
+    return _registered(created)
 
 
 def requirements() -> list[str]:
     """What loading a model needs beside the code that it carries, at the installed versions. Our own distribution is not
     on the package index, where anybody could register its name."""
     return [
-        f"{name}=={version(name).partition('+')[0]}" for name in ("mlflow", "numpy", "pandas", "safetensors", "torch")
+        f"{name}=={installed_version(name).partition('+')[0]}"
+        for name in ("mlflow", "numpy", "pandas", "safetensors", "torch")
     ]
 
 
@@ -212,13 +213,8 @@ def known_warehouse_id(root: str) -> str | None:
         ) from error
 
 
-def pinned(versions: Mapping[str, int]) -> str:
-    """Table versions as a tag."""
-    return json.dumps(dict(versions), sort_keys=True)
-
-
-def _model_version(found: Any) -> ModelVersion:
-    return ModelVersion(found.name, int(found.version), found.run_id or "", dict(found.tags))
+def _registered(version: Any) -> RegisteredVersion:
+    return RegisteredVersion(version.name, int(version.version), version.run_id or "", dict(version.tags))
 
 
 def _git_commit() -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 
-from jobs.models.registry import ModelVersion
 from jobs.warehouse.delta_rs import data_files, read_rows
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS
@@ -40,14 +39,14 @@ def current_release(root: str) -> Release | None:
     return next(iter(releases(root)), None)
 
 
-def rolled_back(every: Sequence[Release]) -> dict[int, str]:
-    """The codebook versions that a rollback left and that were not released since, each with what the tag says of it."""
-    left: dict[int, str] = {}
+def rolled_back(every: Sequence[Release]) -> dict[int, int]:
+    """Codebook versions that were rolled back and not released since, each with the release that was rolled back."""
+    versions: dict[int, int] = {}
     for before, release in pairwise(sorted(every, key=lambda release: release.release_id)):
         if release.status == ROLLED_BACK and release.codebook_version != before.codebook_version:
-            left[before.codebook_version] = f"from release {before.release_id}"
-        left.pop(release.codebook_version, None)
-    return left
+            versions[before.codebook_version] = before.release_id
+        versions.pop(release.codebook_version, None)
+    return versions
 
 
 def versions_to_judge(warehouse: Warehouse, codebook_version: int) -> dict[str, int]:
@@ -68,13 +67,18 @@ def versions_to_judge(warehouse: Warehouse, codebook_version: int) -> dict[str, 
 
 
 def write_release(
-    warehouse: Warehouse, current: Release | None, model: ModelVersion, table_versions: Mapping[str, int], status: str
+    warehouse: Warehouse,
+    current: Release | None,
+    codebook_version: int,
+    codebook_hash: str,
+    table_versions: Mapping[str, int],
+    status: str,
 ) -> Release:
     """Append the release that readers follow from now on."""
     release = Release(
         release_id=current.release_id + 1 if current else 1,
-        codebook_version=model.version,
-        codebook_hash=model.tags["codebook_hash"],
+        codebook_version=codebook_version,
+        codebook_hash=codebook_hash,
         table_versions=table_versions,
         previous=current.release_id if current else None,
         status=status,

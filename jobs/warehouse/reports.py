@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from jobs.warehouse.delta_rs import read_rows
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS
@@ -21,7 +20,9 @@ class UncertainItem:
 
 
 @dataclass(frozen=True)
-class EvaluateResult:
+class QualityReport:
+    """A row of `quality_reports`: the metrics of a codebook version and the verdict of the gate."""
+
     codebook_version: int
     run_id: str
     passed: bool
@@ -29,13 +30,10 @@ class EvaluateResult:
     metrics: Mapping[str, float]
     least_certain: tuple[UncertainItem, ...]
     table_versions: Mapping[str, int]
-    judged_against: int | None
-    pictures: tuple[Path, ...] = ()
-    seconds: float = 0.0
-    nothing_to_do: bool = False
+    judged_against: int | None  # version of the champion that it was compared with
 
 
-def report(root: str, codebook_version: int, run_id: str | None = None) -> EvaluateResult | None:
+def report(root: str, codebook_version: int, run_id: str | None = None) -> QualityReport | None:
     """A stored report of a codebook version: the named one, or the newest."""
     rows = [row for row in read_rows(root, QUALITY_REPORTS) if row["codebook_version"] == codebook_version]
     found = max(
@@ -45,7 +43,7 @@ def report(root: str, codebook_version: int, run_id: str | None = None) -> Evalu
     )
     if found is None:
         return None
-    return EvaluateResult(
+    return QualityReport(
         codebook_version, found["run_id"], found["passed"], tuple(found["reasons"]), found["metrics"],
         tuple(UncertainItem(**item) for item in found["least_certain"]), found["table_versions"], found["judged_against"],
     )  # fmt: skip

@@ -13,6 +13,7 @@ import torch
 from data import topics
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ledger import version
 from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
@@ -20,7 +21,6 @@ from jobs.config import EncodeConfig
 from jobs.embeddings.packed import pack
 from jobs.encode import ENCODED, ROWS_A_TASK, _published, _tasks, encode_group
 from jobs.files.row_groups import RowGroup, row_groups
-from jobs.models.registry import ModelVersion
 from tokenizer import RQGMM, fit_rqgmm, text_of
 
 ITEMS, HOLD = 90, 1.1
@@ -145,7 +145,7 @@ def test_suffixes_follow_day_and_id_and_begin_after_the_taken_ones(spark: SparkS
     if taken:
         own = spark.createDataFrame([([1, 2], 0), ([1, 2], 4), ([1, 20], 7)], "codes ARRAY<INT>, suffix INT")
         rows.append(row("k", 9, kept=4))
-    model = ModelVersion("m", 1, "", {"codebook_hash": "x"})
+    model = version("x")
     found = _published(spark.createDataFrame(rows, from_arrow_schema(ENCODED)), own, model, date(2026, 1, 3)).collect()
     ids = {row["item_id"]: row["semantic_id"] for row in found}
     assert ids == (

@@ -14,7 +14,7 @@ from pyspark.sql import DataFrame, SparkSession
 from jobs import encode, fit, load
 from jobs.config import ConfigError
 from jobs.errors import SchemaError
-from jobs.models.registry import ModelVersion
+from jobs.models.versions import CodebookVersion
 from pipelines.backfill import chosen_items, listed_items, plan
 
 DAY, NEXT = date(2026, 1, 1), date(2026, 1, 2)
@@ -29,11 +29,11 @@ def stocked(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> Ho
 
 
 @pytest.fixture(scope="module")
-def model(stocked: House) -> ModelVersion:
+def model(stocked: House) -> CodebookVersion:
     return fit.run(stocked.config, stocked.warehouse, stocked.registry, NEXT, stocked.root / "pictures").model
 
 
-def test_a_list_of_items_then_the_rest_then_nothing(stocked: House, model: ModelVersion) -> None:
+def test_a_list_of_items_then_the_rest_then_nothing(stocked: House, model: CodebookVersion) -> None:
     house = stocked
 
     def encoded(chosen: DataFrame | None) -> int:
@@ -45,21 +45,21 @@ def test_a_list_of_items_then_the_rest_then_nothing(stocked: House, model: Model
     assert (planned.chosen, planned.with_id, planned.to_encode, planned.unknown) == (11, 0, 10, 1)
     assert planned.unknown_items == ("never loaded",)
     assert encoded(chosen) == 10
-    some = house.ids(model.version)
+    some = house.ids(model.number)
     assert set(some) == set(wanted)
     assert plan(house.warehouse, model, chosen).with_id == 10
 
     planned = plan(house.warehouse, model, None)
     assert (planned.chosen, planned.with_id, planned.to_encode, planned.unknown) == (ITEMS, 10, ITEMS - 10, 0)
     assert encoded(None) == ITEMS - 10
-    ids = house.ids(model.version)
+    ids = house.ids(model.number)
     assert len({row["semantic_id"] for row in ids.values()}) == len(ids) == ITEMS
     assert {item: ids[item] for item in some} == some  # what was published first did not move
     assert plan(house.warehouse, model, None).to_encode == 0
     assert encoded(chosen) == 0
 
 
-def test_since_a_day_takes_what_is_new_or_changed(stocked: House, model: ModelVersion) -> None:
+def test_since_a_day_takes_what_is_new_or_changed(stocked: House, model: CodebookVersion) -> None:
     for day, count in ((DAY, ITEMS), (NEXT, 0)):
         assert plan(stocked.warehouse, model, chosen_items(stocked.warehouse, None, day)).chosen == count
 

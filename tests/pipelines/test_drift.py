@@ -6,14 +6,14 @@ from datetime import date
 from typing import Any
 
 import pytest
+from ledger import version
 
-from jobs.models.registry import ModelVersion
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
 from pipelines.nightly import likelihood_drop
 
 BEFORE, TONIGHT = date(2026, 1, 1), date(2026, 1, 2)
-MODEL = ModelVersion("m", 1, "", {})
+MODEL = version("x")
 
 
 def write(warehouse: Warehouse, rows: list[dict[str, Any]]) -> None:

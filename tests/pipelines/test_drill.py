@@ -13,7 +13,8 @@ from house import DIM, ITEMS, House
 from mlflow import MlflowClient
 from pyspark.sql import SparkSession
 
-from jobs.models.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, RegistryMismatch, open_registry
+from jobs.models.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, open_registry
+from jobs.models.versions import RegistryMismatch
 from jobs.warehouse.releases import Release, current_release, releases
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, TABLES
 from pipelines.lineage import status_facts
@@ -45,11 +46,11 @@ def tables(house: House) -> dict[str, int]:
 
 def refused(house: House, kind: type[Exception], said: str) -> None:
     """The night stops with this sentence and has written nothing."""
-    before, codebooks = tables(house), list(house.registry.versions(CODEBOOK_MODEL))
+    before, codebooks = tables(house), list(house.registry.codebooks.registered())
     with pytest.raises(kind, match=said):
         house.night(NEXT, ALONE)
     assert tables(house) == before
-    assert list(house.registry.versions(CODEBOOK_MODEL)) == codebooks
+    assert list(house.registry.codebooks.registered()) == codebooks
 
 
 def test_an_alias_that_is_gone_is_put_back_and_nothing_is_fitted(drill: House) -> None:
@@ -60,9 +61,9 @@ def test_an_alias_that_is_gone_is_put_back_and_nothing_is_fitted(drill: House) -
     night = drill.night(NEXT, ALONE)
     assert night.nothing_to_do
     assert night.refit_because is None
-    alias = drill.registry.resolve(CODEBOOK_MODEL, CHAMPION)
+    alias = drill.registry.codebooks.alias(CHAMPION)
     assert alias is not None
-    assert alias.version == 1
+    assert alias == 1
     assert status_facts(drill.warehouse.root, drill.registry)["registry"] is None
 
 
@@ -108,7 +109,7 @@ def failed(drill: House) -> Night:
 def test_a_failing_candidate_withholds_no_new_item(drill: House, failed: Night) -> None:
     assert failed.gate_message is not None
     assert failed.fitted is not None
-    assert failed.fitted.model.version == 2
+    assert failed.fitted.model.number == 2
     assert failed.trained is None
     release = released(drill)
     assert failed.release == release
@@ -185,10 +186,10 @@ def test_a_rollback_onto_a_codebook_that_cannot_be_read_moves_nothing(drill: Hou
     tensors.write_bytes(b"no tensors")
     with pytest.raises(CodebookError, match="cannot be used"):
         rollback(drill.warehouse, drill.registry)
-    alias = drill.registry.resolve(CODEBOOK_MODEL, CHAMPION)
+    alias = drill.registry.codebooks.alias(CHAMPION)
     assert alias is not None
-    assert alias.version == 3
+    assert alias == 3
     assert released(drill) == current
     tensors.write_bytes(content)
     assert rollback(drill.warehouse, drill.registry).codebook_version == 1
-    assert drill.registry.resolve(CODEBOOK_MODEL, CANDIDATE) is not None
+    assert drill.registry.codebooks.alias(CANDIDATE) is not None

@@ -18,7 +18,7 @@ from house import ITEMS, House, Silent
 
 from jobs.config import ConfigError
 from jobs.errors import SchemaError
-from jobs.models.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, CTR_MODEL
+from jobs.models.registry import CANDIDATE, CHAMPION
 from jobs.warehouse.releases import current_release
 from jobs.warehouse.reports import report
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS
@@ -38,10 +38,10 @@ def test_the_first_night_ends_in_a_release_and_a_model(house: House, first: Nigh
     release = current_release(house.warehouse.root)
     assert release is not None
     assert (release.release_id, release.codebook_version) == (1, 1)
-    champion = house.registry.resolve(CODEBOOK_MODEL, CHAMPION)
+    champion = house.registry.codebooks.with_alias(CHAMPION)
     assert champion is not None
-    assert champion.tags["codebook_hash"] == release.codebook_hash
-    assert house.registry.resolve(CTR_MODEL, CANDIDATE) is not None
+    assert champion.hash == release.codebook_hash
+    assert house.registry.ctr_models.with_alias(CANDIDATE) is not None
     assert first.trained is not None
     assert (first.trained.without_id, first.trained.items) == (5, 405)
     assert 0.005 < first.trained.share_without_id < 0.025
@@ -212,11 +212,11 @@ def test_a_failed_gate_leaves_champion_and_release(house: House, first: Night) -
     assert night.gate_message is not None
     assert "distinct is" in night.gate_message
     assert "The champion stays" in night.gate_message
-    champion = house.registry.resolve(CODEBOOK_MODEL, CHAMPION)
+    champion = house.registry.codebooks.with_alias(CHAMPION)
     release = current_release(house.warehouse.root)
     assert champion is not None
     assert release is not None
-    assert champion.version == release.codebook_version == 1
+    assert champion.number == release.codebook_version == 1
     assert night.trained is None
 
 

@@ -15,8 +15,9 @@ from house import ITEMS, House
 import pipelines.promote
 from jobs import evaluate
 from jobs.files.sources import filesystem_of
-from jobs.models.registry import CHAMPION, CODEBOOK_MODEL, ROLLED_BACK_TAG, ModelVersion
-from jobs.warehouse.releases import ROLLED_BACK, Release, releases
+from jobs.models.registry import CHAMPION
+from jobs.models.versions import CodebookVersion
+from jobs.warehouse.releases import ROLLED_BACK, Release, releases, rolled_back
 from jobs.warehouse.reports import report
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, TABLES, Table
 from pipelines.nightly import Night
@@ -40,16 +41,16 @@ def old(before: list[Release]) -> Release:
     return next(release for release in before if release.codebook_version != before[0].codebook_version)
 
 
-def codebook(house: House, version: int) -> ModelVersion:
-    model = house.registry.version(CODEBOOK_MODEL, version)
+def codebook(house: House, version: int) -> CodebookVersion:
+    model = house.registry.codebooks.version(version)
     assert model is not None
     return model
 
 
 def champion(house: House) -> int:
-    model = house.registry.resolve(CODEBOOK_MODEL, CHAMPION)
-    assert model is not None
-    return model.version
+    number = house.registry.codebooks.alias(CHAMPION)
+    assert number is not None
+    return number
 
 
 def versions(house: House) -> dict[str, int]:
@@ -112,10 +113,10 @@ def test_no_night_promotes_what_was_rolled_back(
     house: House, before: list[Release], old: Release, done: Rollback
 ) -> None:
     left = codebook(house, before[0].codebook_version)
-    verdict = report(house.warehouse.root, left.version)
+    verdict = report(house.warehouse.root, left.number)
     assert verdict is not None
     assert verdict.passed
-    with pytest.raises(GateFailed, match=f"version {left.version} was rolled back"):
+    with pytest.raises(GateFailed, match=f"version {left.number} was rolled back"):
         promote(house.warehouse, house.registry, left, verdict)
     night = house.night(date(2026, 3, 2), "train.interactions=")  # due by the champion's age, not by the rollback's
     assert night.refit_because is None
@@ -133,9 +134,9 @@ def test_a_person_can_promote_it_all_the_same(house: House, before: list[Release
     left, rival = (codebook(house, release.codebook_version) for release in (before[0], done))
     day, pictures = date(2026, 3, 2), house.root / "pictures"
     verdict = evaluate.run(house.config, house.warehouse, house.registry, left, rival, day, pictures)
-    assert promote(house.warehouse, house.registry, left, verdict, again=True).codebook_version == left.version
-    assert champion(house) == left.version
-    assert ROLLED_BACK_TAG not in codebook(house, left.version).tags
+    assert promote(house.warehouse, house.registry, left, verdict, again=True).codebook_version == left.number
+    assert champion(house) == left.number
+    assert left.number not in rolled_back(releases(house.warehouse.root))
 
 
 def test_there_and_back_by_number(house: House, before: list[Release], done: Rollback) -> None:
@@ -144,8 +145,9 @@ def test_there_and_back_by_number(house: House, before: list[Release], done: Rol
     back = rollback(house.warehouse, house.registry, there.release_id)
     assert (back.codebook_version, back.left_version) == (there.codebook_version, done.codebook_version)
     assert champion(house) == there.codebook_version
-    assert ROLLED_BACK_TAG not in codebook(house, there.codebook_version).tags  # the next night may release it
-    assert ROLLED_BACK_TAG in codebook(house, done.codebook_version).tags
+    excluded = rolled_back(releases(house.warehouse.root))
+    assert there.codebook_version not in excluded  # the next night may release it
+    assert done.codebook_version in excluded
 
 
 @pytest.mark.parametrize("table", [ITEM_EMBEDDINGS, SEMANTIC_IDS], ids=lambda table: table.name)

@@ -12,10 +12,12 @@ import pytest
 import torch
 from data import topics
 from ledger import opened, release, silent, write_ids
+from ledger import tags as codebook_tags
 
 from jobs.models.champion import current_champion
 from jobs.models.codebooks import register_codebook
-from jobs.models.registry import CANDIDATE, CHAMPION, CODEBOOK_MODEL, LOST_TAG, Registry, RegistryMismatch
+from jobs.models.registry import CANDIDATE, CHAMPION, Registry
+from jobs.models.versions import LOST_TAG, RegistryMismatch
 from jobs.read_config import load_config
 from jobs.warehouse.releases import PROMOTED, ROLLED_BACK
 from pipelines.register import Registration, register
@@ -27,9 +29,13 @@ X = torch.from_numpy(topics(60, 6))
 def fitted(registry: Registry, folder: Path, seed: int, **tags: str) -> str:
     """A codebook, registered; its hash."""
     rqgmm = fit_rqgmm(X, levels=2, components=4, seed=seed).rqgmm
-    name = save_codebook(folder / "codebook", rqgmm, {"run_date": "2026-01-01", "fit": {"method": "annealed"}})
+    name = save_codebook(
+        folder / "codebook",
+        rqgmm,
+        {"levels": 2, "components": 4, "dim": 6, "run_date": "2026-01-01", "fit": {"method": "annealed"}},
+    )
     with registry.run("fit", load_config(), {}):
-        register_codebook(registry, folder / "codebook", {"codebook_hash": name, "shape": "2x4x6", **tags})
+        register_codebook(registry, folder / "codebook", codebook_tags(name, **tags))
     return name
 
 
@@ -54,30 +60,27 @@ def lost(made: tuple[Path, list[str]], tmp_path: Path) -> tuple[Registry, list[s
 
 
 def tags(registry: Registry, tag: str) -> dict[int, str | None]:
-    return {number: model.tags.get(tag) for number, model in registry.versions(CODEBOOK_MODEL).items()}
+    return {number: model.tags.get(tag) for number, model in registry.codebooks.registered().items()}
 
 
 def test_every_version_comes_back_as_it_was(lost: tuple[Registry, list[str]]) -> None:
     registry, names = lost
     with pytest.raises(RegistryMismatch, match="sid register"):
-        current_champion(registry, silent)
+        current_champion(registry)
     told: list[str] = []
     done = register(load_config(), registry, told.append)
     assert done == Registration((1, 2, 3), (), champion_version=1, candidate_version=3)
     assert tags(registry, "codebook_hash") == dict(enumerate(names, 1))
     assert tags(registry, "fit_key") == {1: "key-0", 2: "key-1", 3: "key-2"}
-    assert tags(registry, "rolled_back") == {1: None, 2: None, 3: "from release 2"}
     assert told[:3] == [f"version {n}: registered from codebooks/{name}" for n, name in enumerate(names, 1)]
-    model = current_champion(registry, silent)
+    model = current_champion(registry)
     assert model is not None
-    assert model.version == 1
+    assert model.number == 1
     for alias, number in ((CHAMPION, 1), (CANDIDATE, 3)):
-        named = registry.resolve(CODEBOOK_MODEL, alias)
-        assert named is not None
-        assert named.version == number
+        assert registry.codebooks.alias(alias) == number
     again = register(load_config(), registry, silent)
     assert again == Registration((), (), champion_version=1, candidate_version=3, nothing_to_do=True)
-    assert list(registry.versions(CODEBOOK_MODEL)) == [1, 2, 3]
+    assert list(registry.codebooks.registered()) == [1, 2, 3]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         loaded = mlflow.pyfunc.load_model("models:/semantic-id-codebook@champion")
@@ -101,7 +104,14 @@ def test_without_what_was_written_down_the_manifest_says_it(lost: tuple[Registry
         noted.unlink()
     assert register(load_config(), registry, silent).registered == (1, 2, 3)
     assert tags(registry, "codebook_hash") == dict(enumerate(names, 1))
-    for tag, value in {"shape": "2x4x6", "run_date": "2026-01-01", "method": "annealed", "started_from": ""}.items():
+    for tag, value in {
+        "levels": "2",
+        "components": "4",
+        "dim": "6",
+        "run_date": "2026-01-01",
+        "method": "annealed",
+        "started_from": "",
+    }.items():
         assert set(tags(registry, tag).values()) == {value}
 
 
@@ -116,7 +126,7 @@ def test_without_the_champion_s_codebook_nothing_is_registered(lost: tuple[Regis
     kind, said = (CodebookError, "cannot be used") if how == "damaged" else (RegistryMismatch, "nothing was registered")
     with pytest.raises(kind, match=said):
         register(load_config(), registry, silent)
-    assert registry.versions(CODEBOOK_MODEL) == {}
+    assert registry.codebooks.registered() == {}
 
 
 def test_a_number_that_another_codebook_has_is_a_sentence(lost: tuple[Registry, list[str]], tmp_path: Path) -> None:
@@ -125,13 +135,13 @@ def test_a_number_that_another_codebook_has_is_a_sentence(lost: tuple[Registry, 
     said = f"version 1 in the registry has hash {other[:12]}, the warehouse's codebook version 1 has {names[0][:12]}"
     with pytest.raises(RegistryMismatch, match=said):
         register(load_config(), registry, silent)
-    assert list(registry.versions(CODEBOOK_MODEL)) == [1]
+    assert list(registry.codebooks.registered()) == [1]
 
 
 def test_a_registry_that_deleted_versions_gives_no_number_twice(lost: tuple[Registry, list[str]]) -> None:
     registry, _ = lost
     register(load_config(), registry, silent)
-    registry.client.delete_model_version(CODEBOOK_MODEL, "3")
+    registry.client.delete_model_version(registry.codebooks.name, "3")
     with pytest.raises(RegistryMismatch, match="the registry gave number 4 to codebook version 3; expected 3"):
         register(load_config(), registry, silent)
-    assert list(registry.versions(CODEBOOK_MODEL)) == [1, 2]
+    assert list(registry.codebooks.registered()) == [1, 2]

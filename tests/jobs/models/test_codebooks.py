@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from data import topics
-from ledger import opened
+from ledger import opened, tags, version
 
 from jobs.errors import SchemaError
 from jobs.models.codebooks import (
     check_recipe,
     codebook_files,
-    keep,
     load_files,
-    note_version,
-    noted_versions,
-    stored_files,
+    read_codebook,
+    store_codebook,
+    store_tags,
+    stored_tags,
 )
-from jobs.models.registry import CODEBOOK_MODEL, ModelVersion, Registry, RegistryMismatch, register
+from jobs.models.registry import CODEBOOK_MODEL, Registry, register
+from jobs.models.versions import CodebookVersion, RegistryMismatch
 from jobs.read_config import load_config
 from tokenizer import CodebookError, fit_rqgmm, save_codebook
 
@@ -37,10 +38,6 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, save_codebook(folder, rqgmm, {"fusion": RECIPE})
 
 
-def model(codebook_hash: str, version: int = 1, **tags: str) -> ModelVersion:
-    return ModelVersion("m", version, "", {"codebook_hash": codebook_hash, **tags})
-
-
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -51,8 +48,8 @@ def flip(path: Path) -> None:
 def test_a_kept_codebook_is_read_as_it_was(tmp_path: Path, fitted: tuple[Path, str], as_uri: bool) -> None:
     folder, name = fitted
     root = tmp_path.as_uri() if as_uri else str(tmp_path)
-    keep(root, folder, name)
-    files = stored_files(root, name)
+    store_codebook(root, folder, name)
+    files = read_codebook(root, name)
     assert files is not None
     assert files == {file.name: file.read_bytes() for file in folder.iterdir()}
     assert load_files(files, name).hash == name
@@ -62,43 +59,43 @@ def test_a_kept_codebook_is_read_as_it_was(tmp_path: Path, fitted: tuple[Path, s
 def test_without_its_manifest_a_folder_does_not_count(tmp_path: Path, fitted: tuple[Path, str]) -> None:
     """As a kill between the two files leaves it."""
     folder, name = fitted
-    keep(str(tmp_path), folder, name)
+    store_codebook(str(tmp_path), folder, name)
     (tmp_path / "codebooks" / name / "manifest.json").unlink()
-    assert stored_files(str(tmp_path), name) is None
-    keep(str(tmp_path), folder, name)
-    assert stored_files(str(tmp_path), name) is not None
+    assert read_codebook(str(tmp_path), name) is None
+    store_codebook(str(tmp_path), folder, name)
+    assert read_codebook(str(tmp_path), name) is not None
 
 
 @pytest.mark.parametrize("file", ["codebook.safetensors", "manifest.json"])
 def test_a_damaged_codebook_is_a_sentence(tmp_path: Path, fitted: tuple[Path, str], file: str) -> None:
     folder, name = fitted
-    keep(str(tmp_path), folder, name)
+    store_codebook(str(tmp_path), folder, name)
     flip(tmp_path / "codebooks" / name / "codebook.safetensors")
     if file == "manifest.json":
         (tmp_path / "codebooks" / name / file).write_text("{")
-    files = stored_files(str(tmp_path), name)
+    files = read_codebook(str(tmp_path), name)
     assert files is not None
     with pytest.raises(CodebookError, match=f"^codebooks/{name} in the warehouse cannot be used: .*from a backup"):
         load_files(files, name)
-    keep(str(tmp_path), folder, name)  # a fit that ends in the same codebook writes it whole again
-    files = stored_files(str(tmp_path), name)
+    store_codebook(str(tmp_path), folder, name)  # a fit that ends in the same codebook writes it whole again
+    files = read_codebook(str(tmp_path), name)
     assert files is not None
     assert load_files(files, name).hash == name
 
 
 def test_what_a_version_was_registered_with_is_written_down_once(tmp_path: Path, fitted: tuple[Path, str]) -> None:
     folder, name = fitted
-    keep(str(tmp_path), folder, name)
-    note_version(str(tmp_path), model(name, fit_key="k", rolled_back="from release 2", warehouse_id="w"))
-    note_version(str(tmp_path), model(name, version=3, fit_key="other"))
-    note_version(str(tmp_path), model(name, fit_key="later"))
-    assert noted_versions(str(tmp_path)) == [
-        (1, {"codebook_hash": name, "fit_key": "k"}),
-        (3, {"codebook_hash": name, "fit_key": "other"}),
+    store_codebook(str(tmp_path), folder, name)
+    store_tags(str(tmp_path), version(name, fit_key="k"))
+    store_tags(str(tmp_path), version(name, 3, fit_key="other"))
+    store_tags(str(tmp_path), version(name, fit_key="later"))
+    assert stored_tags(str(tmp_path)) == [
+        (1, tags(name, fit_key="k")),
+        (3, tags(name, fit_key="other")),
     ]
     (tmp_path / "codebooks" / name / "versions.json").write_text("{")
     with pytest.raises(CodebookError, match=r"versions\.json in codebooks/.* is damaged"):
-        noted_versions(str(tmp_path))
+        stored_tags(str(tmp_path))
 
 
 @pytest.fixture
@@ -114,24 +111,25 @@ def test_a_warehouse_from_before_gets_its_codebook_from_the_registry(
     folder, name = fitted
     code = Path(check_recipe.__code__.co_filename).with_name("codebook_model.py")
     with registry.run("fit", load_config(), {}):
-        registered = register(registry, CODEBOOK_MODEL, code, folder, {"codebook_hash": name, "shape": "2x4x6"})
+        former = {"codebook_hash": name, "shape": "2x4x6", "run_date": "2026-01-01", "rolled_back": "from release 2"}
+        registered = CodebookVersion.of(register(registry, CODEBOOK_MODEL, code, folder, former))
     assert registered.name == "semantic-id-codebook-shoes"
-    assert stored_files(registry.root, name) is None
+    assert read_codebook(registry.root, name) is None
     assert load_files(codebook_files(registry, registered), name).hash == name
-    assert stored_files(registry.root, name) is not None
-    assert noted_versions(registry.root) == [(1, {"codebook_hash": name, "shape": "2x4x6"})]
-    gone = ModelVersion(registered.name, 9, "", {"codebook_hash": "f" * 64})
+    assert read_codebook(registry.root, name) is not None
+    assert stored_tags(registry.root) == [(1, tags(name))]
+    gone = version("f" * 64, 9)
     with pytest.raises(RegistryMismatch, match="codebook version 9 has its files neither in codebooks/ffff"):
         codebook_files(registry, gone)
 
 
 def test_a_codebook_is_for_the_recipe_it_was_fitted_on() -> None:
     fitted_on = {"fusion": RECIPE}
-    check_recipe(fitted_on, model("a"), json.dumps(RECIPE))
-    check_recipe(fitted_on, model("a"), json.dumps({**RECIPE, "item_id": "id", "dtype": "float16"}))
+    check_recipe(fitted_on, version("a"), json.dumps(RECIPE))
+    check_recipe(fitted_on, version("a"), json.dumps({**RECIPE, "item_id": "id", "dtype": "float16"}))
     for other in ({"dims": {"text": 8}}, {"weights": {"text": 2.0}}, {"normalize": False}, {"dims": {"image": 6}}):
         with pytest.raises(SchemaError, match=r"codebook version 1 \(hash a\) was fitted on vectors of the recipe"):
-            check_recipe(fitted_on, model("a"), json.dumps({**RECIPE, **other}))
+            check_recipe(fitted_on, version("a"), json.dumps({**RECIPE, **other}))
 
 
 def test_a_codebook_is_for_vectors_of_one_order_of_blocks() -> None:
@@ -141,7 +139,7 @@ def test_a_codebook_is_for_vectors_of_one_order_of_blocks() -> None:
         "weights": {"text": 1.0, "image": 1.0},
         "order": ["text", "image"],
     }
-    check_recipe({"fusion": both}, model("a"), json.dumps(both))
-    check_recipe({"fusion": {**both, "order": []}}, model("a"), json.dumps(both))  # made before the order was kept
+    check_recipe({"fusion": both}, version("a"), json.dumps(both))
+    check_recipe({"fusion": {**both, "order": []}}, version("a"), json.dumps(both))  # made before the order was kept
     with pytest.raises(SchemaError, match="was fitted on vectors of the recipe"):
-        check_recipe({"fusion": both}, model("a"), json.dumps({**both, "order": ["image", "text"]}))
+        check_recipe({"fusion": both}, version("a"), json.dumps({**both, "order": ["image", "text"]}))

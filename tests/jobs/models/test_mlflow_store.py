@@ -17,7 +17,8 @@ import pytest
 from jobs.config import ConfigError
 from jobs.errors import WarehouseError
 from jobs.models import mlflow_store
-from jobs.models.registry import ModelVersion, Registry, open_registry, register
+from jobs.models.registry import Registry, open_registry, register
+from jobs.models.versions import RegisteredVersion
 from jobs.read_config import load_config
 
 NAME = "semantic-id-codebook"
@@ -44,7 +45,7 @@ def opened(root: Path, uri: str = "", *, create: bool = True) -> Registry:
     )
 
 
-def registered(registry: Registry, scratch: Path, said: str) -> ModelVersion:
+def registered(registry: Registry, scratch: Path, said: str) -> RegisteredVersion:
     """A champion whose prediction is `said`."""
     folder = scratch / "artefact"
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,7 @@ def registered(registry: Registry, scratch: Path, said: str) -> ModelVersion:
     (scratch / "model.py").write_text(CODE)
     with registry.run("fit", load_config(), {}):
         model = register(registry, NAME, scratch / "model.py", folder, {})
-    registry.set_alias(NAME, "champion", model.version)
+    registry.codebooks.set_alias("champion", model.number)
     return model
 
 
@@ -74,7 +75,7 @@ def test_a_moved_or_copied_warehouse_uses_its_own_folder(
     shutil.copytree(root, copy)
     before = files(root)
     second = registered(opened(copy), tmp_path / "two", "second")
-    assert second.version == 2
+    assert second.number == 2
     assert files(root) == before  # a copy writes nothing into the original
     root.rename(moved)
     (tmp_path / "first").mkdir()
@@ -93,9 +94,9 @@ def test_a_moved_or_copied_warehouse_uses_its_own_folder(
 def test_nothing_is_made_where_nothing_may_be_written(tmp_path: Path) -> None:
     for uri in ("", f"sqlite:///{tmp_path}/other.db"):
         registry = opened(tmp_path, uri, create=False)
-        assert registry.resolve(NAME, "champion") is None
-        assert registry.version(NAME, 1) is None
-        assert registry.find(NAME, "fit_key", "x") is None
+        assert registry.codebooks.alias("champion") is None
+        assert registry.codebooks.version(1) is None
+        assert registry.codebooks.versions() == {}
     assert list(tmp_path.iterdir()) == []
 
 
