@@ -16,6 +16,8 @@ MAY_IMPORT = {
     "benchmarks": {"benchmarks", "jobs", "tokenizer"},
 }
 TOKENIZER_USES = {"torch", "numpy", "safetensors", "faiss", "tokenizer"}
+STAGES = ("load", "fit", "encode", "evaluate", "train")
+ROOMS = ("files", "spark", "warehouse", "embeddings", "models", "ctr")  # each may import those before it
 FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -37,6 +39,35 @@ def test_imports_follow_the_arrows(path: Path) -> None:
     if package == "tokenizer":
         assert imported(path) <= TOKENIZER_USES | set(sys.stdlib_module_names)
         assert "environ" not in path.read_text()
+
+
+def parts_of_jobs(path: Path) -> set[str]:
+    """The modules and folders of `jobs/` that a file imports, by name."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("jobs.")}
+        elif isinstance(node, ast.ImportFrom) and node.module == "jobs":
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jobs."):
+            names.add((node.module or "").split(".")[1])
+    return names
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_stage_imports_another(stage: str) -> None:
+    assert parts_of_jobs(ROOT / "jobs" / f"{stage}.py").isdisjoint({*STAGES, "__main__"} - {stage})
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_import_only_those_below(room: str) -> None:
+    allowed = set(ROOMS[: ROOMS.index(room) + 1])
+    for path in sorted((ROOT / "jobs" / room).rglob("*.py")):
+        assert parts_of_jobs(path) & {*ROOMS, *STAGES, "__main__"} <= allowed, path
+
+
+def test_every_folder_of_jobs_has_its_rank() -> None:
+    assert {path.parent.name for path in (ROOT / "jobs").glob("*/*.py")} == set(ROOMS)
 
 
 def test_one_file_of_the_library_knows_processes_and_one_knows_speed() -> None:
