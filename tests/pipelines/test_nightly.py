@@ -149,7 +149,7 @@ def test_the_models_load_without_spark_and_without_this_project_and_give_the_cod
     code = f"""
 import importlib.util, os, sys
 sys.modules["pyspark"] = None  # as on a machine that does not have it
-sys.path = [folder for folder in sys.path if not os.path.exists(os.path.join(folder, "jobs", "registry.py"))]
+sys.path = [folder for folder in sys.path if not os.path.exists(os.path.join(folder, "jobs", "__main__.py"))]
 sys.meta_path = [finder for finder in sys.meta_path if "ditable" not in repr(finder)]
 assert not any(importlib.util.find_spec(name) for name in ("jobs", "tokenizer", "pipelines"))
 import json, mlflow, pandas as pd
