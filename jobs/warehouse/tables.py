@@ -100,6 +100,8 @@ SEMANTIC_IDS = Table(
         "content_hash": "of the vector that was encoded",
         "held": "whether the item keeps the codes of an earlier codebook that are not the most probable ones",
         "run_date": "day of the run that wrote the row",
+        "alternates": "the soft ID: per level the code and the most probable other codes with weights in 1/255; null in rows that an "
+        "earlier version wrote",
     },
 )  # fmt: skip
 # Nullable, as Delta cannot hold a column inside an array to NOT NULL.

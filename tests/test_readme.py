@@ -1,0 +1,63 @@
+"""The commands of the documents are commands that exist, and the folders' READMEs list their files."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from pipelines.__main__ import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^ +(?:\.venv/bin/)?sid (.+?)(?: {2,}#.*| +# .*)?$", README, re.MULTILINE)
+MAKE = re.findall(r"^ +make (\w+)", README, re.MULTILINE)
+
+
+def parsed(arguments: list[str]) -> dict[str, Any]:
+    """The parameters that a command line gives its command; click raises on what it does not know."""
+    group: Any = typer.main.get_command(app)
+    context = group.make_context("sid", list(arguments))
+    command = group.get_command(context, arguments[0])
+    assert command is not None, f"sid has no command {arguments[0]}"
+    params: dict[str, Any] = command.make_context(arguments[0], arguments[1:], parent=context).params
+    return params
+
+
+def test_the_readme_shows_commands() -> None:
+    assert len(COMMANDS) >= 6
+    assert MAKE
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_each_command_of_the_readme_parses(line: str) -> None:
+    parsed(shlex.split(line.replace("ITEM_ID", "item-1")))
+
+
+def test_an_unknown_flag_would_not_parse() -> None:
+    with pytest.raises(Exception, match="No such option"):
+        parsed(["status", "--no-such-flag"])
+
+
+@pytest.mark.parametrize("target", MAKE)
+def test_each_target_of_the_readme_exists(target: str) -> None:
+    assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("folder", ["jobs", "pipelines", "tests", "tokenizer"])
+def test_the_readme_of_a_folder_lists_each_of_its_files(folder: str) -> None:
+    text = (ROOT / folder / "README.md").read_text()
+    files = [path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
+    assert files
+    assert [path.name for path in files if f"`{path.name}`" not in text] == []
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/concepts.md", "tokenizer/README.md", "infra/README.md"])
+def test_links_lead_to_files(document: str) -> None:
+    path = ROOT / document
+    links = re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", path.read_text())
+    assert [link for link in links if not (path.parent / link).exists()] == []
