@@ -208,6 +208,10 @@ class TrainConfig(Section):
     negatives: Whole = Field(
         4, ge=1, le=1000, description="sampled negatives per positive where the log has positives only"
     )
+    negative_sampling: Literal["uniform", "popularity"] = Field(
+        "uniform",
+        description="how negatives are drawn from the items that are as new to the user and to the log as the positive",
+    )
     interest_codebooks: Whole = Field(4, ge=1, le=1024, description="N of DMQN")
     codewords: Whole = Field(25, ge=1, le=65536, description="W of DMQN; N x W is about 100 in the paper")
     width: Whole = Field(32, ge=4, le=8192, description="D, width of behaviour and cluster vectors")

@@ -154,28 +154,32 @@ RELEASES = Table(
         "at": "time of the release, UTC",
     },
 )  # fmt: skip
+CODES = T.StructType().add("codes", T.ArrayType(INT)).add("weights", T.ArrayType(T.ShortType()))
+BEHAVIOUR = T.StructType([*T.StructType().add("item_id", STRING).add("ts", LONG), *CODES])
+IMPRESSION = T.StructType(
+    [
+        *T.StructType().add("item_id", STRING).add("label", INT).add("ts", LONG).add("known", INT).add("split", STRING),
+        *T.StructType().add("features", T.ArrayType(FLOAT)).add("shown", INT),
+        *CODES,
+    ]
+)
 CTR_EXAMPLES = Table(
     "ctr_examples",
-    ("user_id", "item_id", "ts"),
+    ("user_id", "part"),
     _columns(
-        user_id=STRING,
-        item_id=STRING,
-        label=INT,
-        ts=LONG,
-        history=T.ArrayType(STRING),
-        features=T.ArrayType(FLOAT),
-        split=STRING,
+        user_id=STRING, part=INT, length_bucket=INT, behaviours=T.ArrayType(BEHAVIOUR), impressions=T.ArrayType(IMPRESSION)
     ),
-    partition_by=("split",),
-    description="Training examples of the CTR model.",
+    partition_by=("length_bucket",),
+    description="Training examples of the CTR model, one row per user and part: a user with very many impressions has several. "
+    "The history of an impression is `behaviours[max(0, known - train.history) : known]`.",
     meaning={
         "user_id": "the user",
-        "item_id": "the item that was shown",
-        "label": "1 for a click, else 0",
-        "ts": "time of the impression",
-        "history": "items of the user's earlier behaviours, oldest first",
-        "features": "numeric features as of the impression",
-        "split": "train, validation or test",
+        "part": "counts from 0; each part has the behaviours that its impressions need",
+        "length_bucket": "floor of log2(1 + behaviours + impressions)",
+        "behaviours": "clicks in order of time; `codes` and `weights` (in 1/255) are the alternates of the item's semantic ID, level by "
+        "level, empty without one",
+        "impressions": "what to learn from, in order of time; `known` behaviours happened strictly before, `features` are as of then, "
+        "`shown` counts the item's rows in the training split",
     },
-)
+)  # fmt: skip
 TABLES = (ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, QUALITY_REPORTS, RELEASES, CTR_EXAMPLES)
