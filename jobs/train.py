@@ -5,6 +5,7 @@ The control is the same network of the same size, trained alike; its items carry
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import tempfile
@@ -19,11 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 from safetensors.torch import save_file
 
 from jobs.config import Config, ConfigError
-from jobs.ctr.examples import EXAMPLES_RECIPE, FEATURES, build_examples
+from jobs.ctr.examples import EXAMPLE_SETTINGS, EXAMPLES_RECIPE, FEATURES, build_examples, item_codes
 from jobs.ctr.log import Log, covered, examine, read_rows
 from jobs.ctr.metrics import auc
 from jobs.ctr.padded import Examples, Metrics, Trained, item_tokens, shuffled_codes, train_dmqn
@@ -109,7 +111,9 @@ def check_ids(config: Config, warehouse: Warehouse, log: Log) -> None:
 
 def _examples_key(config: Config, fingerprint: str) -> str:
     """The same for the same examples: recipe, log, settings."""
-    return f"{EXAMPLES_RECIPE}-{fingerprint[:16]}-{config.digest('train')}"
+    settings = {name: value for name, value in config.train.model_dump(mode="json").items() if name in EXAMPLE_SETTINGS}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    return f"{EXAMPLES_RECIPE}-{fingerprint[:16]}-{digest}"
 
 
 def run(
@@ -125,32 +129,33 @@ def run(
     if not log.rows_used:
         return _nothing(log)
     examples_key = _examples_key(config, log.source.fingerprint)
-    train_key = f"{codebook.hash[:16]}-{versions[SEMANTIC_IDS.name]}-{examples_key}"
+    ids_key = f"{codebook.hash[:16]}-{versions[SEMANTIC_IDS.name]}"
+    train_key = f"{ids_key}-{examples_key}-{config.digest('train')}"
     done = registry.ctr_models.newest(lambda version: version.train_key == train_key)
     if done is not None:
-        stored = {**done.result, "version": done.number, "nothing_to_do": True}
-        return TrainResult(**{**stored, "seconds": time.monotonic() - began})
+        stored_result = {**done.result, "version": done.number, "nothing_to_do": True}
+        return TrainResult(**{**stored_result, "seconds": time.monotonic() - began})
 
-    published = (
-        warehouse.read(SEMANTIC_IDS, versions[SEMANTIC_IDS.name])
-        .where(F.col("codebook_version") == codebook.number)
-        .select("item_id", "codes")
+    published = warehouse.read(SEMANTIC_IDS, versions[SEMANTIC_IDS.name]).where(
+        F.col("codebook_version") == codebook.number
     )
     coverage = covered(log, published.select("item_id"), config.train)
-    ids = published.orderBy("item_id").toArrow()
+    ids = published.select("item_id", "codes").orderBy("item_id").toArrow()
     told("building examples")
-    if not log.seen_before:
-        rows = read_rows(log, warehouse.spark)
+    stored = json.loads(warehouse.property(CTR_EXAMPLES, EXAMPLES_OF) or "{}") if log.seen_before else {}
+    if stored.get("ids") != ids_key:
         if warehouse.exists(CTR_EXAMPLES):
             # Killed before the property is set again, the next run must not take these rows for those of the old log.
             warehouse.set_property(CTR_EXAMPLES, EXAMPLES_OF, "")
-        warehouse.replace(CTR_EXAMPLES, build_examples(rows, log, config.train), "")
-        of = {"key": examples_key, "log": log.to_json()}
+        with warehouse.staged(read_rows(log, warehouse.spark), "interactions") as rows:
+            warehouse.replace(CTR_EXAMPLES, build_examples(rows, item_codes(published), log, config.train), "")
+        of = {"key": examples_key, "log": log.to_json(), "ids": ids_key}
         warehouse.set_property(CTR_EXAMPLES, EXAMPLES_OF, json.dumps(of))
     examples_version = warehouse.version(CTR_EXAMPLES)
     # In a fixed order, so that the same examples train the same model however Spark wrote them.
     order = ("user_id", "ts", "item_id", "label")
-    table = warehouse.read(CTR_EXAMPLES, examples_version).orderBy(*order).toArrow()
+    table = one_row_an_impression(warehouse.read(CTR_EXAMPLES, examples_version), config.train.history)
+    table = table.orderBy(*order).toArrow()
     splits, items = as_tensors(table, config.train.history)
     for name in SPLITS:
         clicks, rows_of_split = int(splits[name].label.sum()), len(splits[name])
@@ -220,6 +225,16 @@ def _metrics(result: TrainResult) -> dict[str, float]:
     facts = {**asdict(result), **{f"dropped_{reason}": count for reason, count in result.dropped.items()}}
     left_out = ("version", "seconds", "nothing_to_do")
     return {name: value for name, value in facts.items() if isinstance(value, int | float) and name not in left_out}
+
+
+def one_row_an_impression(users: DataFrame, history: int) -> DataFrame:
+    """Each impression of `ctr_examples` with the items of its history, oldest first."""
+    exploded = users.select(
+        "user_id", F.col("behaviours.item_id").alias("behaviours"), F.explode("impressions").alias("one")
+    )
+    first = F.greatest(F.col("one.known") - history, F.lit(0)) + 1
+    known = F.slice("behaviours", first, F.least(F.col("one.known"), F.lit(history))).alias("history")
+    return exploded.select("user_id", "one.item_id", "one.label", "one.ts", known, "one.features", "one.split")
 
 
 def as_tensors(table: pa.Table, keep: int) -> tuple[dict[str, Examples], list[str]]:

@@ -152,8 +152,13 @@ class Warehouse:
         writer = rows.write.format("delta").mode("overwrite")
         if where:
             writer = writer.option("replaceWhere", where)
+        elif self._columns(table) != table.schema.simpleString():  # an earlier layout, of which no row is left
+            writer = writer.option("overwriteSchema", "true").partitionBy(*table.partition_by)
         writer.save(self.path(table))
         return self.version(table)
+
+    def _columns(self, table: Table) -> str:
+        return self.spark.read.format("delta").load(self.path(table)).schema.simpleString()
 
     def append(self, table: Table, rows: DataFrame) -> int:
         self._to_write(table)

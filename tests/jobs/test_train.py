@@ -20,7 +20,7 @@ from jobs.ctr.log import covered, examine, read_rows
 from jobs.errors import SchemaError
 from jobs.files.sources import open_source
 from jobs.read_config import load_config
-from jobs.train import EXAMPLES_OF, check_interactions
+from jobs.train import EXAMPLES_OF, _examples_key, check_interactions
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import CTR_EXAMPLES
 
@@ -155,11 +155,13 @@ def test_examples_of_another_recipe_or_log_are_not_known(
     log = check_interactions(config, warehouse)
     assert not log.seen_before
     warehouse.create(CTR_EXAMPLES)
-    stamp = f"{log.source.fingerprint[:16]}-{config.digest('train')}"
-    for key, known in ((stamp, False), (f"1-{stamp}", False), (f"2-{stamp}", True)):
-        text = (
-            stamp if key == stamp else json.dumps({"key": key, "log": log.to_json()})
-        )  # leaky ones had the bare stamp
+    key = _examples_key(config, log.source.fingerprint)
+    recipe, stamp = key.split("-", 1)
+    for text, known in (
+        (stamp, False),  # of the first recipe
+        (json.dumps({"key": f"{int(recipe) - 1}-{stamp}", "log": log.to_json()}), False),
+        (json.dumps({"key": key, "log": log.to_json()}), True),
+    ):
         warehouse.set_property(CTR_EXAMPLES, EXAMPLES_OF, text)
         again = check_interactions(config, warehouse)
         assert again.seen_before is known
