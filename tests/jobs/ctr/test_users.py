@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.ctr.users import ranges, starts_of, whole_users
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 6), max_size=8), size=st.integers(1, 7))
 def test_no_user_is_in_two_batches_and_no_row_is_lost(lengths: list[int], size: int) -> None:
     users = [f"u{number}" for number, length in enumerate(lengths) for _ in range(length)]
