@@ -108,7 +108,7 @@ def _one_process(groups: Sequence[RowGroup], rqgmm: RQGMM, out: Path) -> None:
     suffix = np.arange(len(codes)) - np.repeat(begins, np.diff(np.r_[begins, len(codes)]))
     with_suffix = pc.binary_join_element_wise(codes, pa.array(suffix).cast(pa.string()), "-")
     semantic_id = pc.if_else(pa.array(suffix == 0), codes, with_suffix)
-    names = ("item_id", "codes", "confidence", "log_likelihood", "content_hash", "held")
+    names = ("item_id", "codes", "confidence", "log_likelihood", "content_hash", "held", "squared_error")
     columns = {
         **{name: table[name] for name in names},
         "suffix": suffix.astype(np.int32),

@@ -40,6 +40,7 @@ BATCHES_A_RUN = 8  # that a task holds back to sort them together
 GROUPS = "uri STRING, index INT, rows BIGINT"
 PENDING = "ARRAY<STRUCT<item_id STRING, codes ARRAY<INT>, suffix INT, final BOOLEAN>>"
 ALTERNATE = pa.struct([("codes", pa.list_(pa.int32())), ("weights", pa.list_(pa.int16()))])
+ADDED = ("alternates", "squared_error")  # columns that rows of earlier releases of this software lack
 ENCODED = pa.schema(
     [
         ("codebook_version", pa.int32()),
@@ -53,6 +54,7 @@ ENCODED = pa.schema(
         ("log_likelihood", pa.float32()),
         ("held", pa.bool_()),
         ("alternates", pa.list_(ALTERNATE)),
+        ("squared_error", pa.float32()),
     ]
 )
 
@@ -61,6 +63,7 @@ ENCODED = pa.schema(
 class EncodeResult:
     codebook_version: int
     encoded: int  # rows written now
+    completed: int  # rows of an earlier release of this software that got the columns added since
     version: int  # of semantic_ids, after
     embeddings_version: int
     seconds: float = 0.0
@@ -77,7 +80,7 @@ def run(
 ) -> EncodeResult:
     """Bring `semantic_ids` of codebook `model` up to the newest `item_embeddings`, in one commit.
 
-    `chosen` confines it to the items whose `item_id` it has.
+    Rows of an earlier release of this software get the columns added since in a commit before; their IDs stay. `chosen` confines it to the items whose `item_id` it has.
 
     Raises:
         RegistryMismatch: the version has IDs of another codebook, or its files are gone.
@@ -104,7 +107,21 @@ def run(
 
     def result(count: int, version: int) -> EncodeResult:
         seconds = time.monotonic() - began
-        return EncodeResult(model.number, count, version, embeddings_version, seconds, nothing_to_do=not count)
+        idle = not count and not completed
+        return EncodeResult(model.number, count, completed, version, embeddings_version, seconds, nothing_to_do=idle)
+
+    completed = 0
+    if not new_version and chosen is None:
+        lacking = _lacking(embeddings, own).cache()
+        if not lacking.isEmpty():
+            groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
+            columns = encoded(groups, lacking).select(*SEMANTIC_IDS.key, *ADDED)
+            with warehouse.staged(columns, f"complete-{model.number}") as staged:
+                completed = staged.count()
+                warehouse.update(SEMANTIC_IDS, staged, ADDED)
+            published = warehouse.read(SEMANTIC_IDS)
+            own = published.where(F.col("codebook_version") == model.number)
+        lacking.unpersist()
 
     all_new = new_version and parent < 0 and chosen is None
     if all_new:  # no join, one pass from the files to the table
@@ -170,6 +187,18 @@ def _pending(
         )
         .groupBy("file").agg(F.collect_list(F.struct("item_id", "codes", "suffix", "final")).alias("pending"))
     )  # fmt: skip
+
+
+def _lacking(embeddings: DataFrame, own: DataFrame) -> DataFrame:
+    """Items by file, as in `_pending`, whose row of this version has no squared error: to be scored with the codes it has."""
+    incomplete = own.where("squared_error IS NULL").select("item_id", "content_hash", "codes", "suffix")
+    return (
+        embeddings.select("item_id", "content_hash", F.col("_metadata.file_name").alias("file"))
+        .join(incomplete, ["item_id", "content_hash"], how="inner")
+        .withColumn("final", F.lit(True))
+        .groupBy("file")
+        .agg(F.collect_list(F.struct("item_id", "codes", "suffix", "final")).alias("pending"))
+    )
 
 
 def _spread(warehouse: Warehouse, groups: Sequence[RowGroup], pending: DataFrame | None) -> DataFrame:
@@ -249,23 +278,24 @@ def encode_batch(
     best = rqgmm.assign(x, alternates=config.alternates)
     soft = best.alternates
     codes, confidence, log_likelihood = best.codes.numpy(), best.confidence.numpy(), best.log_likelihood.numpy()
-    held = np.zeros(len(x), bool)
+    squared_error = _squared_error(rqgmm, x, codes)
+    kept_previous_codes = np.zeros(len(x), bool)
     kept_suffix = pa.nulls(len(x), pa.int32())
     if incumbents is not None:
         has_codes = incumbents.field("codes").is_valid()
         rows = np.flatnonzero(has_codes)  # of the batch, that have codes now
         former = incumbents.field("codes").flatten().to_numpy().reshape(len(rows), rqgmm.n_levels)  # (m, L)
-        error, least = _squared_error(rqgmm, x[rows], former), _squared_error(rqgmm, x[rows], codes[rows])
-        keep = incumbents.field("final").filter(has_codes).to_numpy(zero_copy_only=False) | (
-            error <= config.hold * least
-        )
+        former_error = _squared_error(rqgmm, x[rows], former)
+        final = incumbents.field("final").filter(has_codes).to_numpy(zero_copy_only=False)
+        keep = final | (former_error <= config.hold * squared_error[rows])
         moved = (former != codes[rows]).any(1)
         chosen = rows[keep & moved]
         if len(chosen):
             scored = rqgmm.assign(x[chosen], torch.tensor(former[keep & moved]), alternates=config.alternates)
             codes[chosen], confidence[chosen] = scored.codes.numpy(), scored.confidence.numpy()
             log_likelihood[chosen] = scored.log_likelihood.numpy()
-            held[chosen] = True
+            squared_error[chosen] = former_error[keep & moved]
+            kept_previous_codes[chosen] = True
             if soft is not None and scored.alternates is not None:
                 soft.codes[chosen], soft.weights[chosen] = scored.alternates.codes, scored.alternates.weights
         same = np.zeros(len(x), bool)
@@ -281,8 +311,9 @@ def encode_batch(
         "kept_suffix": kept_suffix,
         "confidence": confidence,
         "log_likelihood": log_likelihood,
-        "held": held,
+        "held": kept_previous_codes,
         "alternates": pa.nulls(len(x), pa.list_(ALTERNATE)) if soft is None else _as_lists(soft),
+        "squared_error": squared_error,
     }
     return pa.RecordBatch.from_pydict(columns, schema=ENCODED)
 
@@ -299,6 +330,7 @@ def _as_lists(soft: Alternates) -> pa.ListArray:
 
 
 def _squared_error(rqgmm: RQGMM, x: Any, codes: Any) -> Float32:
+    """(n,): squared distance of each row of x (n, D) to the decoded codes (n, L)."""
     import torch
 
     error: Float32 = (x - rqgmm.decode(torch.tensor(codes))).square().sum(1).numpy()
@@ -340,4 +372,5 @@ def _published(encoded: DataFrame, own: DataFrame | None, model: CodebookVersion
         "held",
         F.lit(run_date).cast("date").alias("run_date"),
         "alternates",
+        "squared_error",
     )

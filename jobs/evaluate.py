@@ -6,27 +6,24 @@ Every number is exact over the whole catalogue, except neighbour recall, which i
 from __future__ import annotations
 
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
-from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs.config import Config
 from jobs.embeddings.packed import unpack
 from jobs.errors import SchemaError
 from jobs.fingerprint import fingerprint
 from jobs.models.champion import check_rows
-from jobs.models.codebooks import Files, codebook_files, usable_files, worker_codebook
+from jobs.models.codebooks import load_files, usable_files
 from jobs.models.registry import Registry
 from jobs.models.versions import CodebookVersion
 from jobs.pictures import draw_likelihood, draw_usage
@@ -39,16 +36,6 @@ from tokenizer import RQGMM, Thresholds, check_gate, level_usage, neighbour_reca
 RECIPE = 2  # of the metrics: a report of an earlier one is made anew
 LIKELIHOOD_SAMPLE = 50_000
 LEAST_CERTAIN = 20  # items that a report names
-ERRORS = pa.schema(
-    [
-        ("dim", pa.int32()),
-        ("items", pa.int64()),
-        ("squared_error", pa.float64()),
-        ("common", pa.int64()),
-        ("common_squared_error", pa.float64()),
-        ("champion_squared_error", pa.float64()),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +71,7 @@ def run(
 
     embeddings = warehouse.read(ITEM_EMBEDDINGS, versions[ITEM_EMBEDDINGS.name])
     published = warehouse.read(SEMANTIC_IDS, versions[SEMANTIC_IDS.name])
-    ids = published.where(F.col("codebook_version") == model.number).cache()
+    ids = published.where(F.col("codebook_version") == model.number).drop("alternates").cache()
     missing = embeddings.join(ids, ["item_id", "content_hash"], how="left_anti").count()
     if missing or ids.isEmpty():
         raise SchemaError(
@@ -93,15 +80,12 @@ def run(
         )
     rivals = published.where(F.col("codebook_version") == (rival.number if rival else -1))
     counts = code_counts(ids, model.levels, model.components)
-    files = usable_files(warehouse, registry, model)
-    codebook = worker_codebook(files, model.hash)
-    rival_codebook = (codebook_files(registry, rival), rival.hash) if rival else None
+    rqgmm = load_files(usable_files(warehouse, registry, model), model.hash).rqgmm
     metrics = {
         **_usage_metrics(counts),
-        **_collision_metrics(ids, embeddings),
-        **_id_metrics(ids, rivals),
-        **_error_metrics(warehouse, embeddings, ids, rivals, (files, model.hash), rival_codebook),
-        "neighbour_recall": _sampled_recall(embeddings, ids, codebook, config.evaluate.neighbour_sample),
+        **collision_metrics(ids),
+        **catalogue_metrics(ids, rivals, model.dim),
+        "neighbour_recall": _sampled_recall(embeddings, ids, rqgmm, config.evaluate.neighbour_sample),
     }
     least_certain = tuple(
         UncertainItem(**row.asDict())
@@ -180,113 +164,85 @@ def _usage_metrics(counts: npt.NDArray[np.int64]) -> dict[str, float]:
     }
 
 
-def _collision_metrics(ids: DataFrame, embeddings: DataFrame) -> dict[str, float]:
-    """Distinct code tuples and the largest group that shares one; items with equal vectors, which nothing can separate, apart."""
-    groups = (
-        ids.groupBy("codes")
-        .count()
-        .agg(F.count(F.lit(1)).alias("distinct"), F.max("count").alias("largest"), F.sum("count").alias("items"))
-        .first()
-    )
-    assert groups is not None
-    vectors = embeddings.select(F.countDistinct("content_hash").alias("vectors")).first()
-    assert vectors is not None
+def collision_metrics(ids: DataFrame) -> dict[str, float]:
+    """Distinct code tuples, and how many items share one. No ID can separate items with equal vectors: they are counted too."""
+    groups = ids.groupBy("codes").count()
+    largest = groups.agg(F.count(F.lit(1)).alias("distinct"), F.max("count").alias("largest")).first()
+    total = ids.agg(F.count(F.lit(1)).alias("items"), F.countDistinct("content_hash").alias("vectors")).first()
+    assert largest is not None
+    assert total is not None
     return {
-        "items": float(groups["items"]),
-        "distinct_ids": float(groups["distinct"]),
-        "distinct": groups["distinct"] / groups["items"],
-        "largest_collision": float(groups["largest"]),
-        "largest_collision_share": groups["largest"] / groups["items"],
-        "items_with_a_twin": float(groups["items"] - vectors["vectors"]),
+        "items": float(total["items"]),
+        "distinct_ids": float(largest["distinct"]),
+        "distinct": largest["distinct"] / total["items"],
+        "largest_collision": float(largest["largest"]),
+        "largest_collision_share": largest["largest"] / total["items"],
+        "items_with_a_twin": float(total["items"] - total["vectors"]),
     }
 
 
-def _id_metrics(ids: DataFrame, rivals: DataFrame) -> dict[str, float]:
-    means = ids.agg(
-        F.mean("confidence").alias("mean_confidence"),
-        F.mean("log_likelihood").alias("mean_log_likelihood"),
-        F.stddev_pop("log_likelihood").alias("std_log_likelihood"),
-        F.mean(F.col("held").cast("double")).alias("held"),
-    ).first()
-    assert means is not None
-    metrics = {name: float(value) for name, value in means.asDict().items()}
-    former = rivals.select("item_id", F.col("codes").alias("former"))
-    moved = (
-        ids.join(former, "item_id", how="inner")
-        .agg(F.mean((F.col("codes") != F.col("former")).cast("double")).alias("churn"))
+def catalogue_metrics(ids: DataFrame, champion_ids: DataFrame, dim: int) -> dict[str, float]:
+    """Means over the IDs of a version, and its comparison with the champion's.
+
+    RMSE is over the whole catalogue, `common_rmse` and `champion_rmse` over items that both encoded from the same vector, and
+    churn is the share of the champion's items whose codes differ.
+
+    Raises:
+        SchemaError: rows have no squared error, as an earlier release of this software wrote them.
+    """
+    champion = champion_ids.select(
+        "item_id",
+        F.col("codebook_version").alias("champion_version"),
+        F.col("codes").alias("champion_codes"),
+        F.col("content_hash").alias("champion_hash"),
+        F.col("squared_error").cast("double").alias("champion_error"),
+    )
+    error = F.col("squared_error").cast("double")
+    common = F.col("champion_hash") == F.col("content_hash")
+    row = (
+        ids.join(champion, "item_id", how="left")
+        .agg(
+            F.count(F.lit(1)).alias("items"),
+            F.sum(error).alias("error"),
+            F.count(F.when(common, 1)).alias("common"),
+            F.sum(F.when(common, error)).alias("common_error"),
+            F.sum(F.when(common, F.col("champion_error"))).alias("champion_error"),
+            F.max(F.when(error.isNull(), F.col("codebook_version"))).alias("incomplete"),
+            F.max(F.when(common & F.col("champion_error").isNull(), F.col("champion_version"))).alias(
+                "champion_incomplete"
+            ),
+            F.mean("confidence").alias("mean_confidence"),
+            F.mean("log_likelihood").alias("mean_log_likelihood"),
+            F.stddev_pop("log_likelihood").alias("std_log_likelihood"),
+            F.mean(F.col("held").cast("double")).alias("held"),
+            F.mean((F.col("codes") != F.col("champion_codes")).cast("double")).alias("churn"),
+        )
         .first()
     )
-    assert moved is not None
-    return metrics if moved["churn"] is None else {**metrics, "churn": float(moved["churn"])}
-
-
-def _error_metrics(
-    warehouse: Warehouse, embeddings: DataFrame, ids: DataFrame, rivals: DataFrame,
-    codebook: tuple[Files, str], rival: tuple[Files, str] | None,
-) -> dict[str, float]:  # fmt: skip
-    """RMSE over the catalogue and, where the champion encoded the same vector, of both codebooks over those items."""
-    former = rivals.select("item_id", "content_hash", F.col("codes").alias("former"))
-    rows = (
-        embeddings.select("item_id", "content_hash", "embedding", "dim")
-        .join(ids.select("item_id", "content_hash", "codes"), ["item_id", "content_hash"], how="inner")
-        .join(former, ["item_id", "content_hash"], how="left")
-        .select("embedding", "dim", "codes", "former")
-    )
-    shared = warehouse.spark.sparkContext.broadcast((codebook, rival))
-    total = (
-        rows.mapInArrow(_error_summer(shared), from_arrow_schema(ERRORS))
-        .groupBy()
-        .agg(*(F.sum(c).alias(c) for c in ERRORS.names[1:]), F.max("dim").alias("dim"))
-        .first()
-    )
-    shared.unpersist()
-    assert total is not None
-    metrics = {"rmse": float(np.sqrt(total["squared_error"] / total["items"] / total["dim"]))}
-    if total["common"]:
-        scale = total["common"] * total["dim"]
-        metrics["common_rmse"] = float(np.sqrt(total["common_squared_error"] / scale))
-        metrics["champion_rmse"] = float(np.sqrt(total["champion_squared_error"] / scale))
+    assert row is not None
+    for version in (row["incomplete"], row["champion_incomplete"]):
+        if version is not None:
+            raise SchemaError(
+                f"semantic_ids of codebook version {version} have rows without squared_error, which an earlier release of this "
+                f"software wrote; expected it in every row. Run `sid encode --codebook {version}`, which computes it; no ID changes"
+            )
+    names = ("mean_confidence", "mean_log_likelihood", "std_log_likelihood", "held")
+    metrics = {name: float(row[name]) for name in names}
+    metrics["rmse"] = math.sqrt(row["error"] / (row["items"] * dim))
+    if row["churn"] is not None:
+        metrics["churn"] = float(row["churn"])
+    if row["common"]:
+        metrics["common_rmse"] = math.sqrt(row["common_error"] / (row["common"] * dim))
+        metrics["champion_rmse"] = math.sqrt(row["champion_error"] / (row["common"] * dim))
     return metrics
-
-
-def _error_summer(shared: Any) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
-    def sums(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        from jobs.models.codebooks import worker_codebook
-
-        torch.set_num_threads(1)
-        codebook, rival = shared.value
-        for batch in batches:
-            if batch.num_rows:
-                yield _error_sums(batch, worker_codebook(*codebook), worker_codebook(*rival) if rival else None)
-
-    return sums
-
-
-def _error_sums(batch: pa.RecordBatch, rqgmm: RQGMM, rival: RQGMM | None) -> pa.RecordBatch:
-    x = torch.tensor(unpack(batch.column("embedding"), rqgmm.dim))  # (n, D)
-    error = _squared_errors(x, rqgmm, batch.column("codes"))
-    common = batch.column("former").is_valid().to_numpy(zero_copy_only=False)
-    rival_error = 0.0
-    if rival is not None and common.any():
-        rival_error = float(_squared_errors(x[common], rival, batch.column("former").filter(pa.array(common))).sum())
-    row = [rqgmm.dim, len(x), float(error.sum()), int(common.sum()), float(error[common].sum()), rival_error]
-    return pa.RecordBatch.from_arrays(
-        [pa.array([v], kind.type) for v, kind in zip(row, ERRORS, strict=True)], schema=ERRORS
-    )
-
-
-def _squared_errors(x: torch.Tensor, rqgmm: RQGMM, codes: pa.Array) -> npt.NDArray[np.float64]:
-    chosen = torch.tensor(codes.flatten().to_numpy(zero_copy_only=False).reshape(len(x), -1))  # (n, L)
-    errors: npt.NDArray[np.float64] = (x - rqgmm.decode(chosen)).double().square().sum(1).numpy()
-    return errors
 
 
 def _sampled_recall(embeddings: DataFrame, ids: DataFrame, rqgmm: RQGMM, sample: int) -> float:
     """Neighbour recall@10 of the code space, over the `sample` items with the least hash of their id."""
-    rows = (
-        embeddings.orderBy(F.xxhash64("item_id"), "item_id").limit(sample).select("item_id", "embedding", "content_hash")
-        .join(ids.select("item_id", "codes"), "item_id", how="inner").orderBy("item_id").toArrow()
-    )  # fmt: skip
+    chosen = ids.orderBy(F.xxhash64("item_id"), "item_id").limit(sample).select("item_id", "codes").toArrow()
+    some = ids.sparkSession.createDataFrame(chosen)
+    rows = embeddings.select("item_id", "embedding").join(F.broadcast(some), "item_id", how="inner").toArrow()
+    rows = rows.sort_by("item_id")
     x = torch.tensor(unpack(rows.column("embedding").combine_chunks(), rqgmm.dim))
     codes = torch.tensor(np.stack(rows.column("codes").to_pylist()).astype(np.int32))
     return float(neighbour_recall(x, rqgmm.decode(codes)))

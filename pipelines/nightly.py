@@ -210,7 +210,9 @@ def _encode(
 ) -> EncodeResult:
     with _timed(night, reporter, "encode", f"codebook version {model.number}"):
         result = encode.run(config, warehouse, registry, model, night.run_date)
-    reporter.done("encode", f"{result.encoded:,} items encoded with codebook version {model.number}" + _idle(result))
+    completed = f", the new columns of {result.completed:,} earlier rows computed" if result.completed else ""
+    text = f"{result.encoded:,} items encoded with codebook version {model.number}{completed}"
+    reporter.done("encode", text + _idle(result))
     return result
 
 

@@ -7,7 +7,7 @@ leaves the table as it was before or as it is after, never in between.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 # A release pins versions of tables for as long as someone may go back to it. VACUUM, Spark's or delta-rs's, goes by these,
 # and its default of a week would remove what a release older than that needs.
-KEPT = {"delta.deletedFileRetentionDuration": "interval 3650 days", "delta.logRetentionDuration": "interval 3650 days"}
+KEPT = {
+    "delta.logRetentionDuration": "interval 3650 days",
+    "delta.deletedFileRetentionDuration": "interval 3650 days",
+}
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,8 @@ class Warehouse:
             types = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in added)
             self.spark.sql(f"ALTER TABLE {self._identifier(table)} ADD COLUMNS ({types})")
             target = self.create(table)
-        for name, value in KEPT.items():
-            if name not in present:
-                self.set_property(table, name, value)
+        if not set(KEPT) <= set(present):
+            self._set_properties(table, KEPT)  # in one statement: Delta checks one retention against the other
         return target
 
     def version(self, table: Table) -> int:
@@ -157,6 +159,14 @@ class Warehouse:
         writer.save(self.path(table))
         return self.version(table)
 
+    def update(self, table: Table, rows: DataFrame, columns: Sequence[str]) -> int:
+        """Set `columns` in the stored rows whose key is among `rows`, which have key and columns. Returns the version after."""
+        target = self._to_write(table)
+        on = " AND ".join(f"stored.{column} <=> new.{column}" for column in table.key)
+        merge = target.alias("stored").merge(rows.alias("new"), on)
+        merge.whenMatchedUpdate(set={column: f"new.{column}" for column in columns}).execute()
+        return self.version(table)
+
     def _columns(self, table: Table) -> str:
         return self.spark.read.format("delta").load(self.path(table)).schema.simpleString()
 
@@ -182,8 +192,12 @@ class Warehouse:
         return None if value is None else str(value)
 
     def set_property(self, table: Table, name: str, value: str) -> None:
-        quoted = value.replace("\\", "\\\\").replace("'", "\\'")
-        self.spark.sql(f"ALTER TABLE {self._identifier(table)} SET TBLPROPERTIES ('{name}' = '{quoted}')")
+        self._set_properties(table, {name: value})
+
+    def _set_properties(self, table: Table, properties: Mapping[str, str]) -> None:
+        quoted = {name: value.replace("\\", "\\\\").replace("'", "\\'") for name, value in properties.items()}
+        pairs = ", ".join(f"'{name}' = '{value}'" for name, value in quoted.items())
+        self.spark.sql(f"ALTER TABLE {self._identifier(table)} SET TBLPROPERTIES ({pairs})")
 
     def _identifier(self, table: Table) -> str:
         """The table in SQL, which knows it by its path."""

@@ -79,10 +79,10 @@ SEMANTIC_IDS = Table(
     "semantic_ids",
     ("codebook_version", "item_id"),
     _columns(
-        ("alternates",),
+        ("alternates", "squared_error"),
         codebook_version=INT, item_id=STRING, codes=T.ArrayType(INT), suffix=INT, semantic_id=STRING, confidence=FLOAT,
         log_likelihood=FLOAT, codebook_hash=STRING, content_hash=STRING, held=BOOLEAN, run_date=DATE,
-        alternates=T.ArrayType(ALTERNATE),
+        alternates=T.ArrayType(ALTERNATE), squared_error=FLOAT,
     ),
     partition_by=("codebook_version",),
     checks={"suffix_counts_from_zero": "suffix >= 0", "confidence_is_a_probability": "confidence BETWEEN 0 AND 1"},
@@ -102,6 +102,7 @@ SEMANTIC_IDS = Table(
         "run_date": "day of the run that wrote the row",
         "alternates": "the soft ID: per level the code and the most probable other codes with weights in 1/255; null in rows that an "
         "earlier version wrote",
+        "squared_error": "squared distance of the vector to the sum of its components' means; null until the next encode in rows of earlier releases",
     },
 )  # fmt: skip
 # Nullable, as Delta cannot hold a column inside an array to NOT NULL.

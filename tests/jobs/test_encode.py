@@ -112,6 +112,10 @@ def test_who_keeps_codes_and_suffix(groups: list[RowGroup], rqgmm: RQGMM) -> Non
         "i60": (far[60], 5, True),  # published under this version: kept whatever happens
         "i61": (best[61], None, False),
     }
+    for item in found:
+        row = X[int(item[1:])].astype(np.float64)
+        means = [rqgmm.levels[level].means[code].double().numpy() for level, code in enumerate(found[item]["codes"])]
+        assert found[item]["squared_error"] == pytest.approx(((row - sum(means)) ** 2).sum(), rel=1e-5)
     given_codes = rqgmm.assign(torch.from_numpy(X[60:61]), torch.tensor([far[60]]))
     assert found["i60"]["confidence"] == pytest.approx(float(given_codes.confidence[0]))
     expected = rqgmm.alternates(torch.from_numpy(X[60:62]), torch.tensor([far[60], best[61]]), 3)
@@ -138,6 +142,7 @@ def test_suffixes_follow_day_and_id_and_begin_after_the_taken_ones(spark: SparkS
             -1.0,
             False,
             [([1, 3], [200, 55]), ([2, 4], [255, 0])],
+            0.25,
         )
 
     rows = [row("b", 1), row("c", 1), row("a", 2)]
