@@ -28,7 +28,7 @@ def write(warehouse: Warehouse, rows: list[dict[str, Any]]) -> None:
         ids.append(
             {
                 **item, "codebook_version": row.get("version", 1), "suffix": number, "semantic_id": str(number), "confidence": 1.0,
-                "log_likelihood": likelihoods[number % len(likelihoods)], "codebook_hash": "x", "held": row.get("held", False),
+                "log_likelihood": likelihoods[number % len(likelihoods)], "codebook_hash": "x", "held": row.get("held", False), "alternates": None, "squared_error": 0.5,
                 "run_date": row["encoded"],
             }
         )  # fmt: skip

@@ -105,10 +105,10 @@ def test_a_table_made_before_an_optional_column_was_declared_gets_it_with_the_ne
     def row(name: str) -> dict[str, Any]:
         return {
             "codebook_version": 1, "item_id": name, "codes": [1, 2], "suffix": 0, "semantic_id": "1-2", "confidence": 0.5, "log_likelihood": -1.0,
-            "codebook_hash": "h", "content_hash": "h", "held": False, "run_date": DAY, "alternates": [{"codes": [1], "weights": [255]}] * 2,
+            "codebook_hash": "h", "content_hash": "h", "held": False, "run_date": DAY, "alternates": [{"codes": [1], "weights": [255]}] * 2, "squared_error": 0.5,
         }  # fmt: skip
 
-    before = T.StructType([field for field in SEMANTIC_IDS.schema if field.name != "alternates"])
+    before = T.StructType([field for field in SEMANTIC_IDS.schema if not field.nullable])
     old = replace(SEMANTIC_IDS, schema=before)
     warehouse.append(old, warehouse.rows(old, [row("a")]))
     assert [found["alternates"] for found in warehouse.read(SEMANTIC_IDS).collect()] == [None]
