@@ -85,13 +85,12 @@ class DiagonalGMM:
 
     @cached_property
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The log-joint as a polynomial: slope (K, D), quadratic (K, D) and constant (K,), float32, with
-
+        """The log-joint as a polynomial: slope (K, D), quadratic (K, D) and constant (K,).
 
         log pi_k + log N(x | mu_k, var_k) = constant_k + sum_d (slope_kd x_d + quadratic_kd x_d^2)
             slope = mu / var,   quadratic = -1 / (2 var),   constant = log pi - sum_d (log(2 pi var_d) + mu_d^2 / var_d) / 2
 
-        `quadratic` is (1, D) if the components share it. Computed in float64, float32.
+        `quadratic` is (1, D) if the components share it. Computed in float64, returned in float32.
         """
         means = (self.means - self.origin if self.origin is not None else self.means).double()
         variances = (self.variances[:1] if self.tied else self.variances).double()

@@ -66,7 +66,7 @@ REJECTED_EMBEDDINGS = Table(
     description="Input rows that were not stored, each with its reason.",
     meaning={
         "item_id": "the item as the source names it",
-        "occurrence": "counts rows of the same item and day from 0",
+        "occurrence": "counts rows of the same item and day from 1",
         "reason": "short name of what is wrong",
         "detail": "what is wrong with the value, in words",
         "excerpt": "the beginning of the value",
