@@ -174,8 +174,8 @@ def _pending(
         (F.col("codebook_version") == version).alias("own"),
     )
     latest = versions.withColumn(
-        "place", F.row_number().over(Window.partitionBy("item_id").orderBy(F.desc("own")))
-    ).where("place = 1")
+        "rank", F.row_number().over(Window.partitionBy("item_id").orderBy(F.desc("own")))
+    ).where("rank = 1")
     unchanged = F.col("own") | (F.col("published_hash") == F.col("content_hash"))
     return (
         items.join(own, ["item_id", "content_hash"], how="left_anti").join(latest, "item_id", how="left")
@@ -207,7 +207,7 @@ def _spread(warehouse: Warehouse, groups: Sequence[RowGroup], pending: DataFrame
     tasks = len(groups)
     if pending is None:
         tasks = min(tasks, _tasks(sum(group.rows for group in groups), warehouse.cores))
-    values = [(*astuple(group), group.file, place * tasks // len(groups)) for place, group in enumerate(groups)]
+    values = [(*astuple(group), group.file, index * tasks // len(groups)) for index, group in enumerate(groups)]
     rows = warehouse.spark.createDataFrame(values, f"{GROUPS}, file STRING, task INT")
     if pending is None:
         work = rows.withColumn("pending", F.lit(None).cast(PENDING))
@@ -250,17 +250,17 @@ def encode_group(
     group: RowGroup, pending: pa.StructArray | None, rqgmm: RQGMM, version: int, config: EncodeConfig
 ) -> Iterator[pa.RecordBatch]:
     """The items of a row group, encoded; of `pending` those that it names, else all."""
-    places = None  # in `pending` of each row, null where it is not
+    positions = None  # of each row in `pending`, null if it is not there
     if pending is not None:
         ids = pa.Table.from_batches(group.batches(["item_id"], config.rows_per_batch))["item_id"].combine_chunks()
-        places = pc.index_in(ids, value_set=pending.field("item_id"))
-        if places.null_count == len(places):
+        positions = pc.index_in(ids, value_set=pending.field("item_id"))
+        if positions.null_count == len(positions):
             return
     first = 0
     for batch in group.batches(["item_id", "embedding", "content_hash", "first_seen"], config.rows_per_batch):
         incumbents = None
-        if places is not None:
-            own = places.slice(first, len(batch))
+        if pending is not None and positions is not None:
+            own = positions.slice(first, len(batch))
             first += len(batch)
             batch, incumbents = batch.filter(own.is_valid()), pending.take(own.drop_null())
         if len(batch):
@@ -274,7 +274,7 @@ def encode_batch(
     import torch
 
     # (n, D), not copied; by way of Arrow, as torch warns of NumPy memory that cannot be written.
-    x = torch.from_dlpack(pa.array(unpack(batch.column("embedding"), rqgmm.dim).reshape(-1))).view(-1, rqgmm.dim)
+    x = torch.from_dlpack(pa.array(unpack(batch.column("embedding"), rqgmm.dim).reshape(-1))).view(-1, rqgmm.dim)  # type: ignore[attr-defined]
     best = rqgmm.assign(x, alternates=config.alternates)
     soft = best.alternates
     codes, confidence, log_likelihood = best.codes.numpy(), best.confidence.numpy(), best.log_likelihood.numpy()
@@ -347,16 +347,18 @@ def _published(encoded: DataFrame, own: DataFrame | None, model: CodebookVersion
     """
     # By version too, of which there is one: rows in the order of the table's partitions are not sorted again to be written.
     by_codes, *order = NUMBERED
-    place = F.row_number().over(Window.partitionBy("codebook_version", by_codes).orderBy(*order)) - 1
+    position = F.row_number().over(Window.partitionBy("codebook_version", by_codes).orderBy(*order)) - 1
     if own is None:
-        rows = encoded.withColumn("suffix", place)
+        rows = encoded.withColumn("suffix", position)
     else:
         incumbents = encoded.where("kept_suffix IS NOT NULL").withColumn("suffix", F.col("kept_suffix"))
         published = F.concat_ws("-", F.col("codes").cast("array<string>")).alias("joined")
-        taken = own.select(published, "suffix").unionByName(incumbents.select("joined", "suffix"))
-        free = taken.groupBy("joined").agg((F.max("suffix") + 1).alias("free"))
+        published_suffixes = own.select(published, "suffix").unionByName(incumbents.select("joined", "suffix"))
+        free = published_suffixes.groupBy("joined").agg((F.max("suffix") + 1).alias("free"))
         newcomers = encoded.where("kept_suffix IS NULL").join(free, "joined", how="left")
-        rows = newcomers.withColumn("suffix", F.coalesce("free", F.lit(0)) + place).drop("free").unionByName(incumbents)
+        rows = (
+            newcomers.withColumn("suffix", F.coalesce("free", F.lit(0)) + position).drop("free").unionByName(incumbents)
+        )
     # `12-87`, or `12-87-1` where the suffix is above 0: the SQL twin of tokenizer.text_of (a test holds them together).
     text = F.when(F.col("suffix") == 0, F.col("joined")).otherwise(F.concat_ws("-", "joined", "suffix"))
     return rows.select(

@@ -165,7 +165,9 @@ def fit_table(
             f"fit.workers is {config.workers} and Spark has {context.defaultParallelism} slots ({context.master}); expected at most as "
             "many workers as slots. Lower fit.workers or give Spark more cores"
         )
-    distributor = TorchDistributor(num_processes=config.workers, local_mode=one_machine(context.master), use_gpu=False)
+    distributor = TorchDistributor(
+        num_processes=config.workers, local_mode=one_machine(context.master or ""), use_gpu=False
+    )
     for left in reversed(range(1 + RESTARTS)):
         try:
             with _followed(checkpoint, progress):

@@ -16,7 +16,7 @@ from tokenizer import load_codebook
 from tokenizer.alternates import ALTERNATES
 
 
-class CodebookModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+class CodebookModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
     """`predict` takes a matrix (N, D), or a frame whose column `embedding` holds packed bytes or lists of floats."""
 
     _skip_type_hint_validation = True  # else MLflow warns everyone who loads it; the input is checked here, in words
@@ -24,7 +24,8 @@ class CodebookModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         self.codebook = load_codebook(context.artifacts["artefact"])
 
-    def predict(self, context, model_input, params=None):  # MLflow reads type hints here as a promise about schemas
+    # Without annotations: MLflow reads those of `predict` as a schema.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Codes (a list of L ints), soft semantic ID (of each level its codes and their weights in 1/255), confidence and
         log-likelihood of each row.
         """

@@ -161,6 +161,7 @@ def register_lost(registry: Registry, model: str, tags: Mapping[str, str]) -> Re
     import mlflow
 
     run = mlflow.active_run()
+    assert run is not None
     source, lost = f"{run.info.artifact_uri}/lost", {LOST_TAG: "its files are gone"}
     return _create(registry, registry.name(model), source, run.info.run_id, None, {**tags, **lost})
 

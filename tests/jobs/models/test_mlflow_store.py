@@ -16,7 +16,7 @@ import pytest
 
 from jobs.config import ConfigError
 from jobs.errors import WarehouseError
-from jobs.models import mlflow_store
+from jobs.models import sqlite_store
 from jobs.models.registry import Registry, open_registry, register
 from jobs.models.versions import RegisteredVersion
 from jobs.read_config import load_config
@@ -172,7 +172,7 @@ def half_made(path: Path) -> None:
 
 
 def test_a_half_made_store_without_data_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_store, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(sqlite_store, "SETTLE_SECONDS", 0)
     half_made(tmp_path / "mlflow.db")
     assert opened(tmp_path).experiment_id == "1"
     (tmp_path / "empty.db").touch()
@@ -180,7 +180,7 @@ def test_a_half_made_store_without_data_is_made_anew(tmp_path: Path, monkeypatch
 
 
 def test_a_store_of_another_version_with_data_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_store, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(sqlite_store, "SETTLE_SECONDS", 0)
     path = tmp_path / "mlflow.db"
     half_made(path)
     with closing(sqlite3.connect(path)) as database:
@@ -193,7 +193,7 @@ def test_a_store_of_another_version_with_data_is_left_alone(tmp_path: Path, monk
 
 
 def test_a_locked_store_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_store, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(sqlite_store, "LOCK_SECONDS", 0.2)
     opened(tmp_path)
     with closing(sqlite3.connect(tmp_path / "mlflow.db", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
