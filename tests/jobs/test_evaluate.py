@@ -96,7 +96,8 @@ def catalogue(
     for day, items in ((DAY, ITEMS - 40), (NEXT, ITEMS)):
         write_vectors(source, list(range(items)), text_embedding=x[:items])
         load.run(config, warehouse, day)
-        codebooks.append(fit.run(config, warehouse, registry, day, root / "pictures", *codebooks).model)
+        champion = codebooks[-1] if codebooks else None
+        codebooks.append(fit.run(config, warehouse, registry, day, root / "pictures", champion).model)
         for codebook in codebooks:
             encode.run(config, warehouse, registry, codebook, day)
     return config, warehouse, registry, codebooks
