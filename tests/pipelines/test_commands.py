@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.table import Table as Grid
@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from jobs.__main__ import app as stages
 from jobs.__main__ import version_number
+from jobs.config import Config
+from jobs.models.registry import open_registry
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import REJECTED_EMBEDDINGS
 from pipelines.__main__ import app
@@ -116,16 +118,13 @@ def test_progress_prints_them_as_they_are(
     assert f"s  load: {text}" in capsys.readouterr().err
 
 
-class NoModels:
-    def resolve(self, name: str, alias: str) -> None:
-        return None
-
-
 @pytest.mark.parametrize("item", ["[/b]", "[red]x[/red]"])
-def test_explain_prints_an_item_as_it_is(warehouse: Warehouse, capsys: pytest.CaptureFixture[str], item: str) -> None:
+def test_explain_prints_an_item_as_it_is(
+    warehouse: Warehouse, settings: Callable[..., Config], capsys: pytest.CaptureFixture[str], item: str
+) -> None:
     row = {"item_id": item, "occurrence": 1, "reason": "nan", "detail": "[bold]", "excerpt": "[1, nan]", "run_date": date(2026, 1, 1)}  # fmt: skip
     warehouse.append(REJECTED_EMBEDDINGS, warehouse.rows(REJECTED_EMBEDDINGS, [row]))
-    registry: Any = NoModels()
+    registry = open_registry(settings(), warehouse.root)
     assert print_item(warehouse, registry, item)
     shown = capsys.readouterr().out
     assert f"item {item}\n" in shown
