@@ -16,15 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from jobs.ctr.batch import Items, UserBatch
 from jobs.ctr.hashing import item_row, stable_hash
 from jobs.ctr.tokens import TokenScheme
 from jobs.ctr.users import Int64, ranges
-from jobs.failures import about
-from jobs.files.sources import filesystem_of
+from jobs.files.row_groups import FOOTERS_AT_ONCE, open_parquet, read_ahead
 
 WINDOW = 2**19
 SHUFFLED_LENGTH = 0.2  # by how much the length that users are sorted by may differ from theirs, so that batches vary
@@ -39,7 +37,7 @@ class RowGroup:
     positions: int
 
     def read(self) -> pa.Table:
-        return _open(self.uri).read_row_group(self.index, columns=["user_id", "behaviours", "impressions"])
+        return open_parquet(self.uri).read_row_group(self.index, columns=["user_id", "behaviours", "impressions"])
 
 
 @dataclass(frozen=True)
@@ -76,12 +74,7 @@ class ExampleStream:
         return replace(self, epoch=epoch)
 
     def __iter__(self) -> Iterator[UserBatch]:
-        batches = self._batches()
-        with ThreadPoolExecutor(1) as thread:
-            upcoming = thread.submit(next, batches, None)
-            while (batch := upcoming.result()) is not None:
-                upcoming = thread.submit(next, batches, None)
-                yield batch
+        return read_ahead(self._batches())
 
     def _batches(self) -> Iterator[UserBatch]:
         random = np.random.default_rng([self.seed, self.epoch])
@@ -97,7 +90,7 @@ def row_groups(uris: Sequence[str]) -> tuple[RowGroup, ...]:
     """Of all files, in order; reads footers only."""
 
     def of_file(uri: str) -> list[RowGroup]:
-        footer = _open(uri).metadata
+        footer = open_parquet(uri).metadata
         found = []
         for index in range(footer.num_row_groups):
             group = footer.row_group(index)
@@ -106,14 +99,8 @@ def row_groups(uris: Sequence[str]) -> tuple[RowGroup, ...]:
             found.append(RowGroup(uri, index, sum(leaves)))
         return found
 
-    with ThreadPoolExecutor(16) as pool:
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
         return tuple(group for groups in pool.map(of_file, uris) for group in groups)
-
-
-def _open(uri: str) -> pq.ParquetFile:
-    filesystem, path = filesystem_of(uri)
-    with about(path):
-        return pq.ParquetFile(path, filesystem=filesystem)
 
 
 def _windows(groups: Sequence[RowGroup]) -> Iterator[list[RowGroup]]:

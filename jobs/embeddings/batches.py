@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -11,7 +10,7 @@ from typing import Self
 import torch
 
 from jobs.embeddings.packed import unpack
-from jobs.files.row_groups import RowGroup, row_groups
+from jobs.files.row_groups import RowGroup, read_ahead, row_groups
 from tokenizer import FIT_BLOCK
 
 
@@ -46,12 +45,7 @@ class EmbeddingFiles:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """Batches; the next one is read while the caller works on the current one."""
-        batches = self._batches()
-        with ThreadPoolExecutor(1) as reader:
-            following = reader.submit(next, batches, None)
-            while (batch := following.result()) is not None:
-                following = reader.submit(next, batches, None)
-                yield batch
+        return read_ahead(self._batches())
 
     @cached_property
     def _groups(self) -> list[RowGroup]:
