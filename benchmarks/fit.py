@@ -40,7 +40,7 @@ def clustered(rows: int, dim: int, groups: int = 1000, seed: int = 0) -> torch.T
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(groups, dim, generator=generator)
     x = centres[torch.randint(groups, (rows,), generator=generator)] + 1.2 * torch.randn(rows, dim, generator=generator)
-    return x / x.norm(dim=1, keepdim=True)
+    return x.div(x.norm(dim=1, keepdim=True))
 
 
 def side_by_side(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:

@@ -80,7 +80,7 @@ def annealing_step(gmm: DiagonalGMM, x: Tensor) -> GMMStatistics:
 
 def _unit(rows: int, dim: int, device: torch.device, seed: int) -> Tensor:
     x = torch.randn(rows, dim, device=device, generator=torch.Generator(device).manual_seed(seed))
-    return x / x.norm(dim=1, keepdim=True)
+    return x.div(x.norm(dim=1, keepdim=True))
 
 
 def _finished(device: torch.device, work: Callable[[], object]) -> Callable[[], None]:

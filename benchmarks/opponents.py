@@ -216,12 +216,14 @@ def rq_vae(x: Tensor, levels: int, components: int, seed: int, epochs: int = 60)
 
     def encode(rows: Tensor) -> Tensor:
         with torch.no_grad():
-            return quantized(encoder(rows / scale))[2]
+            codes: Tensor = quantized(encoder(rows / scale))[2]
+            return codes
 
     def decode(codes: Tensor, _: Tensor) -> Tensor:
         with torch.no_grad():
             latents = torch.stack([codebooks[level][codes[:, level].long()] for level in range(levels)]).sum(0)
-            return decoder(latents) * scale
+            vectors: Tensor = decoder(latents) * scale
+            return vectors
 
     return Fitted(encode, decode)
 

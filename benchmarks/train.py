@@ -107,7 +107,9 @@ class FullDIN(nn.Module):
 
 
 def models() -> dict[str, Callable[[], nn.Module]]:
-    embed = lambda: ItemEmbedding(ITEMS, TOKENS, WIDTH)  # noqa: E731
+    def embed() -> ItemEmbedding:
+        return ItemEmbedding(ITEMS, TOKENS, WIDTH)
+
     shape = DMQNShape(features=FEATURES, width=WIDTH)
     return {
         "dmqn": lambda: DMQN(embed(), shape),

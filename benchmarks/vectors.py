@@ -109,7 +109,8 @@ def _numbers(array: np.ndarray, name: str) -> np.ndarray:
 
 def _unit(x: np.ndarray) -> np.ndarray:
     norm = np.linalg.norm(x, axis=1, keepdims=True)
-    return np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
+    unit: np.ndarray = np.divide(x, norm, out=np.zeros_like(x), where=norm > 0)
+    return unit
 
 
 def _principal(x: np.ndarray, components: int) -> np.ndarray:
@@ -119,4 +120,5 @@ def _principal(x: np.ndarray, components: int) -> np.ndarray:
         )
     centred = x - x.mean(0)
     _, vectors = np.linalg.eigh(centred.T @ centred)  # ascending
-    return centred @ vectors[:, ::-1][:, :components]
+    principal: np.ndarray = centred @ vectors[:, ::-1][:, :components]
+    return principal

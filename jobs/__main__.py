@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, date, datetime
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,7 +45,11 @@ class Commands(TyperGroup):
         except BaseException as error:
             # typer's own: an exit code, or a usage error, which it prints itself. Ids may begin with "-".
             if hasattr(error, "exit_code"):
-                if ctx.invoked_subcommand == "explain" and hasattr(error, "show"):
+                if (
+                    ctx.invoked_subcommand == "explain"
+                    and hasattr(error, "message")
+                    and hasattr(error, "format_message")
+                ):
                     error.message = (
                         f"{error.format_message()}\nAn item id that begins with '-' goes after '--': sid explain -- -ID"
                     )
@@ -92,6 +97,7 @@ def resolved(
         *(lambda day=day: parse_date(day) for day in days if day),
         lambda: check_json_file(json_file),
     )
+    assert isinstance(config, Config)
     return config
 
 
@@ -310,7 +316,8 @@ def start(commands: typer.Typer) -> None:
 
     failures.keep_library_logs()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a letter of an id shows its number
+        if isinstance(stream, TextIOWrapper):  # a terminal that lacks a letter of an id shows its number
+            stream.reconfigure(errors="backslashreplace")
     try:
         check_packages()
     except RuntimeError as error:

@@ -53,11 +53,11 @@ def _vectors(generator: np.random.Generator, topic: np.ndarray, subtopic: np.nda
     of_topic = generator.normal(size=(topic.max() + 1, dim))
     of_subtopic = generator.normal(size=(subtopic.max() + 1, dim))
     x = of_topic[topic] + 0.8 * of_subtopic[subtopic] + 0.6 * generator.normal(size=(len(topic), dim))
-    return x.astype(np.float32)
+    return np.asarray(x, np.float32)
 
 
 def _write_embeddings(path: Path, ids: list[str], text: np.ndarray, image: np.ndarray, missing: np.ndarray) -> None:
-    rows_text: list[list[float] | None] = [row.tolist() for row in text]
+    rows_text: list[list[float]] = text.tolist()
     rows_image = [None if gone else row.tolist() for row, gone in zip(image, missing, strict=True)]
     bad = [  # one row each of what goes wrong in an export
         ("bad-nan", [float("nan"), *rows_text[0][1:]], None),

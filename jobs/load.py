@@ -268,7 +268,8 @@ def _read_as(
 
     The dimension is `dim` if that is known, else the commonest in the first vectors if more than half have it.
     """
-    kind, dtype = source.schema.field(column).type, config.load.packed_dtype.get(column)
+    kind = source.schema.field(column).type
+    dtype: str | None = config.load.packed_dtype.get(column)
     if _is_packed(kind):
         if dtype is not None and dim is not None:
             return dim, dtype
@@ -565,7 +566,7 @@ class _Verdicts:
         self.excerpt = [""] * rows
 
     def reject(self, rows: Any, why: str, what: Callable[[int], str], value: Callable[[int], str]) -> None:
-        for row in np.flatnonzero(rows):
+        for row in np.flatnonzero(rows).tolist():
             if self.reason[row] is None:
                 self.reason[row], self.detail[row] = why, what(row)
                 self.excerpt[row] = value(row)[:EXCERPT_CHARACTERS]

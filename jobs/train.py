@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -28,7 +29,7 @@ from jobs.config import Config, ConfigError
 from jobs.ctr.examples import EXAMPLE_SETTINGS, EXAMPLES_RECIPE, FEATURES, build_examples, item_codes
 from jobs.ctr.log import Log, covered, examine, read_rows
 from jobs.ctr.metrics import auc
-from jobs.ctr.padded import Examples, Metrics, Trained, item_tokens, shuffled_codes, train_dmqn
+from jobs.ctr.padded import Examples, Metrics, Trained, shuffled_codes, train_dmqn
 from jobs.errors import SchemaError
 from jobs.files.sources import open_source
 from jobs.models.registry import CANDIDATE, CTR_MODEL, Registry, register
@@ -36,6 +37,7 @@ from jobs.models.versions import CodebookVersion, ctr_tags
 from jobs.pictures import draw_ctr
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import CTR_EXAMPLES, ITEM_EMBEDDINGS, SEMANTIC_IDS
+from tokenizer import item_tokens
 
 SPLITS = ("train", "validation", "test")
 EXAMPLES_OF = "sid.examples"  # property of ctr_examples: what it is made of
@@ -242,7 +244,11 @@ def as_tensors(table: pa.Table, keep: int) -> tuple[dict[str, Examples], list[st
     history = table.column("history").combine_chunks()
     flat = history.flatten()
     vocabulary = pc.unique(pa.chunked_array([table.column("item_id").combine_chunks(), flat])).sort()
-    row_of = lambda values: pc.index_in(values, vocabulary).to_numpy(zero_copy_only=False).astype(np.int32) + 1  # noqa: E731
+
+    def row_of(values: pa.Array) -> npt.NDArray[np.int32]:
+        rows: npt.NDArray[np.int32] = pc.index_in(values, vocabulary).to_numpy(zero_copy_only=False).astype(np.int32)
+        return rows + 1
+
     lengths = pc.list_value_length(history).to_numpy(zero_copy_only=False)
     longest = max(1, min(keep, int(lengths.max(initial=1))))
     padded = np.zeros((table.num_rows, longest), np.int32)
@@ -292,8 +298,9 @@ def _trained(
     config: Config,
     told: Callable[[str], None],
 ) -> Trained:
+    train, validation, test = (splits[split] for split in SPLITS)
     return train_dmqn(
-        *(splits[split] for split in SPLITS), codes, components, config.train,
+        train, validation, test, codes, components, config.train,
         lambda epoch, auc: told(f"{name}, epoch {epoch}, validation AUC {auc:.4f}"),
     )  # fmt: skip
 

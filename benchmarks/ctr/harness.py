@@ -110,7 +110,7 @@ def trained(make: Make, name: str, inputs: Inputs, log: Impressions, rate: float
             batch = train.batch(own)
             loss = F.binary_cross_entropy_with_logits(model(batch), batch.label)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             seconds, steps = seconds + time.perf_counter() - began, steps + 1
             if number % math.ceil(len(batches) / CHECKS) and number != len(batches):

@@ -20,7 +20,7 @@ except ModuleNotFoundError:  # loaded where this project is not installed: the m
     from padded_dmqn import DMQN, DMQNShape  # type: ignore[import-not-found, no-redef]
 
 
-class DMQNModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+class DMQNModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
     """`predict` takes a frame of item_id, history (list of item ids, oldest first) and features (list of floats)."""
 
     _skip_type_hint_validation = True  # else MLflow warns everyone who loads it; the input is checked here, in words
@@ -35,7 +35,8 @@ class DMQNModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         self.model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items()})
         self.model.eval()
 
-    def predict(self, context, model_input, params=None):  # MLflow reads type hints here as a promise about schemas
+    # Without annotations: MLflow reads those of `predict` as a schema.
+    def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Probability of a click per row. An item the model does not know is treated as padding."""
         longest = max(1, max((len(history) for history in model_input["history"]), default=1))
         history = torch.zeros(len(model_input), longest, dtype=torch.int64)

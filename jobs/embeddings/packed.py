@@ -65,7 +65,7 @@ def read_packed(data: bytes, dtype: str) -> Float32 | npt.NDArray[np.float64]:
     numbers = np.frombuffer(data, READINGS[dtype])
     if dtype == "bfloat16":  # the upper half of a float32
         return (numbers.astype(np.uint32) << 16).view(np.float32)
-    return numbers.astype(np.float64 if dtype == "float64" else np.float32)
+    return numbers.astype(np.float64) if dtype == "float64" else numbers.astype(np.float32)
 
 
 def packed_as(rows: Sequence[bytes], column: str, dim: int | None, dtype: str | None = None) -> tuple[str, int]:
@@ -152,4 +152,5 @@ def as_float_arrays(embeddings: DataFrame) -> DataFrame:
         vectors = [np.frombuffer(data, WIDTHS[len(data) // d]).astype("<f4") for data, d in rows]
         return pa.array(vectors, pa.list_(pa.float32()))
 
-    return embeddings.withColumn("embedding", F.arrow_udf(floats, "array<float>")("embedding", "dim"))
+    packed_floats = F.arrow_udf(floats, "array<float>")  # type: ignore[attr-defined]
+    return embeddings.withColumn("embedding", packed_floats("embedding", "dim"))
