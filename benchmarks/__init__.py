@@ -4,8 +4,9 @@ import os
 
 import torch
 
-# faiss's wheels carry an OpenBLAS of 2021. On a processor it does not know by name it multiplies as if there were only the
-# registers of 2004, several times slower than it can. For a fair comparison the variable that names the kernels is set before it is loaded.
+# faiss's wheels carry an OpenBLAS of 2021. On a processor it does not know by name it multiplies as if there were only
+# the registers of 2004, several times slower than it can. For a fair comparison the variable that names the kernels is
+# set before it is loaded.
 _KERNELS = {"AVX512": "SKYLAKEX", "AVX2": "HASWELL"}
 _known = _KERNELS.get(torch.backends.cpu.get_cpu_capability())
 if _known and "OPENBLAS_CORETYPE" not in os.environ:

@@ -30,8 +30,9 @@ def encode(
     components: int = 128,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
-    """Rows per second of encode and assign against faiss ResidualQuantizer (beam 1) and the GEMM roofline: `torch.mm` of the
-    same shapes, and the faster products by oneDNN that encode itself uses."""
+    """Rows per second of encode and assign against faiss ResidualQuantizer (beam 1) and the GEMM roofline: `torch.mm`
+    of the same shapes, and the faster products by oneDNN that encode itself uses.
+    """
     x = clustered(rows, dim)
     rqgmm = fit_rqgmm(x[:20_000], levels=levels, components=components, seed=0).rqgmm
     generator = torch.Generator().manual_seed(0)

@@ -49,8 +49,9 @@ def encode_job(
         typer.echo(f"writing and loading {rows:,} rows", err=True)
         _write(folder / "vectors.parquet", rows, dim)
         config = load_config(
-            overrides=[f"load.source={folder / 'vectors.parquet'}", "fit.sample=20000"], warehouse=str(folder / "warehouse")
-        )  # fmt: skip
+            overrides=[f"load.source={folder / 'vectors.parquet'}", "fit.sample=20000"],
+            warehouse=str(folder / "warehouse"),
+        )
         root = warehouse_root(config.warehouse)
         registry = open_registry(config, root)
         with spark_session(config) as session:
@@ -113,8 +114,11 @@ def _one_process(groups: Sequence[RowGroup], rqgmm: RQGMM, out: Path) -> None:
         **{name: table[name] for name in names},
         "suffix": suffix.astype(np.int32),
         "semantic_id": semantic_id,
-        **{name: pa.array([value] * len(table)).dictionary_encode() for name, value in (("codebook_hash", "0" * 64), ("run_date", DAY))},
-    }  # fmt: skip
+        **{
+            name: pa.array([value] * len(table)).dictionary_encode()
+            for name, value in (("codebook_hash", "0" * 64), ("run_date", DAY))
+        },
+    }
     pq.write_table(pa.table(columns), out)
 
 

@@ -44,7 +44,9 @@ def clustered(rows: int, dim: int, groups: int = 1000, seed: int = 0) -> torch.T
 
 
 def side_by_side(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of the fastest of a few runs of each, in turn: a machine that slows down for a while slows all of them."""
+    """Seconds of the fastest of a few runs of each; the works alternate, so that a slow minute of the machine hits
+    all.
+    """
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
@@ -57,8 +59,9 @@ def side_by_side(works: Mapping[str, Callable[[], object]], repeats: int) -> dic
 def iterations(x: torch.Tensor, components: int) -> dict[str, float]:
     """Seconds of one iteration of each method, all timed in turn.
 
-    Of faiss and scikit-learn a longer run less one iteration, so that their set-up does not count; of ours the mean over
-    a whole annealing, whose hot steps cost more than the cold ones, and over the EM iterations that scikit-learn does.
+    Of faiss and scikit-learn a longer run less one iteration, so that their set-up does not count; of ours the mean
+    over a whole annealing, whose hot steps cost more than the cold ones, and over the EM iterations that scikit-learn
+    does.
     """
     works: dict[str, Callable[[], object]] = {
         "annealing": (annealing := Annealing(x, components)).run,
@@ -72,21 +75,29 @@ def iterations(x: torch.Tensor, components: int) -> dict[str, float]:
     return {
         "annealing": seconds["annealing"] / len(annealing.temperatures),
         "em": seconds["em"] / ITERATIONS,
-        **{name: (seconds[f"{name} {1 + ITERATIONS}"] - seconds[f"{name} 1"]) / ITERATIONS for name in ("k-means", "float32", "float64")},
-    }  # fmt: skip
+        **{
+            name: (seconds[f"{name} {1 + ITERATIONS}"] - seconds[f"{name} 1"]) / ITERATIONS
+            for name in ("k-means", "float32", "float64")
+        },
+    }
 
 
 def faiss_kmeans(x: torch.Tensor, components: int, iterations: int) -> None:
     faiss.Kmeans(
         x.shape[1], components, niter=iterations, seed=1, min_points_per_centroid=1, max_points_per_centroid=len(x)
-    ).train(x.numpy())  # fmt: skip
+    ).train(x.numpy())
 
 
 def sklearn_em(rows: np.ndarray, components: int, iterations: int) -> GaussianMixture:
     mixture = GaussianMixture(
-        components, covariance_type="diag", means_init=rows[:components], init_params="random_from_data", max_iter=iterations, tol=0.0,
+        components,
+        covariance_type="diag",
+        means_init=rows[:components],
+        init_params="random_from_data",
+        max_iter=iterations,
+        tol=0.0,
         random_state=0,
-    )  # fmt: skip
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # that it has not converged is the point
         return mixture.fit(rows)

@@ -32,7 +32,7 @@ def gpu(
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the command.")] = "cuda",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
-    """Roofline fractions of the annealing iteration and of encode: products of the same shapes in the same run are 1."""
+    """Roofline fractions of the annealing iteration and of encode: products of the same shapes are 1."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(
             "--device is cuda and this machine has no usable GPU; expected one. Try --device cpu --rows 65536"

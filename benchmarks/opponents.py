@@ -53,9 +53,13 @@ def rq_kmeans(x: Tensor, levels: int, components: int, seed: int) -> Fitted:
 
     def centres(residual: np.ndarray, level: int) -> np.ndarray:
         kmeans = faiss.Kmeans(
-            residual.shape[1], components, niter=LLOYD_ITERATIONS, seed=seed * 1000 + level,
-            min_points_per_centroid=1, max_points_per_centroid=len(residual),
-        )  # fmt: skip
+            residual.shape[1],
+            components,
+            niter=LLOYD_ITERATIONS,
+            seed=seed * 1000 + level,
+            min_points_per_centroid=1,
+            max_points_per_centroid=len(residual),
+        )
         kmeans.train(residual)
         return np.asarray(kmeans.centroids)
 
@@ -174,7 +178,7 @@ def _projection(rows: Tensor, means: Tensor) -> Tensor:
 
 
 def rq_vae(x: Tensor, levels: int, components: int, seed: int, epochs: int = 60) -> Fitted:
-    """A small RQ-VAE: encoder and decoder of one hidden layer, straight-through residual quantization, k-means start."""
+    """A small RQ-VAE: encoder and decoder of one hidden layer, straight-through quantization, k-means start."""
     torch.manual_seed(seed)
     dim, latent = x.shape[1], min(64, x.shape[1])
     scale = x.std()

@@ -23,6 +23,7 @@ from benchmarks.vectors import WrongVectors, read_vectors, split
 from tokenizer import level_usage
 
 OPPONENTS = ("rq-kmeans", "rq-kmeans++")  # stand in every table
+ALL_QUANTIZERS = ",".join(QUANTIZERS)
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,16 @@ def mean(rows: Sequence[Row], name: str, part: str) -> Row | None:
         return None
     n = len(own)
     return Row(
-        name, -1, part,
+        name,
+        -1,
+        part,
         sum(row.rmse for row in own) / n,
         [sum(level) / n for level in zip(*(row.utilization for row in own), strict=True)],
         [sum(level) / n for level in zip(*(row.perplexity for row in own), strict=True)],
         sum(row.distinct for row in own) / n,
         max(row.largest_collision for row in own),
         sum(row.seconds for row in own) / n,
-    )  # fmt: skip
+    )
 
 
 def table(rows: Sequence[Row], names: Sequence[str]) -> Table:
@@ -116,9 +119,16 @@ def table(rows: Sequence[Row], names: Sequence[str]) -> Table:
             for theirs in (mean(rows, opponent, part) for opponent in OPPONENTS)
         ]
         grid.add_row(
-            name, f"{train.rmse:.5g}", f"{held.rmse:.5g}", *ratios, _levels(train.utilization), _levels(train.perplexity),
-            f"{train.distinct:.3f}", str(train.largest_collision), f"{train.seconds:.2f}",
-        )  # fmt: skip
+            name,
+            f"{train.rmse:.5g}",
+            f"{held.rmse:.5g}",
+            *ratios,
+            _levels(train.utilization),
+            _levels(train.perplexity),
+            f"{train.distinct:.3f}",
+            str(train.largest_collision),
+            f"{train.seconds:.2f}",
+        )
     return grid
 
 
@@ -154,17 +164,21 @@ def draw(rows: Sequence[Row], names: Sequence[str], title: str, file: Path) -> N
 
 
 def quantizers(
-    embeddings: Annotated[Path, typer.Option(help="Parquet file or folder with a column of vectors (list or packed binary), or a .npy.")],
-    column: Annotated[list[str] | None, typer.Option(help="Vector column; again for more modalities, fused with weight 1 each.")] = None,
+    embeddings: Annotated[
+        Path, typer.Option(help="Parquet file or folder with a column of vectors (list or packed binary), or a .npy.")
+    ],
+    column: Annotated[
+        list[str] | None, typer.Option(help="Vector column; again for more modalities, fused with weight 1 each.")
+    ] = None,
     levels: int = 2,
     components: int = 128,
     seeds: Annotated[int, typer.Option(help="Number of seeds; each splits and fits anew.")] = 3,
-    chosen: Annotated[str, typer.Option("--quantizers", help=f"Any of {', '.join(QUANTIZERS)}.")] = ",".join(QUANTIZERS),
+    chosen: Annotated[str, typer.Option("--quantizers", help=f"Any of {', '.join(QUANTIZERS)}.")] = ALL_QUANTIZERS,
     pca: Annotated[int, typer.Option(help="Keep only the first principal components.")] = 0,
     normalize: Annotated[bool, typer.Option(help="Scale rows to unit length.")] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every row to this file.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Draw the comparison to this file.")] = None,
-) -> None:  # fmt: skip
+) -> None:
     """RQ-GMM against RQ-KMeans, RQ-KMeans++, faiss RQ, PRQ-KMeans, RQ-VAE and VQ-VAE on your vectors."""
     names = list(dict.fromkeys(name.strip() for name in chosen.split(",") if name.strip()))
     unknown = [name for name in names if name not in QUANTIZERS]
@@ -175,7 +189,10 @@ def quantizers(
     x, left_out = read_vectors(embeddings, column or [], normalize=normalize, pca=pca)
     if len(x) < components / 0.9 + 1:
         raise WrongVectors(f"{len(x)} vectors are too few for {components} components; lower --components")
-    title = f"{embeddings.parent.name}/{embeddings.name} {' + '.join(column or [])}: {len(x):,} x {x.shape[1]}, {levels} x {components}, {seeds} seeds"
+    title = (
+        f"{embeddings.parent.name}/{embeddings.name} {' + '.join(column or [])}: {len(x):,} x {x.shape[1]}, "
+        f"{levels} x {components}, {seeds} seeds"
+    )
     rows = compare(x, names, levels, components, range(seeds))
     console = Console(width=180, highlight=False)
     console.print(title + (f"; {left_out} rows without a usable vector left out" if left_out else ""))

@@ -2,8 +2,8 @@
 
 sid bench train --json train.json
 
-Batches are generated: users have as many impressions as behaviours, in turn, so that the history grows by one behaviour from
-impression to impression up to the longest, as in a log; every batch has about the same number of impressions.
+Batches are generated: users have as many impressions as behaviours, in turn, so that the history grows by one behaviour
+from impression to impression up to the longest, as in a log; every batch has about the same number of impressions.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class DirectDMQN(DMQN):
 class FullDIN(nn.Module):
     """DIN (arXiv 1706.06978) over the whole history: a network weighs each pair of candidate and behaviour.
 
-    Its input of a pair is behaviour, candidate and their product. The first layer is linear in the behaviour with a matrix
-    that depends on the candidate, so that nothing of size (n, S, D) is written.
+    Its input of a pair is behaviour, candidate and their product. The first layer is linear in the behaviour with a
+    matrix that depends on the candidate, so that nothing of size (n, S, D) is written.
     """
 
     def __init__(self, embed: nn.Module, hidden: int = 16) -> None:
@@ -139,7 +139,9 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Steps to time, of which the fastest counts.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
-    """Examples a second of DMQN, of DMQN with each impression by itself, and of full-length DIN, at four history lengths."""
+    """Examples a second of DMQN, of DMQN with each impression by itself, and of full-length DIN, at four history
+    lengths.
+    """
     rows: list[dict[str, float | str | int]] = []
     typer.echo(f"{'history':>8} {'model':>8} {'examples/s':>12} {'ms/step':>9} {'examples/step':>14}")
     for length in LENGTHS:

@@ -20,11 +20,14 @@ def spark() -> Iterator[SparkSession]:
     # The tables are tiny, so compiling is what takes the time: of Java's bytecode, and of generated code per query.
     config = load_config(
         overrides=[
-            "spark.master=local[2]", "spark.driver_memory=2g", "spark.conf.spark.sql.shuffle.partitions=2",
+            "spark.master=local[2]",
+            "spark.driver_memory=2g",
+            "spark.conf.spark.sql.shuffle.partitions=2",
             "spark.conf.spark.driver.extraJavaOptions=-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
-            "spark.conf.spark.sql.codegen.wholeStage=false", "spark.conf.spark.databricks.delta.snapshotPartitions=1",
+            "spark.conf.spark.sql.codegen.wholeStage=false",
+            "spark.conf.spark.databricks.delta.snapshotPartitions=1",
         ]
-    )  # fmt: skip
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # py4j leaves sockets to the garbage collector
         with spark_session(config) as session:

@@ -36,7 +36,9 @@ def weights_of(item: int) -> list[int]:
 
 
 def events_batch(events: Sequence[Event]) -> pa.RecordBatch:
-    """As `build_examples` gives them to `user_rows`: in order of user and ts. Counts of items are made up of the item's number."""
+    """As `build_examples` gives them to `user_rows`: in order of user and ts. Counts of items are made up of the item's
+    number.
+    """
     events = sorted(events)
     return pa.RecordBatch.from_pydict(
         {

@@ -43,7 +43,14 @@ class House:
         self.root = root
         self.warehouse = Warehouse(spark, str(root))
         self.x = topics(ITEMS + 60, DIM, groups=40, spread=0.3)
-        self.settings = [f"load.source={root}/in/vectors.parquet", f"train.interactions={root}/in/clicks.parquet", "fit.components=16", "train.epochs=1", "train.width=8", "train.history=10"]  # fmt: skip
+        self.settings = [
+            f"load.source={root}/in/vectors.parquet",
+            f"train.interactions={root}/in/clicks.parquet",
+            "fit.components=16",
+            "train.epochs=1",
+            "train.width=8",
+            "train.history=10",
+        ]
         self.config = self.configured()
         self.registry: Registry = open_registry(self.config, str(root))
         self.write(ITEMS)

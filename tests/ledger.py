@@ -24,9 +24,16 @@ def silent(_: str) -> None: ...
 def tags(codebook_hash: str, **others: Any) -> dict[str, str]:
     """The tags of a codebook version with this hash."""
     values: dict[str, Any] = {
-        "levels": 2, "components": 4, "dim": 6, "method": "annealed", "fit_key": "", "started_from": None,
-        "started_from_version": None, "table_versions": {}, "run_date": date(2026, 1, 1),
-    }  # fmt: skip
+        "levels": 2,
+        "components": 4,
+        "dim": 6,
+        "method": "annealed",
+        "fit_key": "",
+        "started_from": None,
+        "started_from_version": None,
+        "table_versions": {},
+        "run_date": date(2026, 1, 1),
+    }
     return codebook_tags(codebook_hash=codebook_hash, **{**values, **others})
 
 

@@ -28,7 +28,10 @@ def test_another_tokenizer_is_named(tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: intruder\nVersion: 1.0\n")
     (info / "RECORD").write_text("tokenizer/__init__.py,,\nintruder-1.0.dist-info/METADATA,,\n")
     (info / "top_level.txt").write_text("tokenizer\n")
-    code = f"import sys; sys.path.append({str(tmp_path)!r}); sys.argv = ['sid', 'status']; from pipelines.__main__ import main; main()"
+    code = (
+        f"import sys; sys.path.append({str(tmp_path)!r}); sys.argv = ['sid', 'status']; "
+        "from pipelines.__main__ import main; main()"
+    )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
     assert told.returncode == 5
     assert "distribution 'intruder' installs a package named 'tokenizer'" in told.stderr

@@ -1,7 +1,7 @@
 """Soft semantic IDs: the most probable codes of each level with weights, and the temperatures that set the weights.
 
-In hundreds of dimensions the posterior of a level is one-hot. Divided by a temperature T, the log-joint ranks components as
-before and weights them softly: w_k = softmax_k(log p(r, k) / T) over the codes that are kept.
+In hundreds of dimensions the posterior of a level is one-hot. Divided by a temperature T, the log-joint ranks
+components as before and weights them softly: w_k = softmax_k(log p(r, k) / T) over the codes that are kept.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Alternates:
 
 
 def level_alternates(scores: Tensor, code: Tensor, top: int, temperature: float | None) -> tuple[Tensor, Tensor]:
-    """codes (n, m) int32 and weights (n, m) uint8 of one level, from its scores (n, K) and the codes (n,) of the semantic IDs.
+    """codes (n, m) int32 and weights (n, m) uint8 of one level, from its scores (n, K) and the codes (n,) of the
+    semantic IDs.
 
     First `code`, then the `top` - 1 most probable others in descending order; the lowest index wins a tie. Without a
     temperature `code` has all the weight.
@@ -59,7 +60,7 @@ def level_alternates(scores: Tensor, code: Tensor, top: int, temperature: float 
 
 
 def rounded(share: Tensor) -> Tensor:
-    """Shares (n, m) that sum to 1 as uint8 that sum to 255, by largest remainder; the first of equal remainders wins."""
+    """Shares (n, m) that sum to 1 as uint8 that sum to 255, by largest remainder; ties go to the first."""
     exact = share * TOTAL
     whole = exact.floor()
     missing = TOTAL - whole.sum(1, keepdim=True)  # (n, 1), units left
@@ -74,10 +75,11 @@ def rounded(share: Tensor) -> Tensor:
 def calibrated(levels: Sequence[DiagonalGMM], x: Tensor, codes: Tensor, rows: int) -> tuple[float, ...]:
     """The temperature of each level at which soft IDs reconstruct rows best that the means have not seen.
 
-    It minimises the mean over rows of |r - sum_k w_k mu_k|^2 over TEMPERATURES, r the residual and k the code of the row and
-    its ALTERNATES - 1 most probable others. A row of the fit has pulled the mean of its own component towards itself, so
-    that mean is taken without the row (leave-one-out): of n_k rows, r - mu_k becomes (r - mu_k)(1 + 1 / n_k), with a prior
-    of one row. Softer than that mixes in components that are too far away, harder loses where in its cell a row lies.
+    It minimises the mean over rows of |r - sum_k w_k mu_k|^2 over TEMPERATURES, r the residual and k the code of the
+    row and its ALTERNATES - 1 most probable others. A row of the fit has pulled the mean of its own component towards
+    itself, so that mean is taken without the row (leave-one-out): of n_k rows, r - mu_k becomes (r - mu_k)(1 + 1 /
+    n_k), with a prior of one row. Softer than that mixes in components that are too far away, harder loses where in its
+    cell a row lies.
 
     Args:
         levels: the fitted levels.
@@ -95,8 +97,8 @@ def calibrated(levels: Sequence[DiagonalGMM], x: Tensor, codes: Tensor, rows: in
 
 
 def _left_out(gmm: DiagonalGMM, residual: Tensor, code: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-joints (n, m) of the ALTERNATES of each row and products (n, m, m) of r - mu_j and r - mu_k, float64, both with the
-    mean of the own code taken without the row.
+    """Log-joints (n, m) of the ALTERNATES of each row and products (n, m, m) of r - mu_j and r - mu_k, float64, both
+    with the mean of the own code taken without the row.
     """
     log_joints, products = [], []
     first = 0
@@ -116,7 +118,9 @@ def _left_out(gmm: DiagonalGMM, residual: Tensor, code: Tensor, count: Tensor) -
 
 
 def _best_temperature(log_joint: Tensor, products: Tensor) -> float:
-    """The one of TEMPERATURES with the least squared error of all rows: among every fourth, then between its neighbours."""
+    """The one of TEMPERATURES with the least squared error of all rows: among every fourth, then between its
+    neighbours.
+    """
 
     def error(place: int) -> float:
         weights = (log_joint / TEMPERATURES[place]).softmax(dim=1)  # (n, m)

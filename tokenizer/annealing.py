@@ -2,8 +2,8 @@
 
 In hundreds of dimensions the log-densities of two components differ by hundreds of nats, so that EM at temperature 1 is
 k-means from its first step. Annealing divides the log-joint by a temperature T that falls: of spherical components of
-variance v that is the same mixture with variance T v. Clusters form by splitting, the first one where T v is the largest
-eigenvalue of the covariance.
+variance v that is the same mixture with variance T v. Clusters form by splitting, the first one where T v is the
+largest eigenvalue of the covariance.
 """
 
 from __future__ import annotations
@@ -60,9 +60,13 @@ class Level:
 
     def m_step(self, stats: GMMStatistics, gmm: DiagonalGMM) -> DiagonalGMM:
         return m_step(
-            stats, gmm, shrinkage=self.shrinkage, fitted_weights=self.method == "em", floor=self.residuals.floor,
+            stats,
+            gmm,
+            shrinkage=self.shrinkage,
+            fitted_weights=self.method == "em",
+            floor=self.residuals.floor,
             prior_rows=self.prior_rows,
-        )  # fmt: skip
+        )
 
     def report(self, stats: GMMStatistics, temperature: float) -> None:
         self.trace.add(self.number, temperature, stats, self.residuals.rows)
@@ -135,7 +139,8 @@ def em(level: Level, gmm: DiagonalGMM, steps: int) -> DiagonalGMM:
 
 
 def classification_em(level: Level, gmm: DiagonalGMM, steps: int) -> DiagonalGMM:
-    """Classification EM until the RMSE changes by less than REL_TOL; then components without rows move to rows of their own.
+    """Classification EM until the RMSE changes by less than REL_TOL; then components without rows move to rows of their
+    own.
 
     With one variance for all components (shrinkage 1) that is Lloyd's k-means.
     """
@@ -153,8 +158,8 @@ def classification_em(level: Level, gmm: DiagonalGMM, steps: int) -> DiagonalGMM
         elif last_error - rmse <= tolerance * rmse:
             break
         last_error = rmse
-    # The last step may have left components without rows, and a row that a component moved to may have been the only one
-    # of another. Each round lowers the error, until rows differ by less than float32 can represent.
+    # The last step may have left components without rows, and a row that a component moved to may have been the only
+    # one of another. Each round lowers the error, until rows differ by less than float32 can represent.
     last_error = math.inf
     while True:
         stats = level.sum(gmm, hard_e_step)

@@ -1,7 +1,8 @@
 """Beam search over tuples of codes.
 
-The model of a row with its codes c is p(x, c) = prod_l pi_c_l * N(x | sum_l mu_c_l, var_c_L): the weights along the path
-times the density of what the last level leaves. A beam keeps the most probable paths from level to level by the same rule.
+The model of a row with its codes c is p(x, c) = prod_l pi_c_l * N(x | sum_l mu_c_l, var_c_L): the weights along the
+path times the density of what the last level leaves. A beam keeps the most probable paths from level to level by the
+same rule.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def path_log_weights(levels: Sequence[DiagonalGMM], codes: Tensor) -> Tensor:
 def beam_step(
     above: Sequence[DiagonalGMM], gmm: DiagonalGMM, residual: Tensor, codes: Tensor, beam: int
 ) -> tuple[Tensor, Tensor]:
-    """The `beam` most probable ways to go on from the paths of each row by a component of `gmm`; the lowest index wins a tie.
+    """The `beam` most probable ways to go on from the paths of each row by a component of `gmm`; the lowest index wins
+    a tie.
 
     residual (n, paths, D) and codes (n, paths, levels above) in and out, the best path first.
     """

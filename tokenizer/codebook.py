@@ -1,4 +1,4 @@
-"""A codebook: a fitted RQ-GMM with its recipe, in memory and as a folder of `codebook.safetensors` and `manifest.json`."""
+"""A codebook: a fitted RQ-GMM with its recipe, in memory and as a folder of tensors and a manifest."""
 
 from __future__ import annotations
 
@@ -84,18 +84,30 @@ class Codebook:
 
 
 def fit(
-    x: Data, *, levels: int = 2, components: int = 128, seed: int = 0, method: Method = "annealed", beam: int = 1,
-    fusion: Fusion | None = None, progress: Callable[[Iteration], None] | None = None,
-) -> Codebook:  # fmt: skip
+    x: Data,
+    *,
+    levels: int = 2,
+    components: int = 128,
+    seed: int = 0,
+    method: Method = "annealed",
+    beam: int = 1,
+    fusion: Fusion | None = None,
+    progress: Callable[[Iteration], None] | None = None,
+) -> Codebook:
     """A codebook of embeddings (N, D), or of a re-iterable of batches of them; see `fit_rqgmm`.
 
     `progress` is called with each step; by default, and where standard error is a terminal, a line there tells it.
     """
     line = progress is None and sys.stderr.isatty()
     fitted = fit_rqgmm(
-        x, levels=levels, components=components, seed=seed, method=method, beam=beam,
+        x,
+        levels=levels,
+        components=components,
+        seed=seed,
+        method=method,
+        beam=beam,
         on_iteration=_progress_line if line else progress,
-    )  # fmt: skip
+    )
     if line:
         print(file=sys.stderr)
     settings = {"levels": levels, "components": components, "seed": seed, "method": method, "beam": beam}
@@ -150,7 +162,8 @@ def load_codebook(folder: str | Path, *, expect_hash: str | None = None) -> Code
     for file in (TENSORS, MANIFEST):
         if not (folder / file).is_file():
             raise CodebookError(
-                f"codebook folder {folder.name} has no file {file}; expected {TENSORS} and {MANIFEST}. Was it copied whole?"
+                f"codebook folder {folder.name} has no file {file}; expected {TENSORS} and {MANIFEST}. Was it copied "
+                "whole?"
             )
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -161,14 +174,14 @@ def load_codebook(folder: str | Path, *, expect_hash: str | None = None) -> Code
     # The files may hold anything: bytes that are no JSON or safetensors, numbers and nesting beyond what Python takes.
     except (OSError, ValueError, RecursionError, OverflowError, MemoryError, SafetensorError) as error:
         raise CodebookError(
-            f"codebook folder {folder.name} is damaged ({type(error).__name__}: {error}); expected what save_codebook wrote. "
-            "Fetch it again"
+            f"codebook folder {folder.name} is damaged ({type(error).__name__}: {error}); expected what save_codebook "
+            "wrote. Fetch it again"
         ) from error
     codebook = Codebook(rqgmm, manifest)
     if codebook.hash != manifest["hash"]:
         raise CodebookError(
-            f"codebook content hashes to {codebook.hash[:12]}, its manifest says {manifest['hash'][:12]}; expected the same. "
-            "Fetch it again"
+            f"codebook content hashes to {codebook.hash[:12]}, its manifest says {manifest['hash'][:12]}; expected "
+            "the same. Fetch it again"
         )
     if expect_hash is not None and codebook.hash != expect_hash:
         raise CodebookError(
@@ -185,7 +198,8 @@ def _checked(manifest: Any, tensors: Mapping[str, Tensor]) -> RQGMM:
     form = manifest.get("format")
     if form not in (HARD_FORMAT, FORMAT) or isinstance(form, bool):
         raise CodebookError(
-            f"codebook format is {form!r}; this version reads {HARD_FORMAT} and {FORMAT}. Install a newer semantic-id-pipeline"
+            f"codebook format is {form!r}; this version reads {HARD_FORMAT} and {FORMAT}. Install a newer "
+            "semantic-id-pipeline"
         )
     manifest.setdefault("beam", 1)  # older codebooks of format 1 do not have it
     for name in ("levels", "components", "dim", "beam"):

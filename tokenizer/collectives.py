@@ -32,7 +32,9 @@ def _lost_worker() -> Iterator[None]:
 
 
 def gather_rows(own: Tensor) -> Tensor:
-    """The rows (N, ...) of all processes, on the CPU, in the order of ranks; each process may have another number of them."""
+    """The rows (N, ...) of all processes, on the CPU, in the order of ranks; each process may have another number of
+    them.
+    """
     own = own.cpu()
     if not distributed():
         return own
@@ -72,8 +74,8 @@ def on_grid(stats: GMMStatistics, rows: int, largest: float) -> GMMStatistics:
     """Rounded so that the sum of such statistics over all `rows` is exact, whatever the order: any number of processes
     gives the same bits.
 
-    Each number becomes a multiple of a power of two below 2^-52 of the largest sum possible, and doubles add such numbers
-    without rounding. Elements of the rows are at most `largest`, log-likelihoods 10,000 nats an element.
+    Each number becomes a multiple of a power of two below 2^-52 of the largest sum possible, and doubles add such
+    numbers without rounding. Elements of the rows are at most `largest`, log-likelihoods 10,000 nats an element.
     """
     dim = stats.sum_x.shape[1]
 

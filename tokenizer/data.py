@@ -138,7 +138,7 @@ class Residuals:
                 yield items, block
 
     def sum(self, step: Callable[[Tensor], GMMStatistics], components: int) -> GMMStatistics:
-        """The statistics `step(residuals)` of all processes: the same bits for any batches and any number of processes."""
+        """The statistics `step(residuals)` of all processes: the same bits for any batches and number of processes."""
 
         def block_statistics(block: Tensor) -> GMMStatistics:
             return on_grid(reduce(add, map(step, pieces(block, components))), self.rows, self.largest)
@@ -151,7 +151,7 @@ class Residuals:
         return sum_statistics(total)
 
     def sample(self, wanted: int) -> Tensor:
-        """About `wanted` residuals of all processes, evenly spread; the same for any batches and number of processes."""
+        """About `wanted` residuals of all processes, evenly spread; the same for any batches and processes."""
         step = max(1, self.rows // wanted)
         sample = torch.empty(self.own_rows // step + self.own_rows // FIT_BLOCK + 2, self.dim)
         count = 0

@@ -29,7 +29,7 @@ def reassign_dead_components(gmm: DiagonalGMM, dead: Tensor, residuals: Residual
 
 
 def worst_rows(gmm: DiagonalGMM, count: int, residuals: Residuals) -> tuple[Tensor, Tensor]:
-    """The `count` distinct residuals (count, D) of all processes with the largest squared errors (count,), descending."""
+    """The `count` distinct residuals (count, D) of all processes with the largest errors (count,), descending."""
     gmm = gmm.to(residuals.device)
     rows, errors = gmm.means.new_empty(0, gmm.dim), gmm.means.new_empty(0)
     for block in residuals:

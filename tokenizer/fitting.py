@@ -29,28 +29,39 @@ class RQGMMFit:
 
 
 def fit_rqgmm(
-    data: Data, *, levels: int, components: int, seed: int, init: RQGMM | None = None, iterations: int = 300,
-    method: Method = "annealed", shrinkage: float = 1.0, beam: int = 1, device: str | torch.device = "cpu",
+    data: Data,
+    *,
+    levels: int,
+    components: int,
+    seed: int,
+    init: RQGMM | None = None,
+    iterations: int = 300,
+    method: Method = "annealed",
+    shrinkage: float = 1.0,
+    beam: int = 1,
+    device: str | torch.device = "cpu",
     resume: RQGMMFit | None = None,
-    on_iteration: Callable[[Iteration], None] | None = None, on_level: Callable[[RQGMMFit], None] | None = None,
-) -> RQGMMFit:  # fmt: skip
+    on_iteration: Callable[[Iteration], None] | None = None,
+    on_level: Callable[[RQGMMFit], None] | None = None,
+) -> RQGMMFit:
     """Fit RQ-GMM (arXiv 2602.12593, section 3).
 
-    By default with one spherical covariance per level, shared by its components, and flat weights, annealed level by level
-    and then refined jointly: the paper's own model, diagonal covariances and weights by EM, is k-means with noise in
-    hundreds of dimensions, and reconstructs worse than k-means does. It is method="em".
+    By default with one spherical covariance per level, shared by its components, and flat weights, annealed level by
+    level and then refined jointly: the paper's own model, diagonal covariances and weights by EM, is k-means with noise
+    in hundreds of dimensions, and reconstructs worse than k-means does. It is method="em".
 
     Args:
         data: float tensor (N, D), or a re-iterable of float batches that may be larger than memory. Where
             torch.distributed is initialised each rank passes its own rows: with ranks in order, and each one's rows
             starting at a multiple of FIT_BLOCK, any number of ranks gives the codebook of one.
-        init: start from this codebook and take a single joint step (or a few Lloyd or EM steps), so that codes change only
-            where the data changed.
+        init: start from this codebook and take a single joint step (or a few Lloyd or EM steps), so that codes change
+            only where the data changed.
         iterations: annealing steps (or EM, or Lloyd steps) per level, at most.
         method: "annealed", "em" or "kmeans", the last with hard codes and one variance, that is RQ-KMeans.
-        shrinkage: how far variances are pulled to the level's pooled variance, 0 to 1. Below 1 there are no joint steps.
-        beam: tuples of codes that encode keeps from level to level; each level is fitted on the residuals of all of them,
-            and the trace's errors are theirs. 1 is greedy, and costs that many times less.
+        shrinkage: how far variances are pulled to the level's pooled variance, 0 to 1. Below 1 there are no joint
+            steps.
+        beam: tuples of codes that encode keeps from level to level; each level is fitted on the residuals of all of
+            them, and the trace's errors are theirs. 1 is greedy, and costs that many times less.
         device: where rows and their statistics are computed; the codebook comes back on the CPU.
         resume: what `on_level` got last from a fit of the same arguments that was interrupted; the result is that of a
             fit that was not.
@@ -76,8 +87,8 @@ def fit_rqgmm(
     done = [] if resume is None else list(resume.rqgmm.levels)
     if resume is not None and (resume.rqgmm.components, resume.rqgmm.dim) != (components, source.dim):
         raise DataError(
-            f"the fit to resume has {resume.rqgmm.components} components of dimension {resume.rqgmm.dim}, this one {components} of "
-            f"{source.dim}; expected the same fit. Start anew without resume"
+            f"the fit to resume has {resume.rqgmm.components} components of dimension {resume.rqgmm.dim}, this one "
+            f"{components} of {source.dim}; expected the same fit. Start anew without resume"
         )
     residuals = Residuals(source, beam)
     floor, sample = residuals.floor, residuals.sample(CALIBRATION_ROWS)

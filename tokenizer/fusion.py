@@ -33,8 +33,8 @@ class Fusion:
     Attributes:
         dims: dimension of each modality.
         weights: weight of each modality; 1 where not given.
-        order: of the blocks; alphabetical where not given. None is not known, as in codebooks made before it was kept: their
-            recipe can be read, but fuses one modality only.
+        order: of the blocks; alphabetical where not given. None is not known, as in codebooks made before it was kept:
+            their recipe can be read, but fuses one modality only.
     """
 
     dims: Mapping[str, int]
@@ -76,16 +76,18 @@ class Fusion:
         """(N, D) float32 of N items.
 
         Args:
-            modalities: vectors (N, dim) of each modality; None where all items lack it, or a list with None for the items
-                that do.
+            modalities: vectors (N, dim) of each modality; None where all items lack it, or a list with None for the
+                items that do.
 
         Raises:
-            DataError: an order that is not known, an unknown modality or another dimension, NaN or Inf, a vector of zeros, or an item without any modality.
+            DataError: an order that is not known, an unknown modality or another dimension, NaN or Inf, a vector of
+                zeros, or an item without any modality.
         """
         if self.order is None:
             raise DataError(
-                f"the recipe does not say in which order the blocks of {sorted(self.dims)} stand, as it was made before that was kept; "
-                "expected an order. Name the columns as they were loaded: dataclasses.replace(fusion, order=[...])"
+                f"the recipe does not say in which order the blocks of {sorted(self.dims)} stand, as it was made "
+                "before that was kept; expected an order. Name the columns as they were loaded: "
+                "dataclasses.replace(fusion, order=[...])"
             )
         unknown = sorted(set(modalities) - set(self.dims))
         if unknown:
@@ -106,14 +108,16 @@ class Fusion:
             present |= known
         if not present.all():
             raise DataError(
-                f"item {int(np.flatnonzero(~present)[0])} has no modality at all; expected at least one vector. Leave such items out"
+                f"item {int(np.flatnonzero(~present)[0])} has no modality at all; expected at least one vector. Leave "
+                "such items out"
             )
         x = self.join(blocks)
         with np.errstate(over="ignore"):
             stored = x.astype(self.dtype).astype(np.float32)
         if not np.isfinite(stored).all():
             raise DataError(
-                f"an embedding holds {np.abs(x).max():.3g}, too large for {self.dtype}; expected less. Use normalize or float32"
+                f"an embedding holds {np.abs(x).max():.3g}, too large for {self.dtype}; expected less. Use normalize "
+                "or float32"
             )
         return torch.from_numpy(stored)
 
@@ -127,7 +131,9 @@ class Fusion:
         return block
 
     def join(self, blocks: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float32]:
-        """(N, D): the blocks of all modalities, in the order of `dims`, as one embedding; NaN for a row of zeros to normalise."""
+        """(N, D): the blocks of all modalities, in the order of `dims`, as one embedding; NaN for a row of zeros to
+        normalise.
+        """
         fused = np.concatenate(blocks, axis=1) if len(blocks) > 1 else blocks[0]
         if self.normalize:
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -144,14 +150,17 @@ class Fusion:
             return x, known
         if isinstance(vectors, Tensor):
             vectors = vectors.detach().cpu().numpy()
-        known = np.ones(items, bool) if isinstance(vectors, np.ndarray) and vectors.dtype != object else np.array([row is not None for row in vectors])  # type: ignore[union-attr]  # fmt: skip
+        known = np.ones(items, bool)
+        if not isinstance(vectors, np.ndarray) or vectors.dtype == object:
+            known = np.array([row is not None for row in vectors])  # type: ignore[union-attr]
         if not known.any():
             return x, known
         try:
             rows = np.asarray(vectors if known.all() else [row for row in vectors if row is not None], np.float64)  # type: ignore[union-attr]
         except (TypeError, ValueError) as error:
             raise DataError(
-                f"{name!r} does not hold vectors of numbers ({error}); expected shape ({items}, {dim}), None where one is missing"
+                f"{name!r} does not hold vectors of numbers ({error}); expected shape ({items}, {dim}), None where "
+                "one is missing"
             ) from error
         if rows.shape != (int(known.sum()), dim):
             raise DataError(
@@ -163,13 +172,14 @@ class Fusion:
         broken = index[~np.isfinite(x[known]).all(axis=1)]
         if len(broken):
             raise DataError(
-                f"{name!r} holds NaN, Inf or numbers too large for float32 in row {broken[0]}; expected finite ones, and None where "
-                "a vector is missing"
+                f"{name!r} holds NaN, Inf or numbers too large for float32 in row {broken[0]}; expected finite ones, "
+                "and None where a vector is missing"
             )
         zero = index[~x[known].any(axis=1)]
         if self.normalize and len(zero):
             raise DataError(
-                f"{name!r} is all zeros in row {zero[0]} and has no direction; expected a vector, or None where it is missing"
+                f"{name!r} is all zeros in row {zero[0]} and has no direction; expected a vector, or None where it is "
+                "missing"
             )
         return x, known
 
@@ -184,7 +194,8 @@ class Fusion:
 
     @staticmethod
     def from_dict(recipe: Any) -> Fusion:
-        """Of `to_dict`, or as a codebook of the pipeline has it; other keys, such as the name of an id column, are ignored.
+        """Of `to_dict`, or as a codebook of the pipeline has it; other keys, such as the name of an id column, are
+        ignored.
 
         Raises:
             DataError: a key is missing or has a wrong value.

@@ -41,13 +41,14 @@ class DiagonalGMM:
         k, d = self.means.shape
         if self.weights.shape != (k,) or self.variances.shape != (k, d):
             raise DataError(
-                f"weights {tuple(self.weights.shape)}, means {tuple(self.means.shape)}, variances {tuple(self.variances.shape)} "
-                "do not fit together; expected (K,), (K, D), (K, D)"
+                f"weights {tuple(self.weights.shape)}, means {tuple(self.means.shape)}, variances "
+                f"{tuple(self.variances.shape)} do not fit together; expected (K,), (K, D), (K, D)"
             )
         smallest, _ = self.variances.aminmax()  # NaN if there is one
         if not (self.means.isfinite().all() and self.variances.isfinite().all() and smallest > 0):
             raise DataError(
-                "means and variances must be finite and variances above 0; was the mixture fitted on NaN, Inf or huge values?"
+                "means and variances must be finite and variances above 0; was the mixture fitted on NaN, Inf or huge "
+                "values?"
             )
 
     @property
@@ -88,7 +89,7 @@ class DiagonalGMM:
         """The log-joint as a polynomial: slope (K, D), quadratic (K, D) and constant (K,).
 
         log pi_k + log N(x | mu_k, var_k) = constant_k + sum_d (slope_kd x_d + quadratic_kd x_d^2)
-            slope = mu / var,   quadratic = -1 / (2 var),   constant = log pi - sum_d (log(2 pi var_d) + mu_d^2 / var_d) / 2
+            slope = mu / var, quadratic = -1 / (2 var), constant = log pi - sum_d (log(2 pi var_d) + mu_d^2 / var_d) / 2
 
         `quadratic` is (1, D) if the components share it. Computed in float64, returned in float32.
         """
@@ -201,8 +202,9 @@ def update_weights(stats: GMMStatistics) -> Tensor:
 def update_means(stats: GMMStatistics, previous: Tensor, *, prior_rows: float = 0.0) -> Tensor:
     """(K, D) float64: mu_k = (sum_n gamma_nk x_n + a m) / (N_k + a), with a = `prior_rows` and m the mean of all rows.
 
-    a = 0 gives PRML eq. 9.17. Otherwise the mode of the posterior under a Gaussian prior worth `a` rows at m (eq. 2.141);
-    one row is the unit information prior of Kass and Wasserman (1995). A component without rows keeps its `previous` mean.
+    a = 0 gives PRML eq. 9.17. Otherwise the mode of the posterior under a Gaussian prior worth `a` rows at m (eq.
+    2.141); one row is the unit information prior of Kass and Wasserman (1995). A component without rows keeps its
+    `previous` mean.
     """
     mean = stats.sum_x.sum(0) / stats.count.sum()
     count = stats.count[:, None]
@@ -226,8 +228,14 @@ def component_variances(stats: GMMStatistics, means: Tensor) -> Tensor:
 
 
 def m_step(
-    stats: GMMStatistics, previous: DiagonalGMM, *, shrinkage: float, fitted_weights: bool, floor: float, prior_rows: float = 0.0
-) -> DiagonalGMM:  # fmt: skip
+    stats: GMMStatistics,
+    previous: DiagonalGMM,
+    *,
+    shrinkage: float,
+    fitted_weights: bool,
+    floor: float,
+    prior_rows: float = 0.0,
+) -> DiagonalGMM:
     """The mixture that maximises the expected log-likelihood (PRML eq. 9.17, 9.19, 9.22).
 
     Args:

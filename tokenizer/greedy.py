@@ -1,4 +1,4 @@
-"""The scores of a row at each level on the greedy path: by its residuals, or without them where all levels are spherical."""
+"""The scores of a row at each level on the greedy path: by its residuals, or without them if levels are spherical."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class ResidualPath:
 class SphericalTables:
     """What spherical levels need instead of residuals: the scores of a mean mu_j of a level above under each component.
 
-    With s_k = x . mu_k / var + constant_k the scores of a row, those of its residual are s_k - sum_j mu_j . mu_k / var: a product
-    of the row itself, and one row of a table (K, K) for each level above.
+    With s_k = x . mu_k / var + constant_k the scores of a row, those of its residual are s_k - sum_j mu_j . mu_k / var:
+    a product of the row itself, and one row of a table (K, K) for each level above.
     """
 
     def __init__(self, levels: Sequence[DiagonalGMM]) -> None:
@@ -54,13 +54,13 @@ class SphericalTables:
 
     @staticmethod
     def exact_enough(levels: Sequence[DiagonalGMM]) -> bool:
-        """Levels are spherical, and no residual is so small beside the means that the difference would lose its digits."""
+        """Levels are spherical, and no residual is so small beside the means that the difference loses its digits."""
         smallest = 1e-3 * float(levels[0].means.square().mean())
         return all(gmm.variance is not None and gmm.variance >= smallest and gmm.origin is None for gmm in levels)
 
 
 class SphericalPath:
-    """`ResidualPath` of spherical levels without residuals: the same but for rounding, at a fraction of the memory traffic."""
+    """`ResidualPath` of spherical levels without residuals: the same but for rounding, with less memory traffic."""
 
     def __init__(self, tables: SphericalTables, x: Tensor) -> None:
         self.tables, self.x = tables, x

@@ -1,8 +1,9 @@
 """The means of all levels at once: the joint M-step for given codes, and the refinement of a fit by such steps.
 
-Level by level (arXiv 2602.12593, section 3) a mean is the best one for the residuals of its own level, as if no level came
-after. With the codes c given, x = sum_l mu_l[c_l] + noise is linear in the means of all levels, so the most probable ones
-solve a least-squares problem. All it needs of the rows are sums of residuals and counts of pairs of components.
+Level by level (arXiv 2602.12593, section 3) a mean is the best one for the residuals of its own level, as if no level
+came after. With the codes c given, x = sum_l mu_l[c_l] + noise is linear in the means of all levels, so the most
+probable ones solve a least-squares problem. All it needs of the rows are sums of residuals and counts of pairs of
+components.
 """
 
 from __future__ import annotations
@@ -27,14 +28,20 @@ JOINT_GAIN = 1e-3  # least relative gain in squared error of a joint step: less 
 
 
 def joint_means(
-    residual_sums: Sequence[Tensor], codes: Tensor, means: Sequence[Tensor], anchors: Sequence[Tensor], prior_rows: float, sweeps: int
-) -> list[Tensor]:  # fmt: skip
+    residual_sums: Sequence[Tensor],
+    codes: Tensor,
+    means: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    prior_rows: float,
+    sweeps: int,
+) -> list[Tensor]:
     """The means (K, D) of each level, float64, that maximise the posterior for the given codes (N, L).
 
     Args:
         residual_sums: of each level (K, D): the residuals x - sum_l mu_l[c_l] under `means`, summed by component.
         means: of each level (K, D).
-        anchors: of each level (K, D) or (1, D), where its Gaussian prior has its mode; a component without rows goes there.
+        anchors: of each level (K, D) or (1, D), where its Gaussian prior has its mode; a component without rows goes
+            there.
         prior_rows: how many rows the prior is worth, above 0.
         sweeps: each solves the normal equations of one level after the other (block Gauss-Seidel) and never lowers the
             posterior.
@@ -113,9 +120,9 @@ def refine_jointly(
 ) -> list[DiagonalGMM]:
     """Alternate a joint least-squares update of all means (codes fixed) and re-encoding.
 
-    Stops when the relative gain of a step is below JOINT_GAIN or a component would lose its last row. The prior of a mean
-    is one row at its value before the first step; of the last level, whose overfitting no later level makes good, one row
-    at the level's mean.
+    Stops when the relative gain of a step is below JOINT_GAIN or a component would lose its last row. The prior of a
+    mean is one row at its value before the first step; of the last level, whose overfitting no later level makes good,
+    one row at the level's mean.
     """
     levels, elements = list(levels), source.total * source.dim
 

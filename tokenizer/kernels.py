@@ -32,8 +32,8 @@ GPU_ROWS = 16_384  # rows of a piece on a GPU, which smaller ones leave idle
 SPARSE_SHARE = 1 / 16  # share of the responsibilities up to which gathering costs less than a dense product
 DENSE_CELLS = 2**14  # components times dimensions up to which a dense product always costs less
 
-# torch multiplies float32 matrices by MKL, which does not use the 512-bit registers of other makers' processors. oneDNN,
-# which every torch for the CPU contains, does: twice as fast there, in the same precision.
+# torch multiplies float32 matrices by MKL, which does not use the 512-bit registers of other makers' processors.
+# oneDNN, which every torch for the CPU contains, does: twice as fast there, in the same precision.
 _onednn_linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -80,7 +80,8 @@ def argmax(scores: Tensor) -> Tensor:
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """(N, count): the indices of the `count` largest scores of each row (N, K), descending; the lowest index wins a tie.
+    """(N, count): the indices of the `count` largest scores of each row (N, K), descending; the lowest index wins a
+    tie.
 
     torch.topk leaves the order of ties open. `count` is small, so that many passes cost less than a sort.
     """
@@ -112,8 +113,8 @@ def exp_minus(scores: Tensor, shift: Tensor) -> Tensor:
 class Responsibilities:
     """gamma_nk = exp(log_joint_nk) / sum_j exp(log_joint_nj), dense or sparse.
 
-    Where most are negligible, those below `truncation` times their row's largest are set to zero; the others of a row then
-    sum to 1.
+    Where most are negligible, those below `truncation` times their row's largest are set to zero; the others of a row
+    then sum to 1.
     """
 
     log_evidence: Tensor  # (N,)  log sum_k exp(log_joint_nk)
@@ -222,7 +223,8 @@ def without_denormals() -> Iterator[None]:
 def parallel_map(
     function: Callable[[Block], Result], blocks: Iterable[Block], device: torch.device
 ) -> Iterator[Result]:
-    """`map(function, blocks)` without denormals; each block by one thread, where there are blocks enough for all threads.
+    """`map(function, blocks)` without denormals; each block by one thread, where there are blocks enough for all
+    threads.
 
     torch by itself lets all threads share each operation. They then wait for each other after every one, and for NumPy,
     which has one thread: a tenth of the time on a quiet machine, and most of it where another program takes a core.

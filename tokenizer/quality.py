@@ -1,4 +1,6 @@
-"""How good semantic IDs are: reconstruction, use of the components, collisions, neighbours kept. All global, never per batch."""
+"""How good semantic IDs are: reconstruction, use of the components, collisions, neighbours kept. All global, never per
+batch.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from tokenizer.rqgmm import RQGMM
 
 @dataclass(frozen=True)
 class LevelUsage:
-    """How evenly the components of one level are used. `utilization`, `perplexity` (exp entropy / K), `gini` in 0..1."""
+    """How evenly the components of a level are used: `utilization`, `perplexity` (exp entropy / K), `gini` in 0..1."""
 
     utilization: float
     perplexity: float

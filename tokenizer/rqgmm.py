@@ -25,11 +25,12 @@ class Assignment:
 
     Attributes:
         codes: (N, L) int32.
-        confidence: (N,), p(c | x) = prod_l p(c_l | x, c_1 .. c_l-1), each factor the responsibility of the component in its
-            level's mixture of the residuals.
+        confidence: (N,), p(c | x) = prod_l p(c_l | x, c_1 .. c_l-1), each factor the responsibility of the component in
+            its level's mixture of the residuals.
         log_likelihood: (N,), nats; log of the sum of p(x, c) over the codes of the last level, with the model of a row
-            p(x, c) = prod_l pi_c_l * N(x | sum_l mu_c_l, var_c_L). That is the log-likelihood of the last residual under its
-            level's mixture plus the log weights along the path, with one level the mixture's own, and never more than log p(x).
+            p(x, c) = prod_l pi_c_l * N(x | sum_l mu_c_l, var_c_L). That is the log-likelihood of the last residual
+            under its level's mixture plus the log weights along the path, with one level the mixture's own, and never
+            more than log p(x).
         alternates: the soft semantic IDs, where they were asked for.
     """
 
@@ -43,8 +44,9 @@ class Assignment:
 class RQGMM:
     """Levels of mixtures over one dimension with the same number of components.
 
-    Encode keeps the `beam` most probable tuples of codes from level to level; 1 is one greedy pass. `temperatures`, one a
-    level, soften the posteriors of soft semantic IDs; models of older codebooks have none, and their soft IDs are hard.
+    Encode keeps the `beam` most probable tuples of codes from level to level; 1 is one greedy pass. `temperatures`, one
+    a level, soften the posteriors of soft semantic IDs; models of older codebooks have none, and their soft IDs are
+    hard.
     """
 
     levels: tuple[DiagonalGMM, ...]

@@ -29,7 +29,8 @@ def parse(text: str, levels: int) -> tuple[tuple[int, ...], int]:
     canonical = all(re.fullmatch(r"0|[1-9]\d{0,17}", part, re.ASCII) for part in parts)
     if len(parts) not in (levels, levels + 1) or not canonical or parts[levels:] == ["0"]:
         raise DataError(
-            f"{text!r} is not a semantic ID of {levels} levels; expected {levels} codes and perhaps a suffix above 0, such as 12-87-1"
+            f"{text!r} is not a semantic ID of {levels} levels; expected {levels} codes and perhaps a suffix above 0, "
+            "such as 12-87-1"
         )
     numbers = tuple(int(part) for part in parts)
     return numbers[:levels], numbers[levels] if len(numbers) > levels else 0
@@ -41,10 +42,11 @@ def tokens(codes: Tensor, components: int) -> Tensor:
 
 
 def item_tokens(codes: Tensor, components: int) -> tuple[Tensor, int]:
-    """Token rows (I, L + 1) of every item, and the size of their table: one token per level, one for the whole tuple of codes.
+    """Token rows (I, L + 1) of every item, and the size of their table: one token per level, one for the whole tuple of
+    codes.
 
-    Row 0 is PADDING, then come the tokens of `tokens`, then those of the tuples in ascending order. An item whose codes are
-    -1 has no semantic ID and only padding tokens.
+    Row 0 is PADDING, then come the tokens of `tokens`, then those of the tuples in ascending order. An item whose codes
+    are -1 has no semantic ID and only padding tokens.
     """
     known = codes[:, 0] >= 0
     _, tuple_number = torch.unique(codes, dim=0, return_inverse=True)

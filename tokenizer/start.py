@@ -12,7 +12,9 @@ EIGENVALUE_ROWS = 8192  # of them, for the covariance
 
 
 def distinct_rows(rows: Tensor, components: int, seed: int) -> Tensor:
-    """(K, D): random rows (N, D), distinct where there are as many distinct ones; else repeats, which stay without rows."""
+    """(K, D): random rows (N, D), distinct where there are as many distinct ones; else repeats, which stay without
+    rows.
+    """
     generator = torch.Generator().manual_seed(seed)
     shuffled = rows[torch.randperm(len(rows), generator=generator)]
     start = shuffled[:components]

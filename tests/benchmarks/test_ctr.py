@@ -1,4 +1,4 @@
-"""The harness of `sid bench ctr`: what an impression knows, negatives that tell nothing, histories as models read them."""
+"""The harness of `sid bench ctr`: what an impression knows, sampled negatives, histories as models read them."""
 
 from __future__ import annotations
 

@@ -20,11 +20,21 @@ ROOT = Path(__file__).parents[2]
 def submitted(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     path = write_vectors(tmp_path / "v.parquet", list(range(50)), text_embedding=topics(50, 4))
     environment = {
-        **os.environ, "JAVA_HOME": str(find_java()), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYSPARK_PYTHON": sys.executable, "SPARK_LOCAL_IP": "127.0.0.1",
-    }  # fmt: skip
+        **os.environ,
+        "JAVA_HOME": str(find_java()),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYSPARK_PYTHON": sys.executable,
+        "SPARK_LOCAL_IP": "127.0.0.1",
+    }
     command = ["spark-submit", "--master", "local[2]", *flags, str(ROOT / "infra/spark/submit.py"), "load"]
-    settings = ["--warehouse", str(tmp_path / "w"), "--set", f"load.source={path}", "--set", "spark.master=spark://nowhere:7077"]  # fmt: skip
+    settings = [
+        "--warehouse",
+        str(tmp_path / "w"),
+        "--set",
+        f"load.source={path}",
+        "--set",
+        "spark.master=spark://nowhere:7077",
+    ]
     return subprocess.run(
         [*command, *settings], env=environment, capture_output=True, text=True, check=False, timeout=300
     )

@@ -117,10 +117,17 @@ def test_a_key_of_spark_may_have_dots() -> None:
 @pytest.mark.parametrize(
     "setting",
     [
-        "spark.master=lokal", "spark.driver_memory=banana", "spark.driver_memory=4", "nightly.refit_every_days=99999999999",
-        "nightly.refit_every_days=0", "fit.levels=true", "fit.seed=1e20", "fit.seed=-1", "load.source=[1]",
+        "spark.master=lokal",
+        "spark.driver_memory=banana",
+        "spark.driver_memory=4",
+        "nightly.refit_every_days=99999999999",
+        "nightly.refit_every_days=0",
+        "fit.levels=true",
+        "fit.seed=1e20",
+        "fit.seed=-1",
+        "load.source=[1]",
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_meant_is_refused(setting: str) -> None:
     name = setting.partition("=")[0]
     with pytest.raises(ConfigError, match=rf"{name} = .*expected"):

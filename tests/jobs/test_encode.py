@@ -72,8 +72,10 @@ def incumbent(item: int, codes: list[int] | None, *, suffix: int | None = None, 
 
 def test_row_groups_are_those_of_the_files_in_order(groups: list[RowGroup]) -> None:
     assert [(group.file, group.index, group.rows) for group in groups] == [
-        ("0.parquet", 0, 40), ("0.parquet", 1, 10), ("1.parquet", 0, 40),
-    ]  # fmt: skip
+        ("0.parquet", 0, 40),
+        ("0.parquet", 1, 10),
+        ("1.parquet", 0, 40),
+    ]
     batches = [batch for group in groups for batch in group.batches(["item_id"], 7)]
     assert [i for batch in batches for i in batch["item_id"].to_pylist()] == [f"i{row}" for row in range(ITEMS)]
 

@@ -26,18 +26,27 @@ from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
 
 DAY, NEXT = date(2026, 1, 1), date(2026, 1, 2)
 ITEMS, DIM = 200, 8
-IDS = "codebook_version INT, item_id STRING, codes ARRAY<INT>, confidence FLOAT, log_likelihood FLOAT, held BOOLEAN, content_hash STRING, squared_error FLOAT"
+IDS = (
+    "codebook_version INT, item_id STRING, codes ARRAY<INT>, confidence FLOAT, log_likelihood FLOAT, held BOOLEAN, "
+    "content_hash STRING, squared_error FLOAT"
+)
 
 
 def random_ids(version: int, items: range, seed: int) -> list[tuple[Any, ...]]:
     generator = np.random.default_rng(seed)
     return [
         (
-            version, f"i{item}", generator.integers(3, size=2).tolist(), float(generator.random()), float(generator.normal()),
-            bool(generator.random() < 0.3), f"h{item // 2 + 1000 * (generator.random() < 0.2)}", float(generator.random()),
+            version,
+            f"i{item}",
+            generator.integers(3, size=2).tolist(),
+            float(generator.random()),
+            float(generator.normal()),
+            bool(generator.random() < 0.3),
+            f"h{item // 2 + 1000 * (generator.random() < 0.2)}",
+            float(generator.random()),
         )
         for item in items
-    ]  # fmt: skip
+    ]
 
 
 def test_metrics_of_the_ids_are_those_of_a_slow_loop(spark: SparkSession) -> None:
@@ -64,9 +73,13 @@ def test_metrics_of_the_ids_are_those_of_a_slow_loop(spark: SparkSession) -> Non
 
     groups = Counter(tuple(row[2]) for row in rows)
     assert collision_metrics(ids) == {
-        "items": 60, "distinct_ids": len(groups), "distinct": len(groups) / 60, "largest_collision": max(groups.values()),
-        "largest_collision_share": max(groups.values()) / 60, "items_with_a_twin": 60 - len({row[6] for row in rows}),
-    }  # fmt: skip
+        "items": 60,
+        "distinct_ids": len(groups),
+        "distinct": len(groups) / 60,
+        "largest_collision": max(groups.values()),
+        "largest_collision_share": max(groups.values()) / 60,
+        "items_with_a_twin": 60 - len({row[6] for row in rows}),
+    }
     counts = [[sum(row[2][level] == code for row in rows) for code in range(3)] for level in range(2)]
     assert code_counts(ids, 2, 3).tolist() == counts
 

@@ -65,7 +65,8 @@ def same(a: RQGMM, b: RQGMM) -> bool:
     return all(torch.equal(p.means, q.means) for p, q in zip(a.levels, b.levels, strict=True))
 
 
-# Three workers for three blocks, on the two slots that the tests give Spark: TorchDistributor's local mode does not mind.
+# Three workers for three blocks, on the two slots that the tests give Spark: TorchDistributor's local mode does not
+# mind.
 @pytest.mark.parametrize("workers", [2, 3])
 def test_workers_of_spark_fit_what_one_process_fits(
     tmp_path: Path, many: EmbeddingFiles, workers: int, monkeypatch: pytest.MonkeyPatch

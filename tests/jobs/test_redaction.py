@@ -14,7 +14,10 @@ from jobs.redaction import redact, redact_config
         ("mysql+pymysql://ann:p@ss/w:rd@db/mlflow is down", "mysql+pymysql://***@db/mlflow is down"),
         ("https://4f3c9a@mlflow.example:5000/api", "https://***@mlflow.example:5000/api"),
         ("s3a://ID:SECRET1@bucket/path", "s3a://***@bucket/path"),
-        ("jdbc:mysql://db/x?user=ann&password=hunter22&useSSL=true", "jdbc:mysql://db/x?user=ann&password=***&useSSL=true"),
+        (
+            "jdbc:mysql://db/x?user=ann&password=hunter22&useSSL=true",
+            "jdbc:mysql://db/x?user=ann&password=***&useSSL=true",
+        ),
         ("https://acct.blob.example/c?sv=2022&sig=a%2Fb%3D", "https://acct.blob.example/c?sv=2022&sig=***"),
         ("--conf spark.hadoop.fs.s3a.secret.key=wJalrXUtnFEMI", "--conf spark.hadoop.fs.s3a.secret.key=***"),
         ("-Djavax.net.ssl.trustStorePassword=changeit7 -Xmx4g", "-Djavax.net.ssl.trustStorePassword=*** -Xmx4g"),
@@ -25,7 +28,7 @@ from jobs.redaction import redact, redact_config
         ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.SflKxwRJSM", "***"),
         ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----\nrest", "***\nrest"),
     ],
-)  # fmt: skip
+)
 def test_a_credential_in_text_is_masked(text: str, expected: str) -> None:
     assert redact(text) == expected
     assert redact(expected) == expected

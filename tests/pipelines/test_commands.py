@@ -47,8 +47,10 @@ def test_a_json_file_that_cannot_be_written_is_found_before_the_work(command: li
     warehouse = ["--warehouse", str(tmp_path / "w")]
     code, said = sid(*command, *warehouse, "--json", str(tmp_path / "no" / "x.json"))
     assert (code, said) == (
-        2, f"sid: --json {tmp_path}/no/x.json: there is no folder {tmp_path}/no; expected one to write the file in. Make it first\n",
-    )  # fmt: skip
+        2,
+        f"sid: --json {tmp_path}/no/x.json: there is no folder {tmp_path}/no; expected one to write the file in. Make "
+        "it first\n",
+    )
     code, said = sid(*command, *warehouse, "--json", str(tmp_path))
     assert (code, said) == (2, f"sid: --json {tmp_path} is a folder; expected the path of a file to write\n")
     assert list(tmp_path.iterdir()) == []
@@ -122,7 +124,14 @@ def test_progress_prints_them_as_they_are(
 def test_explain_prints_an_item_as_it_is(
     warehouse: Warehouse, settings: Callable[..., Config], capsys: pytest.CaptureFixture[str], item: str
 ) -> None:
-    row = {"item_id": item, "occurrence": 1, "reason": "nan", "detail": "[bold]", "excerpt": "[1, nan]", "run_date": date(2026, 1, 1)}  # fmt: skip
+    row = {
+        "item_id": item,
+        "occurrence": 1,
+        "reason": "nan",
+        "detail": "[bold]",
+        "excerpt": "[1, nan]",
+        "run_date": date(2026, 1, 1),
+    }
     warehouse.append(REJECTED_EMBEDDINGS, warehouse.rows(REJECTED_EMBEDDINGS, [row]))
     registry = open_registry(settings(), warehouse.root)
     assert print_item(warehouse, registry, item)

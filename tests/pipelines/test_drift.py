@@ -17,21 +17,36 @@ MODEL = version("x")
 
 
 def write(warehouse: Warehouse, rows: list[dict[str, Any]]) -> None:
-    """Items and their IDs: `count` of each with a day first seen, a day last changed, and the ID's day and likelihoods."""
+    """`count` items of each kind, with the days first seen, changed and encoded, and the likelihoods of their IDs."""
     items, ids = [], []
     for number, row in enumerate(kind for kind in rows for _ in range(kind["count"])):
         item = {"item_id": str(number), "content_hash": "h", "codes": [0, 0]}
         items.append(
-            {**item, "embedding": bytes(4), "dim": 1, "modalities": ["text"], "first_seen": row["seen"], "run_date": row["changed"]}
-        )  # fmt: skip
+            {
+                **item,
+                "embedding": bytes(4),
+                "dim": 1,
+                "modalities": ["text"],
+                "first_seen": row["seen"],
+                "run_date": row["changed"],
+            }
+        )
         likelihoods = row["likelihoods"]
         ids.append(
             {
-                **item, "codebook_version": row.get("version", 1), "suffix": number, "semantic_id": str(number), "confidence": 1.0,
-                "log_likelihood": likelihoods[number % len(likelihoods)], "codebook_hash": "x", "held": row.get("held", False), "alternates": None, "squared_error": 0.5,
+                **item,
+                "codebook_version": row.get("version", 1),
+                "suffix": number,
+                "semantic_id": str(number),
+                "confidence": 1.0,
+                "log_likelihood": likelihoods[number % len(likelihoods)],
+                "codebook_hash": "x",
+                "held": row.get("held", False),
+                "alternates": None,
+                "squared_error": 0.5,
                 "run_date": row["encoded"],
             }
-        )  # fmt: skip
+        )
     warehouse.append(ITEM_EMBEDDINGS, warehouse.rows(ITEM_EMBEDDINGS, items))
     warehouse.append(SEMANTIC_IDS, warehouse.rows(SEMANTIC_IDS, ids))
 

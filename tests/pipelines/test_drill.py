@@ -1,4 +1,6 @@
-"""A fire drill on real Spark, Delta and MLflow: what is lost, damaged or swept away under a warehouse, and the night after it."""
+"""A fire drill on real Spark, Delta and MLflow: what is lost, damaged or swept away under a warehouse, and the night
+after it.
+"""
 
 from __future__ import annotations
 

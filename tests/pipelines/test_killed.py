@@ -1,4 +1,4 @@
-"""kill -9 at the moments that matter: the next run completes the night, with the IDs of a night that was never killed."""
+"""kill -9 after each commit: the next run completes the night, with the IDs of a night that was never killed."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ MOMENTS = {
 
 def night(warehouse: Path, source: Path) -> subprocess.Popen[bytes]:
     command = [
-        sys.executable, "-m", "pipelines", "nightly", "--date", "2026-01-01", "--warehouse", str(warehouse), "--json", f"{warehouse}.json",
-        "--set", f"load.source={source}", "--set", "fit.components=16", "--set", "spark.master=local[2]",
-    ]  # fmt: skip
+        *(sys.executable, "-m", "pipelines", "nightly", "--date", "2026-01-01"),
+        *("--warehouse", str(warehouse), "--json", f"{warehouse}.json"),
+        *("--set", f"load.source={source}", "--set", "fit.components=16", "--set", "spark.master=local[2]"),
+    ]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
 
 

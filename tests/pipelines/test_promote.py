@@ -26,7 +26,7 @@ from pipelines.promote import GateFailed, NoWayBack, Rollback, promote, rollback
 
 @pytest.fixture(scope="module")
 def before(house: House, first: Night) -> list[Release]:
-    """The releases before the rollback, the newest first; of two codebooks, and ten items that only the second one has."""
+    """The releases before the rollback, the newest first; of two codebooks, the second with ten more items."""
     if len({release.codebook_version for release in releases(house.warehouse.root)}) == 1:
         house.write(ITEMS + 50)
         house.night(date(2026, 2, 10), "train.interactions=")

@@ -1,4 +1,6 @@
-"""torchrun --nproc-per-node N fit_under_torchrun.py FOLDER: a fit by N plain processes, each on its share of the blocks."""
+"""torchrun --nproc-per-node N fit_under_torchrun.py FOLDER: a fit by N plain processes, each on its share of the
+blocks.
+"""
 
 import sys
 from pathlib import Path

@@ -72,7 +72,9 @@ def test_alternates_are_the_slow_loop(x: torch.Tensor, method: str, of_another: 
 @settings(max_examples=25, deadline=None)
 @given(top=st.integers(1, 20), shift=st.integers(0, 15), temperature=st.floats(0.01, 1e4), rows=st.integers(1, 40))
 def test_laws(x: torch.Tensor, rqgmm: RQGMM, top: int, shift: int, temperature: float, rows: int) -> None:
-    """The ID's own code comes first, codes are distinct, the others' weights descend, all sum to 255, whatever the codes."""
+    """The ID's own code comes first, codes are distinct, the others' weights descend, all sum to 255, whatever the
+    codes.
+    """
     soft = replace(rqgmm, temperatures=(temperature, temperature))
     codes = (rqgmm.encode(x[:rows]) + shift) % 16
     found = soft.alternates(x[:rows], codes, top)
@@ -213,8 +215,10 @@ def test_codebooks_of_format_1_have_hard_alternates() -> None:
 
 
 @pytest.mark.parametrize(
-    "temperatures", [None, torch.ones(3), torch.ones(2).double(), torch.tensor([1.0, -1.0]), torch.tensor([1.0, math.nan])], ids=str
-)  # fmt: skip
+    "temperatures",
+    [None, torch.ones(3), torch.ones(2).double(), torch.tensor([1.0, -1.0]), torch.tensor([1.0, math.nan])],
+    ids=str,
+)
 def test_wrong_temperatures_in_a_file_are_refused(
     rqgmm: RQGMM, tmp_path: Path, temperatures: torch.Tensor | None
 ) -> None:

@@ -29,7 +29,7 @@ from tokenizer import (
     save_codebook,
     text_of,
     tokens,
-)  # fmt: skip
+)
 
 LIMITS = Thresholds(
     min_utilization=0.5,
@@ -90,15 +90,23 @@ def test_a_damaged_codebook_is_refused(file: str, rqgmm: RQGMM, tmp_path: Path) 
 
 BYTES = st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 255)), min_size=1, max_size=4)
 ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from([0, -1, 2**63, 10**30, True, 2.0, "2"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=5,
-)  # fmt: skip
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.sampled_from([0, -1, 2**63, 10**30, True, 2.0, "2"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    field=st.sampled_from(["format", "levels", "components", "dim", "beam", "hash", "fusion", ""]), value=ANYTHING, missing=st.booleans()
-)  # fmt: skip
+    field=st.sampled_from(["format", "levels", "components", "dim", "beam", "hash", "fusion", ""]),
+    value=ANYTHING,
+    missing=st.booleans(),
+)
 def test_any_value_of_any_manifest_field_gives_the_codebook_or_a_codebook_error(
     rqgmm: RQGMM, tmp_path: Path, field: str, value: Any, missing: bool
 ) -> None:
@@ -139,13 +147,18 @@ def test_any_damage_to_the_bytes_gives_the_codebook_or_a_codebook_error(
 
 @pytest.mark.parametrize(
     "dtype",
-    ["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "C64", "F4", "X"],
-)  # fmt: skip
+    [
+        *("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "C64"),
+        *("I64", "I32", "I16", "I8", "U8", "U16", "U32", "U64", "BOOL", "X"),
+    ],
+)
 def test_tensors_of_another_type_are_refused(rqgmm: RQGMM, tmp_path: Path, dtype: str) -> None:
     save_codebook(tmp_path, rqgmm, {})
     data = (tmp_path / "codebook.safetensors").read_bytes()
     header = data[8 : 8 + int.from_bytes(data[:8], "little")].replace(b'"F32"', json.dumps(dtype).encode(), 1)
-    (tmp_path / "codebook.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[8 + int.from_bytes(data[:8], "little") :])  # fmt: skip
+    (tmp_path / "codebook.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + data[8 + int.from_bytes(data[:8], "little") :]
+    )
     if dtype == "F32":
         assert load_codebook(tmp_path).rqgmm.components == 4
     else:
@@ -200,7 +213,9 @@ def test_tokens_are_offset_by_level() -> None:
 
 
 def test_tokens_of_items_come_after_padding_and_end_with_the_tuple_s() -> None:
-    """Rows: 0 padding, 1..4 and 5..8 the codes of two levels, then the tuples in order; (-1, -1) is one of them, unused."""
+    """Rows: 0 padding, 1..4 and 5..8 the codes of two levels, then the tuples in order; (-1, -1) is one of them,
+    unused.
+    """
     rows, size = item_tokens(torch.tensor([[-1, -1], [1, 2], [0, 3], [1, 2]]), 4)
     assert rows.tolist() == [[0, 0, 0], [2, 7, 11], [1, 8, 10], [2, 7, 11]]
     assert size == 12

@@ -57,7 +57,11 @@ def test_the_number_of_threads_changes_neither_fit_nor_codes(monkeypatch: pytest
             assigned = rqgmm.assign(many)
             with monkeypatch.context() as patch:
                 patch.setattr("tokenizer.data.FIT_BLOCK", 512)  # ten, each by one thread
-                fits = [fit_rqgmm(data, levels=2, components=64, seed=0, beam=b).rqgmm for data in (x, x.split(777)) for b in (1, 2)]  # fmt: skip
+                fits = [
+                    fit_rqgmm(data, levels=2, components=64, seed=0, beam=b).rqgmm
+                    for data in (x, x.split(777))
+                    for b in (1, 2)
+                ]
             results.append(
                 [
                     torch.tensor(

@@ -66,9 +66,13 @@ def test_statistics_of_two_parts_add_up_to_those_of_the_whole(
 
 @settings(max_examples=40, deadline=None)
 @given(
-    n=st.one_of(st.integers(1, 80), st.just(CACHED_ROWS + 100)), spread=st.sampled_from([0.01, 0.3, 3.0]), hard=st.booleans(),
-    width=st.sampled_from([0.1, 1.0, 20.0, 400.0]), tied=st.booleans(), d=st.sampled_from([5, DENSE_CELLS // 40 + 1]),
-)  # fmt: skip
+    n=st.one_of(st.integers(1, 80), st.just(CACHED_ROWS + 100)),
+    spread=st.sampled_from([0.01, 0.3, 3.0]),
+    hard=st.booleans(),
+    width=st.sampled_from([0.1, 1.0, 20.0, 400.0]),
+    tied=st.booleans(),
+    d=st.sampled_from([5, DENSE_CELLS // 40 + 1]),
+)
 def test_statistics_are_those_of_the_textbook_s_sums(
     n: int, spread: float, hard: bool, width: float, tied: bool, d: int
 ) -> None:
@@ -107,7 +111,10 @@ def test_statistics_of_no_rows_are_zero() -> None:
         for d in (5, DENSE_CELLS // 40 + 1):
             gmm = mixture(40, d)
             x = torch.from_numpy(topics(30, d))
-            assert close(step(gmm, x[:0], second_moments=True) + step(gmm, x, second_moments=True), step(gmm, x, second_moments=True))  # fmt: skip
+            assert close(
+                step(gmm, x[:0], second_moments=True) + step(gmm, x, second_moments=True),
+                step(gmm, x, second_moments=True),
+            )
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -1,7 +1,7 @@
 """Codebooks written by the first version: they stay readable, and their codes do not drift.
 
-Each folder of tests/golden holds a codebook of format 1 and, for sixty rows, the codes, confidences and vectors that the
-version which wrote it gave. The log-likelihood has been defined anew since.
+Each folder of tests/golden holds a codebook of format 1 and, for sixty rows, the codes, confidences and vectors that
+the version which wrote it gave. The log-likelihood has been defined anew since.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The same laws on a GPU: statistics, codes but for near-ties, quality of the fit. Run with `pytest -m gpu` where there is one."""
+"""The same laws on a GPU: statistics, codes but for near-ties, quality of the fit. Run with `pytest -m gpu` where there
+is one.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,9 @@ from tokenizer import RQGMM, fit_rqgmm
 from tokenizer.joint import count_pairs, joint_means
 
 
-def problem(n: int, levels: int, k: int, d: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:  # fmt: skip
+def problem(
+    n: int, levels: int, k: int, d: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """Rows, codes, means and anchors without any order in them."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, d, generator=generator, dtype=torch.float64)
@@ -37,7 +39,9 @@ def sums_of_residuals(x: torch.Tensor, codes: torch.Tensor, means: list[torch.Te
     return [torch.zeros_like(mean).index_add(0, codes[:, level].long(), residual) for level, mean in enumerate(means)]
 
 
-def cost(x: torch.Tensor, codes: torch.Tensor, means: list[torch.Tensor], anchors: list[torch.Tensor], prior: float) -> float:  # fmt: skip
+def cost(
+    x: torch.Tensor, codes: torch.Tensor, means: list[torch.Tensor], anchors: list[torch.Tensor], prior: float
+) -> float:
     """What the posterior mode minimises."""
     prior_cost = sum(float((mean - anchor).square().sum()) for mean, anchor in zip(means, anchors, strict=True))
     return float((x - decoded(codes, means)).square().sum()) + prior * prior_cost

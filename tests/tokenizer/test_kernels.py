@@ -98,9 +98,12 @@ def test_the_largest_scores_are_those_of_a_stable_sort(scores: list[list[int]], 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    n=st.sampled_from([0, 1, 5, 300]), k=st.sampled_from([3, 40]), width=st.sampled_from([1e-3, 1.0, 30.0, 1e4]),
-    dim=st.sampled_from([4, DENSE_CELLS // 3]), seed=st.integers(0, 5),
-)  # fmt: skip
+    n=st.sampled_from([0, 1, 5, 300]),
+    k=st.sampled_from([3, 40]),
+    width=st.sampled_from([1e-3, 1.0, 30.0, 1e4]),
+    dim=st.sampled_from([4, DENSE_CELLS // 3]),
+    seed=st.integers(0, 5),
+)
 def test_responsibilities_are_the_softmax(n: int, k: int, width: float, dim: int, seed: int) -> None:
     log_joint, rows = width * random(n, k, seed=seed), random(n, 3, seed=seed + 1)
     gamma = log_joint.double().softmax(1)

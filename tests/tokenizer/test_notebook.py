@@ -85,10 +85,16 @@ def test_a_recipe_that_is_none_is_refused(tmp_path: Path) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    rows=st.integers(1, 8), normalize=st.booleans(), weights=st.lists(st.floats(0.1, 4), min_size=2, max_size=2),
-    dtype=st.sampled_from(["float32", "float16"]), seed=st.integers(0, 9), data=st.data(),
-)  # fmt: skip
-def test_fusion_is_the_slow_loop(rows: int, normalize: bool, weights: list[float], dtype: str, seed: int, data: st.DataObject) -> None:  # fmt: skip
+    rows=st.integers(1, 8),
+    normalize=st.booleans(),
+    weights=st.lists(st.floats(0.1, 4), min_size=2, max_size=2),
+    dtype=st.sampled_from(["float32", "float16"]),
+    seed=st.integers(0, 9),
+    data=st.data(),
+)
+def test_fusion_is_the_slow_loop(
+    rows: int, normalize: bool, weights: list[float], dtype: str, seed: int, data: st.DataObject
+) -> None:
     """By single items, in Python numbers; missing modalities are zeros and cost nothing of the unit length."""
     dims = {"text": 3, "image": 2}
     generator = np.random.default_rng(seed)
@@ -106,9 +112,13 @@ def test_fusion_is_the_slow_loop(rows: int, normalize: bool, weights: list[float
             length = (math.hypot(*vector) or 1.0) if normalize else 1.0
             whole += [math.sqrt(dict(zip(dims, weights, strict=True))[name]) * value / length for value in vector]
         length = math.hypot(*whole) if normalize else 1.0
-        np.testing.assert_allclose(x[row], [value / length for value in whole], rtol=1e-3 if dtype == "float16" else 1e-6, atol=1e-6)  # fmt: skip
+        np.testing.assert_allclose(
+            x[row], [value / length for value in whole], rtol=1e-3 if dtype == "float16" else 1e-6, atol=1e-6
+        )
     assert torch.equal(x, x.half().float()) or dtype == "float32"
-    assert torch.equal(torch.cat([fusion(**{name: [part[row]] for name, part in vectors.items()}) for row in range(rows)]), x)  # fmt: skip
+    assert torch.equal(
+        torch.cat([fusion(**{name: [part[row]] for name, part in vectors.items()}) for row in range(rows)]), x
+    )
 
 
 def test_a_modality_may_be_missing_for_all_items_or_for_some() -> None:
@@ -167,7 +177,11 @@ def test_a_wrong_recipe_is_refused(recipe: dict[str, object], says: str) -> None
 
 def test_a_recipe_comes_back_from_json_in_any_order_and_with_other_keys() -> None:
     fusion = Fusion({"text": 2, "image": 3}, weights={"image": 0.5}, normalize=False, dtype="float16")
-    assert Fusion.from_json(fusion.to_json()) == fusion == Fusion({"image": 3, "text": 2}, {"text": 1, "image": 0.5}, False, "float16")  # fmt: skip
+    assert (
+        Fusion.from_json(fusion.to_json())
+        == fusion
+        == Fusion({"image": 3, "text": 2}, {"text": 1, "image": 0.5}, False, "float16")
+    )
     assert Fusion.from_dict({**fusion.to_dict(), "item_id": "asin"}) == fusion
     assert list(fusion.dims) == ["image", "text"]
     for broken in (

@@ -38,10 +38,15 @@ def log_joint(gmm: DiagonalGMM, residual: np.ndarray) -> np.ndarray:
     """(K,): log pi_k + log N(residual | mu_k, var_k), written out."""
     return np.array(
         [
-            math.log(gmm.weights[k]) - 0.5 * sum(math.log(2 * math.pi * v) + (r - m) ** 2 / v for r, m, v in zip(residual, gmm.means[k].tolist(), gmm.variances[k].tolist(), strict=True))
+            math.log(gmm.weights[k])
+            - 0.5
+            * sum(
+                math.log(2 * math.pi * v) + (r - m) ** 2 / v
+                for r, m, v in zip(residual, gmm.means[k].tolist(), gmm.variances[k].tolist(), strict=True)
+            )
             for k in range(gmm.components)
         ]
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("shrinkage", [1.0, 0.5])
@@ -136,7 +141,9 @@ def test_other_floats_are_encoded_as_float32(x: torch.Tensor, rqgmm: RQGMM) -> N
 
 
 def test_a_beam_as_wide_as_all_tuples_finds_the_most_probable_one(x: torch.Tensor) -> None:
-    """Against every tuple of codes, scored in a slow loop by the density of the last residual and the weights of all."""
+    """Against a slow loop over all tuples of codes: the density of the last residual times the weights of all
+    levels.
+    """
     fit = fit_rqgmm(x, levels=3, components=4, seed=0, method="em", iterations=5)
     searched = replace(fit.rqgmm, beam=16).encode(x[:40])
     for row, chosen in zip(x[:40], searched.tolist(), strict=True):

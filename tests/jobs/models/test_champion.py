@@ -1,4 +1,4 @@
-"""Who is champion by the releases, and what is said where the registry, the rows or the alias say otherwise. Without Spark."""
+"""The champion follows the releases; errors where registry, rows or alias say otherwise. Without Spark."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def test_a_lost_registry_is_a_sentence_before_and_after_the_first_release(regist
     with pytest.raises(RegistryMismatch, match=r"has IDs of codebook versions \[1\].*no codebook.*sid register"):
         champion(registry)
     release(registry, (1, A, PROMOTED))
-    with pytest.raises(RegistryMismatch, match=r"release 1 is of codebook version 1 with hash aaaaaaaaaaaa, .*sid register"):  # fmt: skip
+    with pytest.raises(
+        RegistryMismatch, match=r"release 1 is of codebook version 1 with hash aaaaaaaaaaaa, .*sid register"
+    ):
         champion(registry)
     assert registry.codebooks.registered() == {}
 
@@ -93,7 +95,9 @@ def test_another_codebook_under_the_number_is_a_sentence(registry: Registry) -> 
     add(registry, B)
     release(registry, (1, A, PROMOTED))
     write_ids(registry, (1, A))
-    with pytest.raises(RegistryMismatch, match=r"hash aaaaaaaaaaaa, the registry's version 1 has hash bbbbbbbbbbbb; .*sid register"):  # fmt: skip
+    with pytest.raises(
+        RegistryMismatch, match=r"hash aaaaaaaaaaaa, the registry's version 1 has hash bbbbbbbbbbbb; .*sid register"
+    ):
         champion(registry)
     assert registry.codebooks.alias(CHAMPION) is None
 
@@ -102,7 +106,9 @@ def test_rows_of_another_codebook_are_a_sentence(registry: Registry) -> None:
     add(registry, B)
     release(registry, (1, B, PROMOTED))
     write_ids(registry, (1, A))
-    with pytest.raises(RegistryMismatch, match=r"version 1 carry hash aaaaaaaaaaaa, .* is bbbbbbbbbbbb; .*sid rollback --to"):  # fmt: skip
+    with pytest.raises(
+        RegistryMismatch, match=r"version 1 carry hash aaaaaaaaaaaa, .* is bbbbbbbbbbbb; .*sid rollback --to"
+    ):
         champion(registry)
 
 
@@ -111,7 +117,10 @@ def test_a_name_on_a_shared_server_is_one_warehouse_s(tmp_path: Path) -> None:
     first, second = opened(tmp_path / "first", shared), opened(tmp_path / "second", shared)
     assert champion(first) is None
     add(first, A)
-    registry_of_none = r"semantic-id-codebook version 1 .* belongs to warehouse {}, this warehouse is {}; .*--set mlflow\.catalogue=NAME"  # fmt: skip
+    registry_of_none = (
+        r"semantic-id-codebook version 1 .* belongs to warehouse {}, this warehouse is {}; "
+        r".*--set mlflow\.catalogue=NAME"
+    )
     ids = [warehouse_id(registry.root) for registry in (first, second)]
     assert ids[0] != ids[1]
     with pytest.raises(RegistryMismatch, match=registry_of_none.format(*ids)):

@@ -26,8 +26,12 @@ from jobs.read_config import load_config
 from tokenizer import CodebookError, fit_rqgmm, save_codebook
 
 RECIPE = {
-    "item_id": "item_id", "dims": {"text": 6}, "weights": {"text": 1.0}, "normalize": True, "dtype": "float32",
-}  # fmt: skip
+    "item_id": "item_id",
+    "dims": {"text": 6},
+    "weights": {"text": 1.0},
+    "normalize": True,
+    "dtype": "float32",
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,10 @@ def test_a_kept_codebook_is_read_as_it_was(tmp_path: Path, fitted: tuple[Path, s
     assert files is not None
     assert files == {file.name: file.read_bytes() for file in folder.iterdir()}
     assert load_files(files, name).hash == name
-    assert sorted(path.name for path in (tmp_path / "codebooks" / name).iterdir()) == ["codebook.safetensors", "manifest.json"]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "codebooks" / name).iterdir()) == [
+        "codebook.safetensors",
+        "manifest.json",
+    ]
 
 
 def test_without_its_manifest_a_folder_does_not_count(tmp_path: Path, fitted: tuple[Path, str]) -> None:

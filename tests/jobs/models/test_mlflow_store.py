@@ -1,4 +1,4 @@
-"""The MLflow store: made whole or not at all, found again after a move, refused in a sentence where it cannot be used."""
+"""The MLflow store: made whole or not at all, usable after a move, refused in a sentence where it cannot be used."""
 
 from __future__ import annotations
 

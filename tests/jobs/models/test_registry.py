@@ -18,7 +18,9 @@ def test_a_commit_is_recorded_only_of_this_project(tmp_path: Path, ours: bool) -
 
     def git(*arguments: str) -> str:
         named = ["-c", "user.name=a", "-c", "user.email=a@example.com"]
-        return subprocess.run(["git", "-C", str(tmp_path), *named, *arguments], capture_output=True, text=True, check=True).stdout.strip()  # fmt: skip
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *named, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     for package in ("jobs", "tokenizer"):
         shutil.copytree(JOBS.parent / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -28,6 +30,13 @@ def test_a_commit_is_recorded_only_of_this_project(tmp_path: Path, ours: bool) -
     git("add", "." if ours else "notes.txt")
     git("commit", "-qm", "first")
     code = "from jobs.models.registry import _git_commit; print(_git_commit())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == (git("rev-parse", "HEAD") if ours else "")

@@ -50,17 +50,31 @@ def test_java_gets_its_own_settings_privately_and_leaves_nothing(tmp_path: Path)
     (tmp_path / "hadoop" / "core-site.xml").write_text(CORE_SITE)
     (tmp_path / "conf" / "spark-defaults.conf").write_text("spark.sql.extensions no.such.Extension\n")
     foreign = {
-        "TMPDIR": str(tmp_path / "tmp"), "HADOOP_CONF_DIR": str(tmp_path / "hadoop"), "SPARK_CONF_DIR": str(tmp_path / "conf"),
-        "SPARK_HOME": str(tmp_path / "no-spark"), "PYSPARK_PYTHON": "/usr/bin/no-python", "JAVA_HOME": str(tmp_path / "no-java"),
-    }  # fmt: skip
+        "TMPDIR": str(tmp_path / "tmp"),
+        "HADOOP_CONF_DIR": str(tmp_path / "hadoop"),
+        "SPARK_CONF_DIR": str(tmp_path / "conf"),
+        "SPARK_HOME": str(tmp_path / "no-spark"),
+        "PYSPARK_PYTHON": "/usr/bin/no-python",
+        "JAVA_HOME": str(tmp_path / "no-java"),
+    }
     told = subprocess.run(
         [sys.executable, "-c", COMMAND, str(tmp_path / "out"), SECRETS[0]],
-        env={**os.environ, **foreign}, cwd=tmp_path / "cwd", capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+        env={**os.environ, **foreign},
+        cwd=tmp_path / "cwd",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert told.returncode == 0, told.stderr
     assert json.loads(told.stdout) == {
-        "arrived": SECRETS[0], "theirs": "1", "python": sys.executable, "rows": 5, "visible": False, "modes": ["0o0"],
-    }  # fmt: skip
+        "arrived": SECRETS[0],
+        "theirs": "1",
+        "python": sys.executable,
+        "rows": 5,
+        "visible": False,
+        "modes": ["0o0"],
+    }
     assert "PLANTED" not in told.stderr
     for name in ("HADOOP_CONF_DIR", "SPARK_CONF_DIR", "SPARK_HOME", "PYSPARK_PYTHON", "JAVA_HOME"):
         assert f"sid: {name}" in told.stderr

@@ -27,8 +27,14 @@ DAY = date(2026, 1, 1)
 
 def item(name: str) -> dict[str, Any]:
     return {
-        "item_id": name, "embedding": bytes(8), "dim": 2, "modalities": ["text"], "content_hash": "x", "first_seen": DAY, "run_date": DAY,
-    }  # fmt: skip
+        "item_id": name,
+        "embedding": bytes(8),
+        "dim": 2,
+        "modalities": ["text"],
+        "content_hash": "x",
+        "first_seen": DAY,
+        "run_date": DAY,
+    }
 
 
 @pytest.mark.parametrize("name", ["per%20cent 100% né\\s", "q?m#h:[x]{y,z}* back`tick 'q' \"r\""])
@@ -104,9 +110,20 @@ def test_a_lock_without_a_name_is_a_lock(tmp_path: Path, text: str) -> None:
 def test_a_table_made_before_an_optional_column_was_declared_gets_it_with_the_next_write(warehouse: Warehouse) -> None:
     def row(name: str) -> dict[str, Any]:
         return {
-            "codebook_version": 1, "item_id": name, "codes": [1, 2], "suffix": 0, "semantic_id": "1-2", "confidence": 0.5, "log_likelihood": -1.0,
-            "codebook_hash": "h", "content_hash": "h", "held": False, "run_date": DAY, "alternates": [{"codes": [1], "weights": [255]}] * 2, "squared_error": 0.5,
-        }  # fmt: skip
+            "codebook_version": 1,
+            "item_id": name,
+            "codes": [1, 2],
+            "suffix": 0,
+            "semantic_id": "1-2",
+            "confidence": 0.5,
+            "log_likelihood": -1.0,
+            "codebook_hash": "h",
+            "content_hash": "h",
+            "held": False,
+            "run_date": DAY,
+            "alternates": [{"codes": [1], "weights": [255]}] * 2,
+            "squared_error": 0.5,
+        }
 
     before = T.StructType([field for field in SEMANTIC_IDS.schema if not field.nullable])
     old = replace(SEMANTIC_IDS, schema=before)
