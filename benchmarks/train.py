@@ -21,9 +21,11 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.ctr.din import DIN
+from benchmarks.ctr.embedding import Inputs, ItemVectors
+from benchmarks.ctr.impressions import ItemTokens
 from jobs.ctr.batch import Items, UserBatch
 from jobs.ctr.dmqn import DMQN, DMQNShape, Interests
-from jobs.ctr.embedding import ItemEmbedding
 
 LENGTHS = (50, 200, 1000, 5000)
 ITEMS, TOKENS, TOKENS_PER_ITEM = 10_000, 20_000, 9
@@ -32,15 +34,22 @@ FEATURES = 4
 PAIRS = 2_000_000  # of impression and behaviour that a step of the models that look at each pair may hold
 
 
+def catalogue(items: int) -> ItemTokens:
+    """Items with random tokens: `TOKENS_PER_ITEM` of `TOKENS` each."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randint(1, TOKENS, (items, TOKENS_PER_ITEM), generator=g)
+    weights = torch.rand(items, TOKENS_PER_ITEM, generator=g)
+    rows[0], weights[0] = 0, 0.0
+    return ItemTokens(rows, weights, TOKENS, (TOKENS_PER_ITEM,))
+
+
 def generated(users: int, length: int, impressions: int, *, items: int = ITEMS, seed: int = 0) -> UserBatch:
     """Users with `impressions` each, in order of time: the history of the last is `length` behaviours, that of each one
     before it begins and ends one earlier."""
-    g = torch.Generator().manual_seed(seed)
+    g, tokens = torch.Generator().manual_seed(seed), catalogue(items)
 
     def some(*shape: int) -> Items:
-        rows = torch.randint(1, TOKENS, (*shape, TOKENS_PER_ITEM), generator=g)
-        weights = torch.rand(*shape, TOKENS_PER_ITEM, generator=g)
-        return Items(torch.randint(1, items, shape, generator=g), rows, weights)
+        return tokens.of(torch.randint(1, items, shape, generator=g))
 
     total = length + impressions - 1
     last = length + torch.arange(impressions).repeat(users)
@@ -70,51 +79,22 @@ class DirectDMQN(DMQN):
         x = self.embed(batch.behaviours[batch.user[:, None], position.where(used, 0)])  # (n, S, D)
         quantize = self.quantize
         projected = torch.einsum("qsd,nde->nqse", x, quantize.project)
-        assignment = quantize.assign(projected.flatten(1, 2)).unflatten(1, (n, longest)) * used[None, :, :, None]
+        assignment = quantize.assign(projected.flatten(1, 2)).view(*projected.shape[:3], -1) * used[None, :, :, None]
         count = assignment.sum(2)  # (N, n, W)
         mean = assignment.mT @ projected / count.clamp(min=1e-6)[..., None]
         interests = Interests(self.interact(quantize.codewords[:, None] + mean), count)
         return self.score(interests, torch.arange(n), batch.candidates, batch.features)
 
 
-class FullDIN(nn.Module):
-    """DIN (arXiv 1706.06978) over the whole history: a network weighs each pair of candidate and behaviour.
-
-    Its input of a pair is behaviour, candidate and their product. The first layer is linear in the behaviour with a
-    matrix that depends on the candidate, so that nothing of size (n, S, D) is written.
-    """
-
-    def __init__(self, embed: nn.Module, hidden: int = 16) -> None:
-        super().__init__()
-        self.embed = embed
-        self.behaviour, self.product = (nn.Parameter(torch.randn(WIDTH, hidden) / WIDTH**0.5) for _ in range(2))
-        self.candidate = nn.Linear(WIDTH, hidden)
-        self.weight = nn.Linear(hidden, 1)
-        self.mlp = nn.Sequential(nn.Linear(3 * WIDTH + FEATURES, 64), nn.ReLU(), nn.Linear(64, 1))
-
-    def forward(self, batch: UserBatch) -> Tensor:
-        x, candidate = self.embed(batch.behaviours), self.embed(batch.candidates)  # (B, S, D), (n, D)
-        own = x[batch.user]  # (n, S, D)
-        matrix = self.behaviour + candidate[:, :, None] * self.product  # (n, D, H)
-        hidden = torch.baddbmm(self.candidate(candidate)[:, None], own, matrix).relu()
-        position = torch.arange(x.shape[1])
-        used = (position >= batch.first[:, None]) & (position < batch.last[:, None])
-        score = self.weight(hidden)[..., 0].masked_fill(~used, -1e9)
-        interest = torch.bmm(score.softmax(-1)[:, None], own)[:, 0]
-        inputs = torch.cat([candidate, interest, candidate * interest, batch.features], dim=1)
-        logits: Tensor = self.mlp(inputs)[:, 0]
-        return logits
-
-
 def models() -> dict[str, Callable[[], nn.Module]]:
-    def embed() -> ItemEmbedding:
-        return ItemEmbedding(ITEMS, TOKENS, WIDTH)
-
     shape = DMQNShape(features=FEATURES, width=WIDTH)
+    inputs = Inputs(
+        users=0, items=ITEMS - 1, tokens=catalogue(ITEMS), item_ids=True, vectors=None, features=FEATURES, width=WIDTH
+    )
     return {
-        "dmqn": lambda: DMQN(embed(), shape),
-        "direct": lambda: DirectDMQN(embed(), shape),
-        "din": lambda: FullDIN(embed()),
+        "dmqn": lambda: DMQN(ItemVectors(inputs), shape),
+        "direct": lambda: DirectDMQN(ItemVectors(inputs), shape),
+        "din": lambda: DIN(inputs),
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ctr.embedding import WIDTH, Inputs, ItemEmbedding, mlp
+from benchmarks.ctr.embedding import Head, Inputs, ItemVectors
 from jobs.ctr.batch import UserBatch
 
 HIDDEN = 16  # of the attention network
@@ -16,10 +16,10 @@ class TargetAttention(nn.Module):
     of the behaviour, with weights that depend on the candidate, so that no product of a pair is ever written.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.of_behaviour, self.of_product = (nn.Parameter(torch.randn(WIDTH, HIDDEN) / WIDTH**0.5) for _ in range(2))
-        self.of_candidate = nn.Linear(WIDTH, HIDDEN)
+        self.of_behaviour, self.of_product = (nn.Parameter(torch.randn(width, HIDDEN) / width**0.5) for _ in range(2))
+        self.of_candidate = nn.Linear(width, HIDDEN)
         self.weight = nn.Linear(HIDDEN, 1)
 
     def forward(self, candidate: Tensor, behaviours: Tensor, mask: Tensor) -> Tensor:
@@ -34,14 +34,14 @@ class TargetAttention(nn.Module):
 class DIN(nn.Module):
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
-        self.item = ItemEmbedding(inputs)
-        self.attention = TargetAttention()
-        self.head = mlp(3 * WIDTH)
+        self.item = ItemVectors(inputs)
+        self.attention = TargetAttention(inputs.width)
+        self.head = Head(inputs, 3 * inputs.width)
 
     def forward(self, batch: UserBatch) -> Tensor:
         behaviours, candidate = self.item(batch.behaviours), self.item(batch.candidates)  # (B, S, D), (n, D)
         interest = self.attention(candidate, behaviours[batch.user], history(batch))
-        logits: Tensor = self.head(torch.cat([candidate, interest, candidate * interest], dim=1))[:, 0]
+        logits: Tensor = self.head(batch, candidate, interest, candidate * interest)
         return logits
 
 

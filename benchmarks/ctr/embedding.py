@@ -1,4 +1,4 @@
-"""What every model of the comparison knows of an item: its own vector, those of its tokens, its embedding."""
+"""What every model of the comparison is built of: the vectors of an item, and the MLP that ends in a logit."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.ctr.impressions import ItemTokens
-from jobs.ctr.batch import Items
+from jobs.ctr.batch import Items, UserBatch
+from jobs.ctr.dmqn import RunningNorm
+from jobs.ctr.embedding import STD, ItemEmbedding
 
-WIDTH = 16  # of every vector
-INIT_STD = 0.01  # of tables: what is never trained is nearly nothing
+WIDTH = 16  # of every vector in the comparison
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +24,9 @@ class Inputs:
         users, items: numbers of them; item row 0 is padding.
         tokens: of the items.
         item_ids: items have vectors of their own.
-        vectors: (items + 1, D) embeddings of the items, zeros for padding, as a further input; None without.
+        vectors: (items + 1, .) embeddings of the items, zeros for padding, as a further input; None without.
+        features: numeric features of an impression.
+        width: D.
     """
 
     users: int
@@ -31,54 +34,71 @@ class Inputs:
     tokens: ItemTokens
     item_ids: bool
     vectors: Tensor | None
+    features: int = 0
+    width: int = WIDTH
 
 
-class ItemEmbedding(nn.Module):
-    """Items as F fields (..., F, WIDTH), or as the sum of these: the item id, each field of its tokens, its embedding."""
+class ItemVectors(nn.Module):
+    """Items as F fields (..., F, D), or as the sum of these: the item id, each field of its tokens, its embedding.
+
+    Ids and tokens are those of the job's `ItemEmbedding`; the embedding, projected to D, is for the comparison only.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
-        self.fields = inputs.tokens.fields
-        self.item = table(inputs.items + 1) if inputs.item_ids else None
-        self.token = table(inputs.tokens.table_rows) if self.fields else None
+        self.item_ids, self.sizes = inputs.item_ids, inputs.tokens.fields
+        self.tables = ItemEmbedding(1 + inputs.items * inputs.item_ids, inputs.tokens.table_rows, inputs.width)
         self.vectors: Tensor | None
         self.register_buffer("vectors", inputs.vectors, persistent=False)
-        self.project = None if inputs.vectors is None else nn.Linear(inputs.vectors.shape[1], WIDTH, bias=False)
-        self.count = len(self.fields) + (self.item is not None) + (self.project is not None)
+        self.project = None if inputs.vectors is None else nn.Linear(inputs.vectors.shape[1], inputs.width, bias=False)
+        self.count = inputs.item_ids + len(self.sizes) + (self.project is not None)
 
-    def separate(self, items: Items) -> Tensor:
-        """(..., F, WIDTH)"""
-        shape = items.item.shape
-        parts = [] if self.item is None else [self.item(items.item)]
-        if self.token is not None:
-            rows, weights = (part.flatten(0, -2) for part in (items.tokens, items.weights))
-            first = 0
-            for size in self.fields:
-                own = slice(first, first := first + size)
-                field = F.embedding_bag(rows[:, own], self.token.weight, mode="sum", per_sample_weights=weights[:, own])
-                parts.append(field.view(*shape, WIDTH))
-        if self.project is not None:
-            assert self.vectors is not None
-            parts.append(F.embedding(items.item, self.project(self.vectors)))  # the whole catalogue once: it is small
-        if not parts:  # the item is unknown: a field less
-            return torch.zeros(*shape, 0, WIDTH, device=items.item.device)
-        return torch.stack(parts, dim=-2)
+    def fields(self, items: Items) -> Tensor:
+        """(..., F, D)"""
+        fields = self.tables.fields(self._known(items), self.sizes)
+        if not self.item_ids:
+            fields = fields[..., 1:, :]
+        return torch.cat([fields, self._embedding(items)[..., None, :]], dim=-2) if self.project else fields
 
     def forward(self, items: Items) -> Tensor:
-        """(..., WIDTH)"""
-        return self.separate(items).sum(dim=-2)
+        """(..., D)"""
+        vector: Tensor = self.tables(self._known(items))
+        return vector + self._embedding(items) if self.project else vector
+
+    def _known(self, items: Items) -> Items:
+        """Without ids every item is row 0."""
+        return items if self.item_ids else Items(torch.zeros_like(items.item), items.tokens, items.weights)
+
+    def _embedding(self, items: Items) -> Tensor:
+        assert self.project is not None
+        assert self.vectors is not None
+        return F.embedding(items.item, self.project(self.vectors))  # projects the whole catalogue once: it is small
 
 
-def table(rows: int) -> nn.Embedding:
-    """Row 0 is padding and stays zero."""
-    embedding = nn.Embedding(rows, WIDTH, padding_idx=0)
+class Head(nn.Module):
+    """What every model ends in: vectors side by side and the numeric features -> MLP -> logit.
+
+    Args:
+        width: of the vectors together.
+    """
+
+    def __init__(self, inputs: Inputs, width: int) -> None:
+        super().__init__()
+        self.normalize = RunningNorm(inputs.features)
+        self.mlp = nn.Sequential(
+            nn.Linear(width + inputs.features, 64), nn.ReLU(), nn.Dropout(0.1),
+            nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1),
+        )  # fmt: skip
+
+    def forward(self, batch: UserBatch, *vectors: Tensor) -> Tensor:
+        """Vectors (n, .) -> logits (n,)"""
+        logits: Tensor = self.mlp(torch.cat([*vectors, self.normalize(batch.features)], dim=1))[:, 0]
+        return logits
+
+
+def user_table(inputs: Inputs) -> nn.Embedding:
+    """A vector for each user; row 0 is padding and stays zero."""
+    embedding = nn.Embedding(inputs.users + 1, inputs.width, padding_idx=0)
     with torch.no_grad():
-        embedding.weight[1:].normal_(std=INIT_STD)
+        embedding.weight[1:].normal_(std=STD)
     return embedding
-
-
-def mlp(inputs: int) -> nn.Sequential:
-    """The head of every model: (n, inputs) -> (n, 1)."""
-    return nn.Sequential(
-        nn.Linear(inputs, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1)
-    )

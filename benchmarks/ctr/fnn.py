@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ctr.embedding import WIDTH, Inputs, ItemEmbedding, mlp, table
+from benchmarks.ctr.embedding import Head, Inputs, ItemVectors, user_table
 from jobs.ctr.batch import UserBatch
 
 
 class FNN(nn.Module):
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
-        self.user, self.item = table(inputs.users + 1), ItemEmbedding(inputs)
-        self.head = mlp((1 + self.item.count) * WIDTH)
+        self.user, self.item = user_table(inputs), ItemVectors(inputs)
+        self.head = Head(inputs, (1 + self.item.count) * inputs.width)
 
     def forward(self, batch: UserBatch) -> Tensor:
-        fields = torch.cat([self.user(batch.user_number + 1)[:, None], self.item.separate(batch.candidates)], dim=1)
-        logits: Tensor = self.head(fields.flatten(1))[:, 0]
+        fields = torch.cat([self.user(batch.user_number + 1)[:, None], self.item.fields(batch.candidates)], dim=1)
+        logits: Tensor = self.head(batch, fields.flatten(1))
         return logits

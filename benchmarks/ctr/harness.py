@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.ctr.din import DIN
-from benchmarks.ctr.embedding import Inputs
+from benchmarks.ctr.embedding import Inputs, ItemVectors
 from benchmarks.ctr.fnn import FNN
 from benchmarks.ctr.generated import generate
 from benchmarks.ctr.hstu import HSTU
@@ -38,6 +38,7 @@ from benchmarks.ctr.pooling import MeanPooling
 from benchmarks.ctr.sim import SIM
 from benchmarks.ctr.sources import SOURCES, Catalogue, read_catalogue
 from benchmarks.vectors import WrongVectors
+from jobs.ctr.dmqn import DMQN, DMQNShape
 from jobs.ctr.metrics import auc, gauc, log_loss
 from tokenizer.kernels import without_denormals
 
@@ -71,6 +72,7 @@ class Row:
 def makers(catalogue: Catalogue, category: Tensor | None) -> dict[str, Make]:
     """Every model by name. `category` of the items, where the data has one."""
     models: dict[str, Make] = {
+        "dmqn": lambda inputs: DMQN(ItemVectors(inputs), DMQNShape(features=inputs.features, width=inputs.width)),
         "fnn": FNN,
         "ipnn": IPNN,
         "mean-pooling": MeanPooling,
@@ -98,7 +100,7 @@ def trained(make: Make, name: str, inputs: Inputs, log: Impressions, rate: float
     """The model at its best check of the validation split, that AUC, and the seconds of a training step."""
     torch.manual_seed(seed)
     model = make(inputs)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
     train, validation = (batches_of(name, inputs, log, split, history, seed) for split in ("train", "validation"))
     rows = log.of("validation")
     best, best_auc, since, steps, seconds = copy.deepcopy(model.state_dict()), -math.inf, 0, 0, 0.0
@@ -109,6 +111,8 @@ def trained(make: Make, name: str, inputs: Inputs, log: Impressions, rate: float
             model.train()
             batch = train.batch(own)
             loss = F.binary_cross_entropy_with_logits(model(batch), batch.label)
+            if isinstance(model, DMQN):
+                loss = loss + model.penalty()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -231,7 +235,7 @@ def ctr(
     generated: Annotated[bool, typer.Option("--generated", help="A generated log of long sequences, whose best possible AUC is printed.")] = False,
     users: Annotated[int, typer.Option(help="Users of the generated log.")] = 2000,
     length: Annotated[int, typer.Option(help="Longest history of the generated log.")] = 500,
-    chosen_models: Annotated[str, typer.Option("--models", help="Some of fnn, ipnn, mean-pooling, din, sim-code, sim-category, hstu, linear-attention; all by default.")] = "",
+    chosen_models: Annotated[str, typer.Option("--models", help="Some of dmqn, fnn, ipnn, mean-pooling, din, sim-code, sim-category, hstu, linear-attention; all by default.")] = "",
     chosen_sources: Annotated[str, typer.Option("--sources", help=f"Any of {', '.join(SOURCES)}.")] = ",".join(SOURCES),
     with_embedding: Annotated[bool, typer.Option("--with-embedding", help="Each source also with the embedding as a further input (w/ Emb).")] = False,
     reference: Annotated[str, typer.Option(help="The source that the others are compared with.")] = "rq-kmeans",

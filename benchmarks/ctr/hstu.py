@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.ctr.din import history
-from benchmarks.ctr.embedding import WIDTH, Inputs, ItemEmbedding, mlp
+from benchmarks.ctr.embedding import Head, Inputs, ItemVectors
 from jobs.ctr.batch import UserBatch
 
 LAYERS = 2
@@ -15,10 +15,10 @@ DISTANCES = 32  # buckets of the learned bias by distance, each twice as wide as
 
 
 class Layer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm_in, self.norm_out = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.split, self.out = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.split, self.out = nn.Linear(width, 4 * width), nn.Linear(width, width)
         self.bias = nn.Parameter(torch.zeros(DISTANCES))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,17 +36,19 @@ class Layer(nn.Module):
 class HSTU(nn.Module):
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
-        self.item = ItemEmbedding(inputs)
-        self.layers = nn.Sequential(*(Layer() for _ in range(LAYERS)))
-        self.query, self.key = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.head = mlp(3 * WIDTH)
+        self.item = ItemVectors(inputs)
+        self.layers = nn.Sequential(*(Layer(inputs.width) for _ in range(LAYERS)))
+        self.query, self.key = (nn.Linear(inputs.width, inputs.width) for _ in range(2))
+        self.head = Head(inputs, 3 * inputs.width)
 
     def forward(self, batch: UserBatch) -> Tensor:
         states, candidate = self.layers(self.item(batch.behaviours)), self.item(batch.candidates)
         own = states[batch.user]  # (n, S, D)
         mask = history(batch)
-        score = torch.einsum("nd,nsd->ns", self.query(candidate), self.key(states)[batch.user]) / WIDTH**0.5
+        score = (
+            torch.einsum("nd,nsd->ns", self.query(candidate), self.key(states)[batch.user]) / candidate.shape[1] ** 0.5
+        )
         weight = score.masked_fill(~mask, torch.finfo(score.dtype).min).softmax(dim=1) * mask
         interest = torch.bmm(weight[:, None], own)[:, 0]
-        logits: Tensor = self.head(torch.cat([candidate, interest, candidate * interest], dim=1))[:, 0]
+        logits: Tensor = self.head(batch, candidate, interest, candidate * interest)
         return logits

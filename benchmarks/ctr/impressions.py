@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.vectors import WrongVectors
 from jobs.ctr.batch import Items, UserBatch
+from jobs.ctr.sampling import Clicks, sample
 
 Ints = npt.NDArray[np.int64]
 Split = Literal["train", "validation", "test"]
@@ -25,6 +26,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 TEST_SHARE = 0.1  # of the impressions, the latest; validation is the same share before them
 CLICK_RATING = 4.0
 NEGATIVES = 4  # sampled for each click of a log without labels and ratings
+DRAWS = 4  # clicks of the split drawn for each negative; of an item that the user has clicked none is used
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,10 @@ class ItemTokens:
     weights: Tensor
     table_rows: int
     fields: tuple[int, ...]
+
+    def of(self, item: Tensor) -> Items:
+        """The items of these rows, of any shape."""
+        return Items(item, self.rows[item], self.weights[item])
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,26 +169,21 @@ def _by_user(log: pd.DataFrame) -> Ints:
 def with_negatives(log: pd.DataFrame, seed: int) -> pd.DataFrame:
     """The first click of each user on an item, and for each NEGATIVES items that he has not clicked by the end of its split.
 
-    They are drawn as often as the other users click them in that split, so that how popular an item is says nothing
-    about the click: what is left to learn is whom an item is for.
+    They are drawn as often as the log shows them in that split, so that how popular an item is says nothing about the
+    click: what is left to learn is whom an item is for.
     """
     generator = np.random.default_rng(seed)
-    log = log.drop_duplicates(["user", "item"], ignore_index=True)
-    step = int(log["item"].max()) + 1
-    parts = [log]
-    for split in range(3):
-        rows = log[log["split"] == split]
-        drawn = rows.loc[rows.index.repeat(NEGATIVES)].reset_index(drop=True)
-        drawn["item"] = generator.choice(rows["item"], len(drawn))
-        chosen = log[log["split"] <= split]
-        chosen_pairs = np.sort(chosen["user"].to_numpy() * step + chosen["item"].to_numpy())
-        for _ in range(20):
-            own = np.isin(drawn["user"] * step + drawn["item"], chosen_pairs)
-            if not own.any():
-                break
-            drawn.loc[own, "item"] = generator.choice(rows["item"], int(own.sum()))
-        parts.append(drawn[~own].assign(label=0))
-    return pd.concat(parts).sort_values(["user", "time", "item"], kind="stable", ignore_index=True)
+    log = log.drop_duplicates(["user", "item"]).sort_values(["user", "split", "time"], kind="stable", ignore_index=True)
+    user, split, item = (log[name].to_numpy(np.int64) for name in ("user", "split", "item"))
+    drawn = np.empty((len(log), NEGATIVES * DRAWS), np.int64)
+    for own in (split == number for number in range(len(SPLITS))):
+        drawn[own] = generator.choice(item[own], (int(own.sum()), drawn.shape[1]))
+    total = int(item.max()) + 1
+    clicks = Clicks(user, split, item, np.full(len(log), total))  # the moment is the split: by its end is not clicked
+    keys = generator.integers(2**63, size=len(log)).astype(np.uint64)
+    example, _, sampled = sample(clicks, total, NEGATIVES, keys, drawn)
+    negatives = log.loc[np.repeat(np.flatnonzero(example), NEGATIVES)].assign(item=sampled[example].ravel(), label=0)
+    return pd.concat([log[example], negatives]).sort_values(["user", "time", "item"], kind="stable", ignore_index=True)
 
 
 # ---- batches ----
@@ -240,10 +241,10 @@ class Batches:
         behaviours = np.where(flat >= 0, log.behaviour_item[flat], 0) if len(log.behaviour_item) else flat * 0
         time = np.where(flat >= 0, log.behaviour_time[flat], 0) if len(log.behaviour_item) else flat * 0
         return UserBatch(
-            behaviours=self._items(behaviours),
+            behaviours=self.tokens.of(torch.from_numpy(behaviours)),
             behaviour_time=torch.from_numpy(time),
             length=torch.from_numpy(length),
-            candidates=self._items(log.item[rows]),
+            candidates=self.tokens.of(torch.from_numpy(log.item[rows])),
             user=torch.from_numpy(user),
             first=torch.from_numpy(first - earliest[user]),
             last=torch.from_numpy(last - earliest[user]),
@@ -253,7 +254,3 @@ class Batches:
             shown=torch.from_numpy(log.shown[rows]),
             user_number=torch.from_numpy(log.user[rows]),
         )
-
-    def _items(self, item: Ints) -> Items:
-        index = torch.from_numpy(item)
-        return Items(index, self.tokens.rows[index], self.tokens.weights[index])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.ctr.embedding import WIDTH, Inputs, ItemEmbedding, mlp
+from benchmarks.ctr.embedding import Head, Inputs, ItemVectors
 from benchmarks.ctr.pooling import window_sums
 from jobs.ctr.batch import UserBatch
 
@@ -17,9 +17,9 @@ from jobs.ctr.batch import UserBatch
 class LinearAttention(nn.Module):
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
-        self.item = ItemEmbedding(inputs)
-        self.query, self.key = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.head = mlp(3 * WIDTH)
+        self.item = ItemVectors(inputs)
+        self.query, self.key = (nn.Linear(inputs.width, inputs.width) for _ in range(2))
+        self.head = Head(inputs, 3 * inputs.width)
 
     def forward(self, batch: UserBatch) -> Tensor:
         behaviours, candidate = self.item(batch.behaviours), self.item(batch.candidates)  # (B, S, D), (n, D)
@@ -31,5 +31,5 @@ class LinearAttention(nn.Module):
         sums = window_sums(key[..., :, None] * extended[..., None, :], batch)  # (n, D, D + 1)
         read = torch.bmm(query[:, None], sums)[:, 0]
         interest = read[:, :-1] / read[:, -1:].clamp_min(1e-6)
-        logits: Tensor = self.head(torch.cat([candidate, interest, candidate * interest], dim=1))[:, 0]
+        logits: Tensor = self.head(batch, candidate, interest, candidate * interest)
         return logits

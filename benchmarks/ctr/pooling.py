@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ctr.embedding import WIDTH, Inputs, ItemEmbedding, mlp
+from benchmarks.ctr.embedding import Head, Inputs, ItemVectors
 from jobs.ctr.batch import UserBatch
 
 
 class MeanPooling(nn.Module):
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
-        self.item = ItemEmbedding(inputs)
-        self.head = mlp(3 * WIDTH)
+        self.item = ItemVectors(inputs)
+        self.head = Head(inputs, 3 * inputs.width)
 
     def forward(self, batch: UserBatch) -> Tensor:
         behaviours, candidate = self.item(batch.behaviours), self.item(batch.candidates)  # (B, S, D), (n, D)
         length = (batch.last - batch.first).clamp_min(1)[:, None]
         mean = window_sums(behaviours, batch) / length
-        logits: Tensor = self.head(torch.cat([candidate, mean, candidate * mean], dim=1))[:, 0]
+        logits: Tensor = self.head(batch, candidate, mean, candidate * mean)
         return logits
 
 

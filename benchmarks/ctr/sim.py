@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.ctr.din import TargetAttention
-from benchmarks.ctr.embedding import WIDTH, Inputs, ItemEmbedding, mlp
+from benchmarks.ctr.embedding import Head, Inputs, ItemVectors
 from jobs.ctr.batch import UserBatch
 
 RETRIEVED = 50  # behaviours, at most
@@ -19,11 +19,11 @@ class SIM(nn.Module):
     def __init__(self, inputs: Inputs, category: Tensor) -> None:
         """`category` (items + 1,), -1 where there is none: such a candidate retrieves nothing."""
         super().__init__()
-        self.item = ItemEmbedding(inputs)
+        self.item = ItemVectors(inputs)
         self.category: Tensor
         self.register_buffer("category", category, persistent=False)
-        self.attention = TargetAttention()
-        self.head = mlp(3 * WIDTH)
+        self.attention = TargetAttention(inputs.width)
+        self.head = Head(inputs, 3 * inputs.width)
 
     def forward(self, batch: UserBatch) -> Tensor:
         wanted = self.category[batch.candidates.item]  # (n,)
@@ -34,5 +34,5 @@ class SIM(nn.Module):
         retrieved = self.item(batch.behaviours)[batch.user[:, None], (latest - 1).clamp_min(0)]  # (n, R, D)
         candidate = self.item(batch.candidates)
         interest = self.attention(candidate, retrieved, latest > 0)
-        logits: Tensor = self.head(torch.cat([candidate, interest, candidate * interest], dim=1))[:, 0]
+        logits: Tensor = self.head(batch, candidate, interest, candidate * interest)
         return logits

@@ -20,7 +20,7 @@ from tokenizer import fit_rqgmm
 from tokenizer.alternates import ALTERNATES
 
 SOURCES = ("none", "item-id", "vq-vae", "rq-vae", "rq-kmeans", "rq-gmm", "rq-gmm-soft", "embedding")
-HASHED_ROWS = 2**17  # of the token table, for tuples of codes
+HASHED_ROWS = 2**17  # for tuples of codes; rows that no item has are left out of the table
 NO_TOKENS = "none", "item-id", "embedding"
 
 
@@ -60,11 +60,13 @@ class Catalogue:
         kind: TokenKind = "soft" if source.endswith("-soft") else "level"
         single = 1 + levels * self.components
         scheme = TokenScheme(kind, levels, self.components, alternates, single + HASHED_ROWS)
-        rows, shares = scheme.rows(codes, weights)
+        own, shares = scheme.rows(codes, weights)
+        rows = torch.zeros(items, own.shape[1], dtype=torch.int64).index_copy(0, self.row, own)
+        used, rows = torch.unique(rows, return_inverse=True)  # sorted: row 0, which padding has, stays row 0
         return ItemTokens(
-            rows=torch.zeros(items, rows.shape[1], dtype=torch.int64).index_copy(0, self.row, rows),
-            weights=torch.zeros(items, rows.shape[1]).index_copy(0, self.row, shares),
-            table_rows=scheme.table_rows,
+            rows=rows,
+            weights=torch.zeros(items, own.shape[1]).index_copy(0, self.row, shares),
+            table_rows=len(used),
             fields=(alternates,) * levels + (1,),
         )
 

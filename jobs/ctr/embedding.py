@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,8 +30,22 @@ class ItemEmbedding(nn.Module):
     def forward(self, items: Items) -> Tensor:
         """Items of shape (...) -> (..., D)"""
         item = F.embedding(items.item, self.item, padding_idx=0)
-        if not items.tokens.shape[-1]:
-            return item
-        rows, weights = items.tokens.flatten(0, -2), items.weights.flatten(0, -2)
-        tokens = F.embedding_bag(rows, self.token, mode="sum", per_sample_weights=weights, padding_idx=0)
-        return item + tokens.view_as(item)
+        return item + self._sum(items.tokens, items.weights) if items.tokens.shape[-1] else item
+
+    def fields(self, items: Items, sizes: Sequence[int]) -> Tensor:
+        """Items of shape (...) -> (..., 1 + F, D): the terms of `forward`, the item and each field of tokens.
+
+        Args:
+            sizes: (F,) tokens of each field, which stand side by side; they add to T.
+        """
+        parts = [F.embedding(items.item, self.item, padding_idx=0)]
+        tokens, weights = (torch.split(part, list(sizes), dim=-1) for part in (items.tokens, items.weights))
+        parts += [self._sum(*field) for field in zip(tokens, weights, strict=True)]
+        return torch.stack(parts, dim=-2)
+
+    def _sum(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """(..., T), (..., T) -> (..., D)"""
+        flat = F.embedding_bag(
+            rows.flatten(0, -2), self.token, mode="sum", per_sample_weights=weights.flatten(0, -2), padding_idx=0
+        )
+        return flat.view(*rows.shape[:-1], flat.shape[1])

@@ -10,10 +10,11 @@ from sklearn.metrics import roc_auc_score
 
 from benchmarks.ctr.embedding import Inputs
 from benchmarks.ctr.generated import generate
+from benchmarks.ctr.harness import makers
 from benchmarks.ctr.impressions import Batches, Impressions, ItemTokens, impressions, with_negatives
 from benchmarks.ctr.intervals import weighted_auc
-from benchmarks.ctr.linear_attention import LinearAttention
 from benchmarks.ctr.pooling import window_sums
+from benchmarks.ctr.sources import Catalogue
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +52,18 @@ def test_a_batch_holds_what_happened_strictly_before_each_impression(log: Impres
     assert sorted(seen) == log.of("train").tolist()
 
 
-def test_linear_attention_by_running_sums_is_that_of_each_history(log: Impressions) -> None:
+@pytest.mark.parametrize("name", ["dmqn", "fnn", "ipnn", "mean-pooling", "din", "sim-code", "hstu", "linear-attention"])
+def test_a_model_scores_an_impression_alike_alone_and_beside_others(log: Impressions, name: str) -> None:
+    """Padding, other users and what came after an impression are not read."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(29, 8, generator=g))
+    catalogue = Catalogue(log, x, torch.arange(1, 30), levels=1, components=4)
+    tokens = ItemTokens(torch.randint(20, (30, 4), generator=g), torch.rand(30, 4, generator=g), 20, (3, 1))
     torch.manual_seed(0)
-    model = LinearAttention(Inputs(9, 29, TOKENS, item_ids=True, vectors=None)).eval()
-    batches = Batches(log, log.of("test"), TOKENS, size=1000)
+    model = makers(catalogue, None)[name](Inputs(9, 29, tokens, item_ids=True, vectors=catalogue.vectors())).eval()
+    for table in (part for key, part in model.named_parameters() if key.startswith(("item.", "embed."))):
+        torch.nn.init.normal_(table)  # large, so that a difference shows
+    batches = Batches(log, log.of("test"), tokens, size=1000)
     (own,) = batches.groups()
     one_by_one = [model(batches.batch(own[row : row + 1])).item() for row in range(len(own))]
     np.testing.assert_allclose(model(batches.batch(own)).detach(), one_by_one, rtol=1e-4, atol=1e-5)

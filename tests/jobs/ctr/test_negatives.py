@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.ctr.negatives import Clicks, sample
+from jobs.ctr.sampling import Clicks, sample
 
 ITEMS = 6
 # (user, moment, item) of clicks. Item n first occurs at moment n where there is a clock, so no click on it is earlier.

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jobs.ctr.batch import Items
+from jobs.ctr.embedding import ItemEmbedding
 from jobs.ctr.tokens import FULL_WEIGHT, TokenKind, TokenScheme
 
 KINDS = get_args(TokenKind)
@@ -106,3 +108,12 @@ def test_a_table_that_is_too_small_is_refused() -> None:
         TokenScheme("soft", 2, 128, 8, 257)
     with pytest.raises(ValueError, match="expected both"):
         TokenScheme("level", 2, 128, 8, 1000).rows(torch.zeros(3, 2, 7), torch.zeros(3, 2, 7))
+
+
+def test_the_fields_of_an_item_add_to_its_vector() -> None:
+    torch.manual_seed(0)
+    embed = ItemEmbedding(10, 20, 4)
+    items = Items(torch.randint(10, (2, 3)), torch.randint(20, (2, 3, 5)), torch.rand(2, 3, 5))
+    fields = embed.fields(items, (2, 3))
+    assert fields.shape == (2, 3, 3, 4)
+    torch.testing.assert_close(fields.sum(2), embed(items))
