@@ -12,8 +12,8 @@ HIDDEN = 16  # of the attention network
 
 
 class TargetAttention(nn.Module):
-    """The attention network reads behaviour, candidate and their product, each by a linear layer. That is one linear layer
-    of the behaviour, with weights that depend on the candidate, so that no product of a pair is ever written.
+    """The attention network reads behaviour, candidate and their product, each by a linear layer. That is one linear
+    layer of the behaviour, with weights that depend on the candidate, so that no product of a pair is ever written.
     """
 
     def __init__(self, width: int) -> None:
@@ -23,7 +23,7 @@ class TargetAttention(nn.Module):
         self.weight = nn.Linear(HIDDEN, 1)
 
     def forward(self, candidate: Tensor, behaviours: Tensor, mask: Tensor) -> Tensor:
-        """(n, D), (n, S, D), mask (n, S) -> (n, D): the mean of the behaviours by softmax of their weights; zeros without any."""
+        """(n, D), (n, S, D), mask (n, S) -> (n, D): mean of behaviours by softmax of weights; zeros without any."""
         transform = self.of_behaviour + candidate[:, :, None] * self.of_product  # (n, D, H)
         hidden = torch.baddbmm(self.of_candidate(candidate)[:, None], behaviours, transform).relu()  # (n, S, H)
         score = self.weight(hidden)[..., 0].masked_fill(~mask, torch.finfo(hidden.dtype).min)

@@ -86,9 +86,13 @@ class Head(nn.Module):
         super().__init__()
         self.normalize = RunningNorm(inputs.features)
         self.mlp = nn.Sequential(
-            nn.Linear(width + inputs.features, 64), nn.ReLU(), nn.Dropout(0.1),
-            nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 1),
-        )  # fmt: skip
+            nn.Linear(width + inputs.features, 64),
+            nn.ReLU(),
+            nn.Dropout(0.1),
+            nn.Linear(64, 32),
+            nn.ReLU(),
+            nn.Linear(32, 1),
+        )
 
     def forward(self, batch: UserBatch, *vectors: Tensor) -> Tensor:
         """Vectors (n, .) -> logits (n,)"""

@@ -1,6 +1,6 @@
-"""A generated log of long sequences whose best possible AUC is known, with interests that retrieval by category sees half of.
+"""A generated log of long sequences whose best possible AUC is known; retrieval by category sees half of the interests.
 
-An item has a category and a style; its embedding shows both, the category more. A user likes some categories and some styles.
+An item has a category and a style; its embedding shows both, the category more. A user likes some of each.
 A click depends on how much of the whole history has the candidate's category, and on how much has its style, in
 whatever category. Who retrieves the behaviours of one category loses most of the styles.
 """
@@ -66,9 +66,18 @@ def generate(users: int, length: int, levels: int, components: int, seed: int = 
     shown = np.bincount(item[split == 0], minlength=ITEMS)[item]
     time = np.concatenate([np.arange(len(rows)) for rows in behaviours])
     log = Impressions(
-        item_ids=pd.RangeIndex(ITEMS), behaviour_item=flat + 1, behaviour_time=time, start=start, user=user, item=item + 1,
-        label=(generator.random(len(item)) < probability).astype(np.int64), time=known, known=known, split=split.astype(np.int64), shown=shown,
-    )  # fmt: skip
+        item_ids=pd.RangeIndex(ITEMS),
+        behaviour_item=flat + 1,
+        behaviour_time=time,
+        start=start,
+        user=user,
+        item=item + 1,
+        label=(generator.random(len(item)) < probability).astype(np.int64),
+        time=known,
+        known=known,
+        split=split.astype(np.int64),
+        shown=shown,
+    )
     catalogue = Catalogue(log, torch.from_numpy(x).float(), torch.arange(1, ITEMS + 1), levels, components)
     return Generated(catalogue, probability, torch.from_numpy(np.concatenate([[-1], category])))
 

@@ -49,8 +49,10 @@ EPOCHS = 12  # at most
 CHECKS = 2  # of the validation split in an epoch
 PATIENCE = 4  # checks without a better AUC after which training ends
 
+MODELS = ("dmqn", "fnn", "ipnn", "mean-pooling", "din", "sim-code", "sim-category", "hstu", "linear-attention")
 WITHOUT_BEHAVIOURS = ("fnn", "ipnn")
 Make = Callable[[Inputs], nn.Module]
+Scores = dict[tuple[str, str, bool], list[Scored]]  # by model, source, with embedding; of each seed
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def scored(model: nn.Module, batches: Batches, rows: npt.NDArray[np.int64], log:
     return Scored(log.label[rows].astype(np.float32), score[rows], log.user[rows], log.shown[rows])
 
 
-def trained(make: Make, name: str, inputs: Inputs, log: Impressions, rate: float, seed: int, history: int) -> tuple[nn.Module, float, float]:  # fmt: skip
+def trained(
+    make: Make, name: str, inputs: Inputs, log: Impressions, rate: float, seed: int, history: int
+) -> tuple[nn.Module, float, float]:
     """The model at its best check of the validation split, that AUC, and the seconds of a training step."""
     torch.manual_seed(seed)
     model = make(inputs)
@@ -135,7 +139,9 @@ def batches_of(name: str, inputs: Inputs, log: Impressions, split: Split, histor
     return Batches(log, log.of(split), inputs.tokens, size=BATCH, behaviours=behaviours, history=history, seed=shuffled)
 
 
-def measured(name: str, make: Make, source: str, with_embedding: bool, seed: int, inputs: Inputs, log: Impressions, history: int) -> tuple[Row, Scored]:  # fmt: skip
+def measured(
+    name: str, make: Make, source: str, with_embedding: bool, seed: int, inputs: Inputs, log: Impressions, history: int
+) -> tuple[Row, Scored]:
     """A model trained with each learning rate; the one with the better validation AUC on the test split."""
     runs = [trained(make, name, inputs, log, rate, seed, history) for rate in LEARNING_RATES]
     model, _, seconds = max(runs, key=lambda run: run[1])
@@ -159,11 +165,16 @@ def measured(name: str, make: Make, source: str, with_embedding: bool, seed: int
 
 
 def compared(
-    catalogue: Catalogue, models: dict[str, Make], sources: Sequence[str], embeddings: Sequence[bool], seeds: int, history: int
-) -> tuple[list[Row], dict[tuple[str, str, bool], list[Scored]]]:  # fmt: skip
-    """Every model with every source, seed by seed; the rows, and the scores of the test split by model, source, with embedding."""
+    catalogue: Catalogue,
+    models: dict[str, Make],
+    sources: Sequence[str],
+    embeddings: Sequence[bool],
+    seeds: int,
+    history: int,
+) -> tuple[list[Row], Scores]:
+    """Every model with every source, seed by seed: the rows, and the scores of the test split."""
     rows: list[Row] = []
-    scores: dict[tuple[str, str, bool], list[Scored]] = {}
+    scores: Scores = {}
     for seed in range(seeds):
         for source in sources:
             for with_embedding in embeddings:
@@ -182,10 +193,11 @@ def compared(
     return rows, scores
 
 
-def table(rows: Sequence[Row], scores: dict[tuple[str, str, bool], list[Scored]], reference: str) -> Table:
-    """Means over seeds; differences are paired with the row of the same model and the source `reference`, without embedding."""
+def table(rows: Sequence[Row], scores: Scores, reference: str) -> Table:
+    """Means over seeds; differences are from the same model with the source `reference`, without embedding."""
     grid = Table(box=None, padding=(0, 1))
-    headings = ["model", "source", "AUC", f"less {reference}, 95 %", "cold", f"less {reference}, 95 %", "GAUC", "log-loss", "parameters", "s/step"]  # fmt: skip
+    less = f"less {reference}, 95 %"
+    headings = ["model", "source", "AUC", less, "cold", less, "GAUC", "log-loss", "parameters", "s/step"]
     for number, heading in enumerate(headings):
         grid.add_column(heading, justify="left" if number < 2 else "right")
     last = ""
@@ -203,11 +215,32 @@ def table(rows: Sequence[Row], scores: dict[tuple[str, str, bool], list[Scored]]
         if last and last != name:
             grid.add_section()
         grid.add_row(
-            name if name != last else "", source + (" w/ Emb" if with_embedding else ""), f"{mean['auc']:.4f}", gains[0],
-            f"{mean['auc_cold']:.4f}", gains[1], f"{mean['gauc']:.4f}", f"{mean['log_loss']:.4f}", f"{mean['parameters']:,.0f}",
+            name if name != last else "",
+            source + (" w/ Emb" if with_embedding else ""),
+            f"{mean['auc']:.4f}",
+            gains[0],
+            f"{mean['auc_cold']:.4f}",
+            gains[1],
+            f"{mean['gauc']:.4f}",
+            f"{mean['log_loss']:.4f}",
+            f"{mean['parameters']:,.0f}",
             f"{mean['seconds_per_step']:.4f}",
-        )  # fmt: skip
+        )
         last = name
+    return grid
+
+
+def models_table(scores: Scores, reference: str) -> Table:
+    """Differences of the models from the model `reference` with the same source."""
+    grid = Table(box=None, padding=(0, 1))
+    for number, heading in enumerate(("source", "model", f"AUC less {reference}, 95 %", "cold, the same")):
+        grid.add_column(heading, justify="left" if number < 2 else "right")
+    for name, source, with_embedding in scores:
+        base = scores.get((reference, source, with_embedding))
+        if base is not None and name != reference:
+            own = scores[name, source, with_embedding]
+            gains = [_interval(*difference(own, base, cold=cold)) for cold in (False, True)]
+            grid.add_row(source + (" w/ Emb" if with_embedding else ""), name, *gains)
     return grid
 
 
@@ -216,7 +249,7 @@ def _interval(mean: float, low: float, high: float) -> str:
 
 
 def category_of(folder: Path, log: Impressions) -> Tensor | None:
-    """(items + 1,): the category of `items.parquet` (its column category, categories or genres), -1 where there is none."""
+    """(items + 1,): the category of `items.parquet` (column category, categories or genres), -1 where there is none."""
     file = folder / "items.parquet"
     names = pq.read_schema(file).names if file.exists() else []
     column = next((name for name in ("category", "categories", "genres") if name in names), None)
@@ -231,21 +264,34 @@ def category_of(folder: Path, log: Impressions) -> Tensor | None:
 
 
 def ctr(
-    data: Annotated[Path | None, typer.Option(help="Folder with embeddings.parquet and interactions.parquet, as the README says.")] = None,
-    generated: Annotated[bool, typer.Option("--generated", help="A generated log of long sequences, whose best possible AUC is printed.")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with embeddings.parquet and interactions.parquet, as the README says.")
+    ] = None,
+    generated: Annotated[
+        bool,
+        typer.Option("--generated", help="A generated log of long sequences, whose best possible AUC is printed."),
+    ] = False,
     users: Annotated[int, typer.Option(help="Users of the generated log.")] = 2000,
     length: Annotated[int, typer.Option(help="Longest history of the generated log.")] = 500,
-    chosen_models: Annotated[str, typer.Option("--models", help="Some of dmqn, fnn, ipnn, mean-pooling, din, sim-code, sim-category, hstu, linear-attention; all by default.")] = "",
+    chosen_models: Annotated[
+        str, typer.Option("--models", help=f"Some of {', '.join(MODELS)}; all that the data allows by default.")
+    ] = "",
     chosen_sources: Annotated[str, typer.Option("--sources", help=f"Any of {', '.join(SOURCES)}.")] = ",".join(SOURCES),
-    with_embedding: Annotated[bool, typer.Option("--with-embedding", help="Each source also with the embedding as a further input (w/ Emb).")] = False,
+    with_embedding: Annotated[
+        bool,
+        typer.Option("--with-embedding", help="Each source also with the embedding as a further input (w/ Emb)."),
+    ] = False,
     reference: Annotated[str, typer.Option(help="The source that the others are compared with.")] = "rq-kmeans",
+    reference_model: Annotated[
+        str, typer.Option(help="A model that the others are compared with, on the same source; by default none.")
+    ] = "",
     column: Annotated[str, typer.Option(help="Vector column; by default the first that ends with _embedding.")] = "",
     levels: int = 2,
     components: int = 128,
     history: Annotated[int, typer.Option(help="Behaviours that an impression sees, at most.")] = 10_000,
     seeds: Annotated[int, typer.Option(help="Number of seeds; each fits the quantizer and trains anew.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every row to this file.")] = None,
-) -> None:  # fmt: skip
+) -> None:
     """What semantic IDs are worth to a ranker: models of a click over sources of item tokens."""
     if (data is None) == (not generated):
         raise WrongVectors("which log? Expected one of --data DIR and --generated")
@@ -254,34 +300,38 @@ def ctr(
     console = Console(width=200, highlight=False)
     if data is not None:
         log = read_log(data)
-        catalogue, category, title = (
-            read_catalogue(data, log, column, levels, components),
-            category_of(data, log),
-            data.name,
-        )
+        catalogue = read_catalogue(data, log, column, levels, components)
+        category, title = category_of(data, log), data.name
     else:
         made = generate(users, length, levels, components)
         catalogue, category, log = made.catalogue, made.category, made.catalogue.log
         test = log.of("test")
-        title = f"generated, histories to {length:,}, best possible AUC {auc(log.label[test].astype(np.float32), made.probability[test]):.4f}"
+        best = auc(log.label[test].astype(np.float32), made.probability[test])
+        title = f"generated, histories to {length:,}, best possible AUC {best:.4f}"
     models = makers(catalogue, category)
     names = _some("--models", chosen_models or ",".join(models), list(models))
     sources = _some("--sources", chosen_sources, SOURCES)
-    rows, scores = compared(
-        catalogue, {name: models[name] for name in names}, sources, (False, True) if with_embedding else (False,), seeds, history
-    )  # fmt: skip
+    if reference_model:
+        _some("--reference-model", reference_model, names)
+    chosen = {name: models[name] for name in names}
+    embeddings = (False, True) if with_embedding else (False,)
+    rows, scores = compared(catalogue, chosen, sources, embeddings, seeds, history)
     test = log.of("test")
     cold = float((log.shown[test] < COLD).mean())
     console.print(
-        f"{title}: {log.users:,} users, {log.items:,} items ({len(catalogue.row):,} with an embedding), {len(log.user):,} impressions, "
-        f"{log.label.mean():.3f} of them clicks; {levels} x {components}, {seeds} seeds"
-    )  # fmt: skip
+        f"{title}: {log.users:,} users, {log.items:,} items ({len(catalogue.row):,} with an embedding), "
+        f"{len(log.user):,} impressions, {log.label.mean():.3f} of them clicks; {levels} x {components}, {seeds} seeds"
+    )
     console.print(
-        f"Test split: the last tenth, {len(test):,} impressions, {cold:.0%} of them of items shown under {COLD} times in training (cold)."
+        f"Test split: the last tenth, {len(test):,} impressions, {cold:.0%} of them of items shown under {COLD} times "
+        "in training (cold)."
     )
     console.print(table(rows, scores, reference))
+    if reference_model:
+        console.print(models_table(scores, reference_model))
     console.print(
-        "Intervals: bootstrap over users and seeds, paired. Learning rate and epoch of each row are chosen on the validation split."
+        "Intervals: bootstrap over users and seeds, paired. Learning rate and epoch of each row are chosen on the "
+        "validation split."
     )
     if json_file is not None:
         values = [

@@ -1,4 +1,4 @@
-"""HSTU (arXiv 2402.17152) over the full sequence: causal layers of pointwise attention, then the candidate's attention to them."""
+"""HSTU (arXiv 2402.17152) over the full sequence: causal layers of pointwise attention, then target attention."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class ItemTokens:
     Attributes:
         rows: (items + 1, T) int64.
         weights: (items + 1, T) float32.
-        fields: number of tokens of each field, which sum to T: the alternates of a level are one field, a prefix is another.
+        fields: number of tokens of each field, which sum to T: the alternates of a level are a field, a prefix is one.
     """
 
     rows: Tensor
@@ -53,8 +53,8 @@ class ItemTokens:
 class Impressions:
     """Impressions in order of user and time. Items are rows 1 .. items of their table; users are 0 .. users - 1.
 
-    The behaviours of user u are clicks in order of time, at `start[u] : start[u + 1]` of the flat arrays. An impression knows
-    the first `known` of them, those that happened strictly before it.
+    The behaviours of user u are clicks in order of time, at `start[u] : start[u + 1]` of the flat arrays. An impression
+    knows the first `known` of them, those that happened strictly before it.
 
     Attributes:
         item_ids: of the items, in order of their rows.
@@ -94,7 +94,8 @@ def read_log(folder: Path, seed: int = 0) -> Impressions:
     """The impressions of `interactions.parquet`, as the README describes it.
 
     Ratings of CLICK_RATING and more are clicks. A log without labels and ratings holds clicks only, and negatives are
-    sampled, see `sampled`. With a timestamp the splits are the last tenths of all time, with an order of each user's own.
+    sampled, see `with_negatives`. With a timestamp the splits are the last tenths of all time, with an order those of
+    each user.
 
     Raises:
         WrongVectors: no such file, or a column is missing.
@@ -106,7 +107,8 @@ def read_log(folder: Path, seed: int = 0) -> Impressions:
     missing = {"user_id", "item_id"} - set(log.columns)
     if missing or not {"timestamp", "order"} & set(log.columns):
         raise WrongVectors(
-            f"{file} has columns {list(log.columns)}; expected user_id, item_id, timestamp or order, and label or rating if any"
+            f"{file} has columns {list(log.columns)}; expected user_id, item_id, timestamp or order, and label or "
+            "rating if any"
         )
     clock = "timestamp" in log.columns
     log = pd.DataFrame(
@@ -129,7 +131,7 @@ def read_log(folder: Path, seed: int = 0) -> Impressions:
 
 
 def impressions(log: pd.DataFrame, clicks: pd.DataFrame, item_ids: pd.Index) -> Impressions:
-    """Of rows (user, item, time, label, split) and of the clicks among what happened, both in order of user and time."""
+    """Of rows (user, item, time, label, split) and of the clicks that happened, both in order of user and time."""
     users = int(log["user"].max()) + 1
     start = np.searchsorted(clicks["user"], np.arange(users + 1))
     step = max(int(log["time"].max()), int(clicks["time"].max())) + 1
@@ -167,7 +169,7 @@ def _by_user(log: pd.DataFrame) -> Ints:
 
 
 def with_negatives(log: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """The first click of each user on an item, and for each NEGATIVES items that he has not clicked by the end of its split.
+    """The first click of each user on an item, and for each NEGATIVES items not clicked by the end of its split.
 
     They are drawn as often as the log shows them in that split, so that how popular an item is says nothing about the
     click: what is left to learn is whom an item is for.
@@ -197,16 +199,24 @@ class Batches:
     """
 
     def __init__(
-        self, log: Impressions, rows: Ints, tokens: ItemTokens, *, size: int, behaviours: bool = True, history: int = 10_000,
-        together: int = 64, seed: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        log: Impressions,
+        rows: Ints,
+        tokens: ItemTokens,
+        *,
+        size: int,
+        behaviours: bool = True,
+        history: int = 10_000,
+        together: int = 64,
+        seed: int | None = None,
+    ) -> None:
         self.log, self.rows, self.tokens, self.size, self.behaviours = log, rows, tokens, size, behaviours
         self.history = history
         self.generator = None if seed is None else np.random.default_rng(seed)
         user = log.user[rows]
         new = np.concatenate([[True], user[1:] != user[:-1]]) if len(rows) else np.empty(0, bool)
-        place = np.arange(len(rows)) - np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))
-        self.parts = np.split(rows, np.flatnonzero(new | (place % together == 0))[1:])
+        position = np.arange(len(rows)) - np.maximum.accumulate(np.where(new, np.arange(len(rows)), 0))
+        self.parts = np.split(rows, np.flatnonzero(new | (position % together == 0))[1:])
         self.length = np.array([log.known[part].max() for part in self.parts])
 
     def __iter__(self) -> Iterator[UserBatch]:

@@ -32,7 +32,9 @@ class Scored:
         return auc(self.label, self.score)
 
 
-def difference(own: Sequence[Scored], reference: Sequence[Scored], *, cold: bool = False, seed: int = 0) -> tuple[float, float, float]:  # fmt: skip
+def difference(
+    own: Sequence[Scored], reference: Sequence[Scored], *, cold: bool = False, seed: int = 0
+) -> tuple[float, float, float]:
     """AUC of `own` less that of `reference`, the mean over seeds, and its 95 % interval.
 
     A paired bootstrap: users are drawn with replacement, the same ones for both, and a seed for each draw.

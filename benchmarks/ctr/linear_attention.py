@@ -1,4 +1,4 @@
-"""Linear attention (arXiv 2006.16236): softmax replaced by a product of positive features, so that histories are running sums.
+"""Linear attention (arXiv 2006.16236): a product of positive features replaces softmax, so histories are running sums.
 
 The cost of an impression does not depend on the length of its history.
 """

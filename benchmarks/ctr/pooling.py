@@ -24,6 +24,6 @@ class MeanPooling(nn.Module):
 
 
 def window_sums(behaviours: Tensor, batch: UserBatch) -> Tensor:
-    """(n, ...): of behaviours (B, S, ...), the sum over each impression's history, as a difference of two running sums."""
+    """(n, ...): sums of behaviours (B, S, ...) over each impression's history, as differences of two running sums."""
     total = torch.cat([torch.zeros_like(behaviours[:, :1]), behaviours], dim=1).cumsum(1)
     return total[batch.user, batch.last] - total[batch.user, batch.first]

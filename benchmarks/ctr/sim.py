@@ -1,4 +1,4 @@
-"""SIM with hard search (arXiv 2006.05639): the latest behaviours of the candidate's category, then target attention to them.
+"""SIM with hard search (arXiv 2006.05639): the latest behaviours of the candidate's category, then attention to them.
 
 The category is the code of level 1 (`sim-code`) or a column of the items (`sim-category`).
 """

@@ -87,7 +87,10 @@ class Catalogue:
 
 
 def read_catalogue(folder: Path, log: Impressions, column: str, levels: int, components: int) -> Catalogue:
-    """The embeddings of `embeddings.parquet`, of the items of the log; `column` is by default the first that ends with _embedding.
+    """The embeddings of `embeddings.parquet`, of the items of the log.
+
+    Args:
+        column: By default the first that ends with _embedding.
 
     Raises:
         WrongVectors: no such file or column, or no item of the log has an embedding.
