@@ -31,6 +31,7 @@ from jobs.models.codebooks import usable_files, worker_codebook
 from jobs.models.registry import Registry
 from jobs.models.versions import CodebookVersion
 from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.queries import Selection
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
 from tokenizer import RQGMM, Alternates
 
@@ -76,11 +77,12 @@ def run(
     registry: Registry,
     model: CodebookVersion,
     run_date: date,
-    chosen: DataFrame | None = None,
+    selection: Selection | None = None,
 ) -> EncodeResult:
     """Bring `semantic_ids` of codebook `model` up to the newest `item_embeddings`, in one commit.
 
-    Rows of an earlier release of this software get the columns added since in a commit before; their IDs stay. `chosen` confines it to the items whose `item_id` it has.
+    Rows of an earlier release of this software get the columns added since in a commit before; their IDs stay.
+    `selection` confines the run to some items.
 
     Raises:
         RegistryMismatch: the version has IDs of another codebook, or its files are gone.
@@ -111,7 +113,7 @@ def run(
         return EncodeResult(model.number, count, completed, version, embeddings_version, seconds, nothing_to_do=idle)
 
     completed = 0
-    if not new_version and chosen is None:
+    if not new_version and selection is None:
         lacking = _lacking(embeddings, own).cache()
         if not lacking.isEmpty():
             groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
@@ -123,7 +125,7 @@ def run(
             own = published.where(F.col("codebook_version") == model.number)
         lacking.unpersist()
 
-    all_new = new_version and parent < 0 and chosen is None
+    all_new = new_version and parent < 0 and selection is None
     if all_new:  # no join, one pass from the files to the table
         groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
         count = sum(group.rows for group in groups)
@@ -132,7 +134,8 @@ def run(
         by_codes = encoded(groups, None).repartition(_tasks(count, warehouse.cores), "joined")
         rows = _published(by_codes, None, model, run_date)
         return result(count, warehouse.replace(SEMANTIC_IDS, rows, everything))
-    pending = _pending(embeddings, published, model.number, parent, chosen).cache()
+    selected = None if selection is None else selection.items(warehouse)
+    pending = _pending(embeddings, published, model.number, parent, selected).cache()
     try:
         if pending.isEmpty():
             return result(0, warehouse.version(SEMANTIC_IDS))
@@ -159,13 +162,13 @@ def _tasks(rows: int, cores: int) -> int:
 
 
 def _pending(
-    embeddings: DataFrame, published: DataFrame, version: int, parent: int, chosen: DataFrame | None
+    embeddings: DataFrame, published: DataFrame, version: int, parent: int, selected: DataFrame | None
 ) -> DataFrame:
     """Items to encode by file, each with the codes it has now: of this version (kept for good), or of the parent version."""
     own = published.where(F.col("codebook_version") == version).select("item_id", "content_hash")
     items = embeddings.select("item_id", "content_hash", F.col("_metadata.file_name").alias("file"))
-    if chosen is not None:
-        items = items.join(chosen, "item_id", how="left_semi")
+    if selected is not None:
+        items = items.join(selected, "item_id", how="left_semi")
     versions = published.where(F.col("codebook_version").isin(version, parent)).select(
         "item_id",
         F.col("content_hash").alias("published_hash"),

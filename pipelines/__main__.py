@@ -175,25 +175,27 @@ def backfill(
     """Semantic IDs of a codebook version for a list of items, for what changed since a day, or for all; says first what it will do."""
     from jobs import encode
     from jobs.models.champion import current_champion
-    from pipelines.backfill import chosen_items, listed_items, plan
+    from jobs.warehouse.queries import Selection
+    from pipelines.backfill import listed_items, plan
     from pipelines.report import write_json
 
     if (bool(items), bool(since), everything).count(True) != 1:
         raise ConfigError("which items? Expected one of --items FILE, --since DAY and --all")
     settled = resolved(config, settings, warehouse, days=(run_date, since), json_file=json_file)
-    listed, day = listed_items(items) if items else None, parse_date(since) if since else None
+    selection = (
+        None if everything else Selection(listed_items(items) if items else None, parse_date(since) if since else None)
+    )
     with opened(settled, run_date, write=not dry_run) as work:
         if dry_run:
             current_champion(work.registry)
         else:
             current_codebook(work.registry)
         model = codebook(work.registry, name)
-        chosen = chosen_items(work.warehouse, listed, day)
-        planned = plan(work.warehouse, model, chosen)
+        planned = plan(work.warehouse, model, selection)
         tell(planned)
         result = None
         if not dry_run:
-            result = encode.run(work.config, work.warehouse, work.registry, model, work.run_date, chosen)
+            result = encode.run(work.config, work.warehouse, work.registry, model, work.run_date, selection)
             tell(result)
     if json_file is not None:
         write_json(json_file, {"plan": asdict(planned), "result": asdict(result) if result else None})

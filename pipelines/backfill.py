@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import codecs
 from dataclasses import dataclass
-from datetime import date
 
 import pyarrow as pa
 from pyarrow import fs
-from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
 
 from jobs.config import ConfigError
 from jobs.files.sources import as_ids, begins_as_parquet, filesystem_of, is_id_type, open_source, read_row_group
 from jobs.models.versions import CodebookVersion
 from jobs.warehouse.delta_spark import Warehouse
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
+from jobs.warehouse.queries import Selection, count_selection
 
 ITEM_ID = "item_id"
 BATCH = 65536
-NAMED = 5  # unknown items that a plan lists
 
 
 @dataclass(frozen=True)
@@ -98,37 +94,15 @@ def _text_ids(filesystem: fs.FileSystem, path: str, location: str) -> pa.StringA
     return pa.array([line.strip() for line in lines if line.strip()], pa.string())
 
 
-def chosen_items(warehouse: Warehouse, listed: pa.StringArray | None, since: date | None) -> DataFrame | None:
-    """The `item_id`s to confine a backfill to, each once: those listed, or those new or changed on a day or later; None is all."""
-    if listed is not None:
-        return warehouse.spark.createDataFrame(pa.table({"item_id": listed})).distinct()
-    if since is not None:
-        return warehouse.read(ITEM_EMBEDDINGS).where(F.col("run_date") >= F.lit(since)).select("item_id")
-    return None
-
-
-def plan(warehouse: Warehouse, model: CodebookVersion, chosen: DataFrame | None) -> Plan:
-    """What encoding `chosen` (None: every item) under `model` comes to."""
-    embeddings = warehouse.read(ITEM_EMBEDDINGS).select("item_id", "content_hash")
-    rows = embeddings if chosen is None else chosen.join(embeddings, "item_id", how="left")
-    if warehouse.exists(SEMANTIC_IDS):
-        own = warehouse.read(SEMANTIC_IDS).where(F.col("codebook_version") == model.number)
-        has_id = own.select("item_id", "content_hash", F.lit(True).alias("has_id"))
-        rows = rows.join(has_id, ["item_id", "content_hash"], how="left")
-    else:
-        rows = rows.withColumn("has_id", F.lit(None).cast("boolean"))
-    counts = rows.agg(
-        F.count(F.lit(1)).alias("chosen"), F.count("content_hash").alias("known"), F.count("has_id").alias("with_id")
-    ).first()
-    assert counts is not None
-    unknown = counts["chosen"] - counts["known"]
-    some = rows.where("content_hash IS NULL").orderBy("item_id").limit(NAMED).collect() if unknown else []
+def plan(warehouse: Warehouse, model: CodebookVersion, selection: Selection | None) -> Plan:
+    """What encoding the selected items (None: every item) under `model` would do."""
+    counts = count_selection(warehouse, model.number, selection)
     return Plan(
         codebook_version=model.number,
         codebook_hash=model.hash,
-        chosen=counts["chosen"],
-        with_id=counts["with_id"],
-        to_encode=counts["known"] - counts["with_id"],
-        unknown=unknown,
-        unknown_items=tuple(row["item_id"] for row in some),
+        chosen=counts.selected,
+        with_id=counts.with_id,
+        to_encode=counts.selected - counts.unknown - counts.with_id,
+        unknown=counts.unknown,
+        unknown_items=counts.unknown_items,
     )

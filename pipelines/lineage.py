@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pyspark.sql import Row
-from pyspark.sql import functions as F
 from rich.table import Table as Grid
 
 from jobs.models.champion import current_champion
@@ -14,9 +13,10 @@ from jobs.models.registry import CANDIDATE, CHAMPION, CTR_MODEL, Registry
 from jobs.models.versions import RegistryMismatch
 from jobs.warehouse.delta_rs import count_and_version
 from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.queries import LISTED_ITEMS, item_history
 from jobs.warehouse.releases import Release, current_release, releases, rolled_back
 from jobs.warehouse.reports import report
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, TABLES
+from jobs.warehouse.tables import TABLES
 from pipelines.report import page
 
 
@@ -86,7 +86,7 @@ def print_status(facts: dict[str, Any]) -> None:
     console.print(grid)
 
 
-def soft_text(alternates: list[Row]) -> str:
+def soft_text(alternates: Sequence[Mapping[str, Any]]) -> str:
     """`12 61 %, 7 20 %, 3 11 % | 87 93 %`: of each level the codes of a soft semantic ID that weigh 5 % and more."""
     levels = [
         sorted(zip(level["codes"], level["weights"], strict=True), key=lambda pair: -pair[1]) for level in alternates
@@ -99,72 +99,53 @@ def soft_text(alternates: list[Row]) -> str:
 def print_item(warehouse: Warehouse, registry: Registry, item_id: str) -> bool:
     """Print the lineage of one item; False if no table knows it."""
     console = page()
+    history = item_history(warehouse, item_id)
+    if not history.known:
+        console.print(
+            f"item {item_id!r} is in no table of this warehouse; expected an id of item_embeddings or rejected_embeddings"
+        )
+        return False
     grid = Grid(show_header=False, box=None, padding=(0, 2))
-    known = False
-    if warehouse.exists(ITEM_EMBEDDINGS):
-        row = warehouse.read(ITEM_EMBEDDINGS).where(F.col("item_id") == item_id).first()
-        if row is not None:
-            known = True
-            grid.add_row(
-                "vector",
-                f"{row['dim']} components from {', '.join(row['modalities'])}; content {row['content_hash'][:12]}",
-            )
-            grid.add_row("", f"first seen {row['first_seen']}, last changed {row['run_date']}")
-    if warehouse.exists(REJECTED_EMBEDDINGS):
-        for row in (
-            warehouse.read(REJECTED_EMBEDDINGS)
-            .where(F.col("item_id") == item_id)
-            .orderBy("run_date", "occurrence")
-            .collect()
-        ):
-            known = True
-            grid.add_row("rejected", f"{row['run_date']}: {row['reason']}: {row['detail']}; {row['excerpt']}")
+    if (row := history.embedding) is not None:
+        grid.add_row(
+            "vector",
+            f"{row['dim']} components from {', '.join(row['modalities'])}; content {row['content_hash'][:12]}",
+        )
+        grid.add_row("", f"first seen {row['first_seen']}, last changed {row['run_date']}")
+    for row in history.rejections:
+        grid.add_row("rejected", f"{row['run_date']}: {row['reason']}: {row['detail']}; {row['excerpt']}")
     release = current_release(warehouse.root)
-    if warehouse.exists(SEMANTIC_IDS):
-        ids = warehouse.read(SEMANTIC_IDS)
-        codebooks = registry.codebooks.versions()
-        for row in ids.where(F.col("item_id") == item_id).orderBy(F.desc("codebook_version")).collect():
-            known = True
-            model = codebooks.get(row["codebook_version"])
-            mark = " (current release)" if release and release.codebook_version == row["codebook_version"] else ""
+    codebooks = registry.codebooks.versions() if history.semantic_ids else {}
+    for row in history.semantic_ids:
+        version = row["codebook_version"]
+        current = " (current release)" if release and release.codebook_version == version else ""
+        grid.add_row(
+            "semantic ID",
+            f"{row['semantic_id']} under codebook version {version}{current}, hash {row['codebook_hash'][:12]}",
+        )
+        grid.add_row(
+            "",
+            f"confidence {row['confidence']:.3f}, log-likelihood {row['log_likelihood']:.1f}, encoded {row['run_date']}"
+            + (", held" if row["held"] else ""),
+        )
+        if row["alternates"] is not None:
+            grid.add_row("", f"soft: {soft_text(row['alternates'])}")
+        if others := history.same_codes[version]:
+            more = " and more" if len(others) > LISTED_ITEMS else ""
+            grid.add_row("", f"shares its codes with {', '.join(others[:LISTED_ITEMS])}{more}")
+        model = codebooks.get(version)
+        if model is not None:
+            start = f", started from {model.started_from[:12]}" if model.started_from else ""
             grid.add_row(
-                "semantic ID",
-                f"{row['semantic_id']} under codebook version {row['codebook_version']}{mark}, hash {row['codebook_hash'][:12]}",
+                "codebook",
+                f"fitted {model.run_date} on {json.dumps(dict(model.table_versions))}{start}; MLflow run {model.run_id}",
             )
-            grid.add_row(
-                "",
-                f"confidence {row['confidence']:.3f}, log-likelihood {row['log_likelihood']:.1f}, encoded {row['run_date']}"
-                + (", held" if row["held"] else ""),
-            )
-            if row["alternates"] is not None:
-                grid.add_row("", f"soft: {soft_text(row['alternates'])}")
-            same = (
-                (F.col("codebook_version") == row["codebook_version"])
-                & (F.col("codes") == F.array(*map(F.lit, row["codes"])))
-                & (F.col("item_id") != item_id)
-            )
-            others = [other["item_id"] for other in ids.where(same).orderBy("suffix").limit(6).collect()]
-            if others:
-                grid.add_row(
-                    "", f"shares its codes with {', '.join(others[:5])}{' and more' if len(others) > 5 else ''}"
-                )
-            if model is not None:
-                start = f", started from {model.started_from[:12]}" if model.started_from else ""
-                grid.add_row(
-                    "codebook",
-                    f"fitted {model.run_date} on {json.dumps(dict(model.table_versions))}{start}; MLflow run {model.run_id}",
-                )
     ctr = registry.ctr_models.with_alias(CANDIDATE)
-    if known and ctr is not None:
+    if ctr is not None:
         grid.add_row(
             "CTR model",
             f"{CTR_MODEL} version {ctr.number} on codebook {ctr.codebook_hash[:12]}; MLflow run {ctr.run_id}",
         )
-    if known:
-        console.print(f"item {item_id}")
-        console.print(grid)
-    else:
-        console.print(
-            f"item {item_id!r} is in no table of this warehouse; expected an id of item_embeddings or rejected_embeddings"
-        )
-    return known
+    console.print(f"item {item_id}")
+    console.print(grid)
+    return True

@@ -15,8 +15,6 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Protocol
 
-from pyspark.sql import functions as F
-
 from jobs import encode, evaluate, fit, load, train
 from jobs.config import Config
 from jobs.ctr.log import Log
@@ -29,8 +27,8 @@ from jobs.models.registry import Registry
 from jobs.models.versions import CodebookVersion
 from jobs.train import TrainResult
 from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.queries import likelihood_drop
 from jobs.warehouse.releases import ROLLED_BACK, Release, current_release, releases, versions_to_judge
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
 from pipelines.promote import GateFailed, promote
 from tokenizer import Iteration
 
@@ -147,34 +145,10 @@ def refit_reason(config: Config, warehouse: Warehouse, champion: CodebookVersion
     due = since + timedelta(days=config.nightly.refit_every_days)
     if night.run_date >= due:
         return f"the champion of {champion.run_date} was due for a refit on {due}"
-    drop = likelihood_drop(warehouse, champion, night.run_date)
+    drop = likelihood_drop(warehouse, champion.number, night.run_date)
     if drop is not None and drop > config.nightly.max_likelihood_drop:
         return f"the likelihood of tonight's new items is {drop:.2f} standard deviations below the others'"
     return None
-
-
-def likelihood_drop(warehouse: Warehouse, champion: CodebookVersion, run_date: date) -> float | None:
-    """How far the mean log-likelihood of the items that came tonight lies below the others', in the others' standard deviations.
-
-    An item whose vector changed is not new, and one that holds earlier codes has their likelihood, not that of its best ones:
-    neither counts. None where one of the two groups has under 30 rows: a mean of few items says nothing about drift.
-    """
-    first = warehouse.read(ITEM_EMBEDDINGS).select("item_id", "content_hash", F.col("first_seen") == F.col("run_date"))
-    ids = warehouse.read(SEMANTIC_IDS).where(F.col("codebook_version") == champion.number).where("NOT held")
-    rows = ids.join(first.toDF("item_id", "content_hash", "unchanged"), ["item_id", "content_hash"], how="inner")
-    tonight = F.col("run_date") == F.lit(run_date)
-    new = tonight & F.col("unchanged")
-    found = rows.agg(
-        F.count(F.when(new, 1)).alias("new"),
-        F.count(F.when(~tonight, 1)).alias("old"),
-        F.mean(F.when(new, F.col("log_likelihood"))).alias("new_mean"),
-        F.mean(F.when(~tonight, F.col("log_likelihood"))).alias("old_mean"),
-        F.stddev_pop(F.when(~tonight, F.col("log_likelihood"))).alias("old_std"),
-    ).first()
-    assert found is not None
-    if found["new"] < 30 or found["old"] < 30 or not found["old_std"]:
-        return None
-    return float((found["old_mean"] - found["new_mean"]) / found["old_std"])
 
 
 def _release(

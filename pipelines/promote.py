@@ -8,18 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from urllib.parse import unquote
 
-from pyspark.errors import AnalysisException
-from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
-
-from jobs.files.row_groups import missing
 from jobs.models.champion import check_rows
 from jobs.models.codebooks import codebook_files
 from jobs.models.registry import CANDIDATE, CHAMPION, Registry
 from jobs.models.versions import CodebookVersion
 from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.queries import count_items_without_id, missing_data
 from jobs.warehouse.releases import (
     PROMOTED,
     ROLLED_BACK,
@@ -30,7 +25,6 @@ from jobs.warehouse.releases import (
     write_release,
 )
 from jobs.warehouse.reports import QualityReport
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS, Table
 
 
 class GateFailed(RuntimeError):
@@ -132,7 +126,6 @@ def rollback(warehouse: Warehouse, registry: Registry, to: int | None = None) ->
         if ctr is not None:
             registry.ctr_models.set_alias(CANDIDATE, ctr.number)
         current = write_release(warehouse, current, model.number, model.hash, target.table_versions, ROLLED_BACK)
-    items = warehouse.read(ITEM_EMBEDDINGS).count()
     return Rollback(
         release_id=current.release_id,
         codebook_version=model.number,
@@ -140,7 +133,7 @@ def rollback(warehouse: Warehouse, registry: Registry, to: int | None = None) ->
         table_versions=target.table_versions,
         left_version=left,
         ctr_version=ctr.number if ctr else None,
-        items_without_id=items - _released_ids(warehouse, target).count(),
+        items_without_id=count_items_without_id(warehouse, target),
         nothing_to_do=target is current,
     )
 
@@ -183,37 +176,6 @@ def _intact(warehouse: Warehouse, registry: Registry, release: Release) -> Codeb
             "else name another release with --to"
         )
     codebook_files(registry, model)
-    for table in (ITEM_EMBEDDINGS, SEMANTIC_IDS):
-        pinned = release.table_versions[table.name]
-        try:
-            files = released_files(warehouse, release, table)
-        except AnalysisException as error:
-            raise NoWayBack(
-                f"{table.name} has no version {pinned} any more ({error.getCondition()}), which release {release.release_id} "
-                f"pins; expected it in the table's history. {again}"
-            ) from error
-        if gone := missing(files):
-            raise NoWayBack(
-                f"{len(gone)} of {len(files)} files of {table.name} version {pinned}, which release {release.release_id} pins, are "
-                f"gone; was the table vacuumed? {again}"
-            )
-    found = {
-        row["codebook_hash"] for row in _released_ids(warehouse, release).select("codebook_hash").distinct().collect()
-    }
-    if found != {wanted}:
-        raise NoWayBack(
-            f"release {release.release_id} has IDs of hashes {sorted(found)}, its codebook has {wanted}; expected that one alone. {again}"
-        )
+    if problem := missing_data(warehouse, release):
+        raise NoWayBack(f"{problem} {again}")
     return model
-
-
-def released_files(warehouse: Warehouse, release: Release, table: Table) -> list[str]:
-    """The files that readers of a release need: of `semantic_ids` those of its codebook version, as each version has its own."""
-    files = warehouse.files(table, release.table_versions[table.name])
-    own = f"/codebook_version={release.codebook_version}/"
-    return [file for file in files if table is not SEMANTIC_IDS or own in unquote(file)]
-
-
-def _released_ids(warehouse: Warehouse, release: Release) -> DataFrame:
-    ids = warehouse.read(SEMANTIC_IDS, release.table_versions[SEMANTIC_IDS.name])
-    return ids.where(F.col("codebook_version") == release.codebook_version)

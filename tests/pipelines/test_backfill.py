@@ -9,13 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from house import ITEMS, House
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import SparkSession
 
 from jobs import encode, fit, load
 from jobs.config import ConfigError
 from jobs.errors import SchemaError
 from jobs.models.versions import CodebookVersion
-from pipelines.backfill import chosen_items, listed_items, plan
+from jobs.warehouse.queries import Selection
+from pipelines.backfill import listed_items, plan
 
 DAY, NEXT = date(2026, 1, 1), date(2026, 1, 2)
 
@@ -36,18 +37,18 @@ def model(stocked: House) -> CodebookVersion:
 def test_a_list_of_items_then_the_rest_then_nothing(stocked: House, model: CodebookVersion) -> None:
     house = stocked
 
-    def encoded(chosen: DataFrame | None) -> int:
-        return encode.run(house.config, house.warehouse, house.registry, model, NEXT, chosen).encoded
+    def encoded(selection: Selection | None) -> int:
+        return encode.run(house.config, house.warehouse, house.registry, model, NEXT, selection).encoded
 
     wanted = [str(item) for item in range(0, 30, 3)]
-    chosen = chosen_items(house.warehouse, pa.array([*wanted, "0", "never loaded"]), None)
-    planned = plan(house.warehouse, model, chosen)
+    listed = Selection(pa.array([*wanted, "0", "never loaded"]))
+    planned = plan(house.warehouse, model, listed)
     assert (planned.chosen, planned.with_id, planned.to_encode, planned.unknown) == (11, 0, 10, 1)
     assert planned.unknown_items == ("never loaded",)
-    assert encoded(chosen) == 10
+    assert encoded(listed) == 10
     some = house.ids(model.number)
     assert set(some) == set(wanted)
-    assert plan(house.warehouse, model, chosen).with_id == 10
+    assert plan(house.warehouse, model, listed).with_id == 10
 
     planned = plan(house.warehouse, model, None)
     assert (planned.chosen, planned.with_id, planned.to_encode, planned.unknown) == (ITEMS, 10, ITEMS - 10, 0)
@@ -56,12 +57,12 @@ def test_a_list_of_items_then_the_rest_then_nothing(stocked: House, model: Codeb
     assert len({row["semantic_id"] for row in ids.values()}) == len(ids) == ITEMS
     assert {item: ids[item] for item in some} == some  # what was published first did not move
     assert plan(house.warehouse, model, None).to_encode == 0
-    assert encoded(chosen) == 0
+    assert encoded(listed) == 0
 
 
 def test_since_a_day_takes_what_is_new_or_changed(stocked: House, model: CodebookVersion) -> None:
     for day, count in ((DAY, ITEMS), (NEXT, 0)):
-        assert plan(stocked.warehouse, model, chosen_items(stocked.warehouse, None, day)).chosen == count
+        assert plan(stocked.warehouse, model, Selection(since=day)).chosen == count
 
 
 def test_lists_are_text_or_parquet(tmp_path: Path) -> None:

@@ -6,14 +6,12 @@ from datetime import date
 from typing import Any
 
 import pytest
-from ledger import version
 
 from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.queries import likelihood_drop
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
-from pipelines.nightly import likelihood_drop
 
 BEFORE, TONIGHT = date(2026, 1, 1), date(2026, 1, 2)
-MODEL = version("x")
 
 
 def write(warehouse: Warehouse, rows: list[dict[str, Any]]) -> None:
@@ -66,8 +64,8 @@ def test_only_items_that_came_tonight_are_new(warehouse: Warehouse) -> None:
         warehouse,
         [old, new, changed, {**changed, "held": True}, {**old, **far, "held": True}, {**new, **far, "version": 2}],
     )
-    assert likelihood_drop(warehouse, MODEL, TONIGHT) == pytest.approx(3.0)
-    assert likelihood_drop(warehouse, MODEL, date(2026, 1, 3)) is None  # nothing came on that day
+    assert likelihood_drop(warehouse, 1, TONIGHT) == pytest.approx(3.0)
+    assert likelihood_drop(warehouse, 1, date(2026, 1, 3)) is None  # nothing came on that day
 
 
 def test_few_new_items_say_nothing(warehouse: Warehouse) -> None:
@@ -75,4 +73,4 @@ def test_few_new_items_say_nothing(warehouse: Warehouse) -> None:
     changed = {**old, "changed": TONIGHT, "encoded": TONIGHT}
     new = {**old, "count": 29, "seen": TONIGHT, "changed": TONIGHT, "encoded": TONIGHT}
     write(warehouse, [old, changed, new])
-    assert likelihood_drop(warehouse, MODEL, TONIGHT) is None
+    assert likelihood_drop(warehouse, 1, TONIGHT) is None
