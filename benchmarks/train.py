@@ -79,10 +79,15 @@ class DirectDMQN(DMQN):
         x = self.embed(batch.behaviours[batch.user[:, None], position.where(used, 0)])  # (n, S, D)
         quantize = self.quantize
         projected = torch.einsum("qsd,nde->nqse", x, quantize.project)
-        assignment = quantize.assign(projected.flatten(1, 2)).view(*projected.shape[:3], -1) * used[None, :, :, None]
-        count = assignment.sum(2)  # (N, n, W)
-        mean = assignment.mT @ projected / count.clamp(min=1e-6)[..., None]
-        interests = Interests(self.interact(quantize.codewords[:, None] + mean), count)
+        assignment = (
+            quantize.assign(projected @ quantize.codewords[:, None].mT) * used[None, :, :, None]
+        )  # (N, n, S, W)
+        total = assignment.sum(2)  # (N, n, W)
+        mean = (assignment.mT @ projected) / total.clamp(min=1e-6)[..., None]
+        length = (batch.last - batch.first).clamp(min=1)[:, None]
+        age = (batch.last[:, None] - position) / length  # (n, S), of behaviours
+        age = (assignment * age[..., None]).sum(2) / total.clamp(min=1e-6)  # of clusters
+        interests = Interests(self.interact(mean, age), total * (-quantize.decay * age).exp())
         return self.score(interests, torch.arange(n), batch.candidates, batch.features)
 
 

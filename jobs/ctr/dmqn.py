@@ -1,17 +1,21 @@
-"""DMQN (arXiv 2508.20865): a user's long behaviour sequence as N x W interest clusters, and the candidate's attention to them.
+"""DMQN (arXiv 2508.20865): a user's long behaviour sequence as N x W interest clusters, and the candidate's attention.
 
-    behaviours -> MCQM -> N x W clusters -> ICIM -> interacted clusters -> CTAM with the candidate -> N interests -> MLP -> logit
+    behaviours -> MCQM -> N x W clusters -> ICIM -> interacted clusters -> CTAM with the candidate -> N interests -> MLP
 
-Shapes: M behaviours of all users of a batch, Q histories, n impressions, N interest codebooks, W codewords each, D width.
-Impressions with the same history share it. A behaviour is projected and assigned once, whatever the number of histories it
-is part of: a cluster of a history is the difference of two running sums (`window_sums`).
+Shapes: M behaviours of all users of a batch, Q histories, n impressions, N interest codebooks, W codewords of each, width
+D.
 
 What needs no candidate, MCQM and ICIM, is `user_interests`, so that it can be computed once for a user and cached.
+
+Ours, not the paper's: running sums. A behaviour is projected and assigned once, whatever the number of histories it is
+part of: a cluster of a history is the difference of two running sums (`window_sums`). Impressions with the same history
+share it. Whatever else differs from the paper is marked "ours" where it stands.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +36,8 @@ class DMQNShape:
         width: D.
         interest_codebooks: N.
         codewords: W of each; N x W is about 100 in the paper.
+        assignment: "soft": a behaviour belongs to each cluster in part; "straight-through": to one cluster, with the
+            gradient of the soft assignment.
         hottest, coldest, halving: The temperature of the Gumbel-Softmax falls from hottest to coldest and halves every
             `halving` steps of training.
         usage: Weight of the usage regulariser.
@@ -41,6 +47,7 @@ class DMQNShape:
     width: int = 32
     interest_codebooks: int = 4
     codewords: int = 25
+    assignment: Literal["soft", "straight-through"] = "soft"
     hottest: float = 1.0
     coldest: float = 0.3
     halving: int = 500
@@ -53,7 +60,7 @@ class Interests:
 
     Attributes:
         clusters: (N, Q, W, D), after ICIM.
-        count: (N, Q, W), behaviours in each cluster; they sum to the length of the history.
+        count: (N, Q, W), behaviours in each cluster, each counted for less the older its cluster is.
     """
 
     clusters: Tensor
@@ -61,7 +68,15 @@ class Interests:
 
 
 class MultiClusterQuantization(nn.Module):
-    """MCQM: behaviours -> W cluster vectors for each of N interest codebooks."""
+    """MCQM: behaviours -> W clusters of each of N interest codebooks. Over the behaviours m of a history [first, last),
+
+        h = x W_j,  a = softmax((h . c_j + g) / T),
+        cluster_w = sum_m a_mw h_m / sum_m a_mw,
+        age_w = sum_m a_mw age_m / sum_m a_mw,  where age_m = (last - m) / (last - first) is 1 for the oldest behaviour,
+        count_w = exp(-decay_j age_w) sum_m a_mw.
+
+    Ours: age and decay. Time is counted in behaviours, so that a log has it that knows only their order.
+    """
 
     temperature: Tensor
 
@@ -71,43 +86,59 @@ class MultiClusterQuantization(nn.Module):
         self.shape = shape
         self.project = nn.Parameter(torch.randn(n, d, d) / d**0.5)  # W_j
         self.codewords = nn.Parameter(torch.randn(n, w, d))  # c_j
+        self.decay = nn.Parameter(torch.zeros(n, 1, 1))
         self.register_buffer("temperature", torch.tensor(shape.hottest))
         self.penalty = torch.zeros(())
 
-    def assign(self, projected: Tensor) -> Tensor:
-        """Projected behaviours (N, M, D) -> their assignment (N, M, W): `a = softmax((h c^T + g) / T)`.
+    def forward(self, behaviours: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Behaviours (M, D), Q histories [first, last) of them -> clusters (N, Q, W, D), counts and ages (N, Q, W)."""
+        projected = behaviours @ self.project  # (N, M, D)
+        similarity = projected @ self.codewords.mT  # (N, M, W)
+        if self.training:
+            self.penalty = self.shape.usage * unevenness(similarity)
+            self.cool()
+        assignment = self.assign(similarity)
+        sums = window_sums(assignment, projected, first, last)
+        position = torch.arange(len(behaviours), dtype=torch.float64, device=behaviours.device)
+        one_and_position = torch.stack([torch.ones_like(position), position], dim=-1).expand(len(projected), -1, -1)
+        total, weighted = window_sums(assignment.double(), one_and_position, first, last).unbind(-1)  # (N, Q, W)
+        length = (last - first).clamp(min=1)[:, None]
+        age = ((last[:, None] - weighted / total.clamp(min=SMALL)) / length).clamp(0, 1).to(sums.dtype)
+        count = total.to(sums.dtype)
+        return sums / count.clamp(min=SMALL)[..., None], count * (-self.decay * age).exp(), age
+
+    def assign(self, similarity: Tensor) -> Tensor:
+        """Similarity to the codewords (N, M, W) -> assignment (N, M, W), which adds to 1 over the codewords.
 
         The Gumbel noise g is drawn while training only, so that scoring is deterministic.
         """
-        logits = projected @ self.codewords.mT
         if self.training:
-            self._count_usage(logits)
-            uniform = torch.rand_like(logits).clamp(SMALL, 1 - SMALL)
-            logits = logits - torch.log(-torch.log(uniform))
-        return (logits / self.temperature).softmax(dim=-1)
+            uniform = torch.rand_like(similarity).clamp(SMALL, 1 - SMALL)
+            similarity = similarity - torch.log(-torch.log(uniform))
+        soft = (similarity / self.temperature).softmax(dim=-1)
+        if self.shape.assignment == "soft":
+            return soft
+        hard = torch.zeros_like(soft).scatter(-1, soft.argmax(dim=-1, keepdim=True), 1.0)
+        return hard + soft - soft.detach()
 
-    def _count_usage(self, logits: Tensor) -> None:
-        """Usage regulariser: KL divergence of each codebook's mean assignment from the uniform one, mean over codebooks."""
-        mean = logits.softmax(dim=-1).mean(dim=1)  # (N, W)
-        self.penalty = self.shape.usage * (mean * (mean * mean.shape[-1] + SMALL).log()).sum(-1).mean()
+    def cool(self) -> None:
+        """One step of the temperature's schedule."""
         self.temperature.mul_(0.5 ** (1 / self.shape.halving)).clamp_(min=self.shape.coldest)
 
-    def forward(self, behaviours: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """Behaviours (M, D) and Q histories [first, last) of them -> clusters (N, Q, W, D) and counts (N, Q, W).
 
-        With `h = x W_j`, the cluster of codeword w is `c_jw + sum_m a_jmw h_jm / sum_m a_jmw` over the history, or the codeword
-        alone where it has no behaviour.
-        """
-        projected = behaviours @ self.project  # (N, M, D)
-        counted = torch.cat([projected, torch.ones_like(projected[..., :1])], dim=-1)
-        sums, count = window_sums(self.assign(projected), counted, first, last).split([projected.shape[-1], 1], dim=-1)
-        return self.codewords[:, None] + sums / count.clamp(min=SMALL), count[..., 0]
+def unevenness(similarity: Tensor) -> Tensor:
+    """Usage regulariser: KL divergence of each codebook's mean assignment from the uniform one, mean over codebooks."""
+    mean = similarity.softmax(dim=-1).mean(dim=1)  # (N, W)
+    return (mean * (mean * mean.shape[-1] + SMALL).log()).sum(-1).mean()
 
 
 class InterestClusterInteraction(nn.Module):
-    """ICIM: one HSTU layer over the W clusters of each codebook (arXiv 2402.17152): gated pointwise attention, no softmax.
+    """ICIM: one HSTU layer (arXiv 2402.17152) over the W clusters of each codebook: gated attention without softmax.
 
-    `U, V, Q, K = split(SiLU(norm(x) W1))`, `y = x + (norm(SiLU(Q K^T + bias) V / W) * U) W2`; weights of its own for each codebook.
+        U, V, Q, K = split(SiLU(norm(x) W1)),  y = x + (norm(SiLU(Q K^T + bias) V / W) * U) W2
+
+    with `bias[v, w] = pair[v, w] - pace |age_v - age_w|`: learned for each pair of codewords, and by the time between
+    their behaviours. Each codebook has weights of its own. Ours: W2 starts at zero: the layer starts as the identity.
     """
 
     def __init__(self, shape: DMQNShape) -> None:
@@ -115,22 +146,26 @@ class InterestClusterInteraction(nn.Module):
         n, w, d = shape.interest_codebooks, shape.codewords, shape.width
         self.norm_in, self.norm_out = nn.LayerNorm(d), nn.LayerNorm(d)
         self.split = nn.Parameter(torch.randn(n, 1, d, 4 * d) / d**0.5)  # W1
-        self.out = nn.Parameter(torch.zeros(n, 1, d, d))  # W2: the layer starts as the identity (ours)
-        self.bias = nn.Parameter(torch.zeros(n, 1, w, w))  # one for each pair of codewords
+        self.out = nn.Parameter(torch.zeros(n, 1, d, d))  # W2
+        self.pair = nn.Parameter(torch.zeros(n, 1, w, w))
+        self.pace = nn.Parameter(torch.zeros(n, 1, 1, 1))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, Q, W, D) -> (N, Q, W, D)"""
+    def forward(self, x: Tensor, age: Tensor) -> Tensor:
+        """Clusters (N, Q, W, D) and their ages (N, Q, W) -> (N, Q, W, D)"""
         u, v, q, k = F.silu(self.norm_in(x) @ self.split).chunk(4, dim=-1)
-        attention = F.silu(q @ k.mT + self.bias) / x.shape[-2]  # (N, Q, W, W)
+        bias = self.pair - self.pace * (age[..., :, None] - age[..., None, :]).abs()
+        attention = F.silu(q @ k.mT + bias) / x.shape[-2]  # (N, Q, W, W)
         mixed: Tensor = x + (self.norm_out(attention @ v) * u) @ self.out
         return mixed
 
 
 class ClusterTargetAttention(nn.Module):
-    """CTAM: the candidate attends to the W clusters of each codebook as full attention would to their behaviours.
+    """CTAM: the candidate q attends to the W clusters z of each codebook as full attention would to their behaviours.
 
-    `s_w = q . z_w / sqrt(D) + log count_w`, so that a cluster weighs as much as its behaviours together. The interest is
-    `sum_w softmax(s)_w z_w`; `log sum_w exp(s_w)`, how much of the history is about the candidate, goes to the MLP beside it (ours).
+        s_w = q . z_w / sqrt(D) + log count_w,  interest = sum_w softmax(s)_w z_w,  amount = log sum_w exp(s_w)
+
+    Ours: by `log count_w` a cluster weighs as much as its behaviours together; the amount, how much of the history is
+    about the candidate, goes to the MLP beside the interest.
     """
 
     def __init__(self, shape: DMQNShape) -> None:
@@ -141,7 +176,7 @@ class ClusterTargetAttention(nn.Module):
         """(N, n, D), (N, n, W, D), (N, n, W) -> interest (N, n, D), zero without a history, and amount (N, n)."""
         similarity = (clusters @ query[..., None])[..., 0] * self.log_scale.exp() / query.shape[-1] ** 0.5
         score = similarity + (count + SMALL).log()
-        known = count.sum(-1) > 0.5
+        known = count.sum(-1) > 0
         interest = ((score.softmax(dim=-1) * known[..., None])[..., None, :] @ clusters)[..., 0, :]
         return interest, torch.where(known, score.logsumexp(dim=-1), 0.0)
 
@@ -182,13 +217,13 @@ class DMQN(nn.Module):
 
     def user_interests(self, behaviours: Items, first: Tensor, last: Tensor) -> Interests:
         """MCQM and ICIM of Q histories [first, last) of the behaviours (M,) of some users."""
-        clusters, count = self.quantize(self.embed(behaviours), first, last)
-        return Interests(self.interact(clusters), count)
+        clusters, count, age = self.quantize(self.embed(behaviours), first, last)
+        return Interests(self.interact(clusters, age), count)
 
     def score(self, interests: Interests, history: Tensor, candidates: Items, features: Tensor) -> Tensor:
         """CTAM and MLP: candidates (n,), each with its `history` (n,) of the Q, features (n, F) -> logits (n,)."""
         candidate = self.embed(candidates)  # (n, D)
-        query = candidate @ self.quantize.project  # (N, n, D), as a behaviour is
+        query = candidate @ self.quantize.project  # (N, n, D), as a behaviour's
         interest, amount = self.attend(query, interests.clusters[:, history], interests.count[:, history])
         inputs = [candidate, *interest, *(query * interest), amount.T, self.normalize(features)]
         logits: Tensor = self.mlp(torch.cat(inputs, dim=1))[:, 0]

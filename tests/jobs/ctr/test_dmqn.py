@@ -10,7 +10,15 @@ import torch
 
 from benchmarks.train import FEATURES, ITEMS, TOKENS, DirectDMQN, generated
 from jobs.ctr.batch import UserBatch
-from jobs.ctr.dmqn import DMQN, DMQNShape, InterestClusterInteraction, Interests, RunningNorm
+from jobs.ctr.dmqn import (
+    DMQN,
+    DMQNShape,
+    InterestClusterInteraction,
+    Interests,
+    MultiClusterQuantization,
+    RunningNorm,
+    unevenness,
+)
 from jobs.ctr.embedding import ItemEmbedding
 
 SHAPE = DMQNShape(features=FEATURES, width=6, interest_codebooks=2, codewords=5)
@@ -21,7 +29,7 @@ def model(kind: type[DMQN] = DMQN, std: float = 0.5) -> DMQN:
     torch.manual_seed(0)
     dmqn = kind(ItemEmbedding(ITEMS, TOKENS, SHAPE.width), SHAPE)
     for name, parameter in dmqn.named_parameters():
-        if name.startswith(("embed", "interact")):
+        if name.startswith(("embed", "interact", "quantize.decay")):
             torch.nn.init.normal_(parameter, std=std)
     return dmqn.eval()
 
@@ -41,11 +49,12 @@ def vector(embed: ItemEmbedding, items: object, index: tuple[int, ...]) -> np.nd
     return table[item] + (weights.astype(np.float64)[:, None] * token_table[tokens]).sum(0)
 
 
-def slow_clusters(dmqn: DMQN, batch: UserBatch, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Clusters (N, W, D) and counts (N, W) of one impression, behaviour by behaviour, before ICIM."""
+def slow_clusters(dmqn: DMQN, batch: UserBatch, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Clusters (N, W, D), counts and ages (N, W) of one impression, behaviour by behaviour, before ICIM."""
     project, codewords = (part.detach().double().numpy() for part in (dmqn.quantize.project, dmqn.quantize.codewords))
-    sums, counts = np.zeros_like(codewords), np.zeros(codewords.shape[:2])
-    for position in range(int(batch.first[n]), int(batch.last[n])):
+    first, last = int(batch.first[n]), int(batch.last[n])
+    sums, counts, ages = np.zeros_like(codewords), np.zeros(codewords.shape[:2]), np.zeros(codewords.shape[:2])
+    for position in range(first, last):
         x = vector(dmqn.embed, batch.behaviours, (int(batch.user[n]), position))
         for j in range(len(project)):
             h = x @ project[j]
@@ -53,7 +62,10 @@ def slow_clusters(dmqn: DMQN, batch: UserBatch, n: int) -> tuple[np.ndarray, np.
             weight /= weight.sum()
             sums[j] += weight[:, None] * h
             counts[j] += weight
-    return codewords + sums / np.maximum(counts, 1e-6)[..., None], counts
+            ages[j] += weight * (last - position) / (last - first)
+    ages /= np.maximum(counts, 1e-6)
+    decay = dmqn.quantize.decay.detach().double().numpy()[..., 0]
+    return sums / np.maximum(counts, 1e-6)[..., None], counts * np.exp(-decay * ages), ages
 
 
 def test_every_impression_alone_gives_the_same_logit() -> None:
@@ -61,8 +73,9 @@ def test_every_impression_alone_gives_the_same_logit() -> None:
     with torch.no_grad():
         together = dmqn(batch)
         for n in range(len(batch)):
-            clusters, count = (torch.tensor(part, dtype=torch.float32) for part in slow_clusters(dmqn, batch, n))
-            interests = Interests(dmqn.interact(clusters[:, None]), count[:, None])
+            parts = (torch.tensor(part, dtype=torch.float32)[:, None] for part in slow_clusters(dmqn, batch, n))
+            clusters, count, age = parts
+            interests = Interests(dmqn.interact(clusters, age), count)
             one, history = torch.tensor([n]), torch.tensor([0])
             alone = dmqn.score(interests, history, batch.candidates[one], batch.features[one])
             torch.testing.assert_close(together[n : n + 1], alone, rtol=1e-5, atol=1e-5)
@@ -104,16 +117,24 @@ def test_ten_thousand_behaviours_lose_no_precision() -> None:
         torch.testing.assert_close(dmqn(batch).double(), precise(wide), rtol=1e-5, atol=1e-5)
 
 
-def test_padding_and_the_order_of_a_history_change_nothing() -> None:
+def test_padding_changes_nothing_and_the_order_of_a_history_only_what_is_learned_of_age() -> None:
     dmqn, batch = model(), generated(1, 30, 1)
-    order = torch.cat([torch.randperm(30), torch.randint(0, 30, (5,))])[None]
-    mixed = replace(
-        batch,
-        behaviours=batch.behaviours[torch.zeros_like(order), order],
-        behaviour_time=torch.zeros(1, 35, dtype=torch.int64),
-    )
+
+    def reordered(order: torch.Tensor) -> torch.Tensor:
+        order = torch.cat([order, torch.randint(0, 30, (5,))])[None]  # five positions of padding
+        behaviours = batch.behaviours[torch.zeros_like(order), order]
+        with torch.no_grad():
+            logits: torch.Tensor = dmqn(
+                replace(batch, behaviours=behaviours, behaviour_time=torch.zeros(1, 35, dtype=torch.int64))
+            )
+        return logits
+
+    torch.testing.assert_close(reordered(torch.arange(30)), dmqn(batch).detach())
+    assert not torch.allclose(reordered(torch.arange(29, -1, -1)), dmqn(batch))
     with torch.no_grad():
-        torch.testing.assert_close(dmqn(mixed), dmqn(batch))
+        dmqn.quantize.decay.zero_()
+        dmqn.interact.pace.zero_()
+    torch.testing.assert_close(reordered(torch.randperm(30)), dmqn(batch).detach())
 
 
 def test_scoring_has_no_noise_and_training_has() -> None:
@@ -124,21 +145,41 @@ def test_scoring_has_no_noise_and_training_has() -> None:
         assert not torch.equal(dmqn(batch), dmqn(batch))
 
 
-def test_the_temperature_falls_to_the_coldest_and_usage_is_penalised() -> None:
-    quantize = model().quantize.train().requires_grad_(False)
-    same = torch.ones(2, 50, 6) @ quantize.project
-    quantize.assign(100 * same)  # all behaviours in one cluster
-    worst = float(quantize.penalty)
-    assert worst == pytest.approx(SHAPE.usage * np.log(5), rel=1e-2)
-    quantize.assign(0 * same)  # every cluster alike
-    assert float(quantize.penalty) == pytest.approx(0, abs=1e-6)
+def test_uneven_use_of_codewords_is_penalised() -> None:
+    one = torch.zeros(2, 50, 5)
+    one[..., 3] = 100  # all behaviours in one cluster
+    assert float(unevenness(one)) == pytest.approx(np.log(5), rel=1e-4)
+    assert float(unevenness(torch.eye(5).repeat(2, 10, 1) * 100)) == pytest.approx(0, abs=1e-4)  # as many in each
+    dmqn = model().train()
+    dmqn(ragged())
+    assert 0 < float(dmqn.penalty().detach()) < SHAPE.usage * np.log(5)
+
+
+def test_the_temperature_falls_with_each_step_of_training_to_the_coldest() -> None:
+    dmqn, batch = model(), ragged()
+    dmqn(batch)
+    assert float(dmqn.quantize.temperature) == SHAPE.hottest
+    dmqn.train()(batch)
+    assert float(dmqn.quantize.temperature) == pytest.approx(SHAPE.hottest * 0.5 ** (1 / SHAPE.halving))
     for _ in range(2 * SHAPE.halving):
-        quantize.assign(same[:, :1])
-    assert float(quantize.temperature) == pytest.approx(SHAPE.coldest)
+        dmqn.quantize.cool()
+    assert float(dmqn.quantize.temperature) == pytest.approx(SHAPE.coldest)
+
+
+def test_straight_through_assigns_to_one_codeword_with_the_gradient_of_the_soft_assignment() -> None:
+    similarity = torch.randn(2, 20, 5, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for kind in ("soft", "straight-through"):
+        leaf = similarity.clone().requires_grad_()
+        assignment = MultiClusterQuantization(replace(SHAPE, assignment=kind)).eval().assign(leaf)
+        (assignment * torch.arange(5)).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(assignment, torch.nn.functional.one_hot(similarity.argmax(-1), 5).float())
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize(
-    "part", ["quantize.codewords", "quantize.project", "interact.split", "interact.out", "interact.bias", "attend.log_scale", "embed.token", "embed.item"]
+    "part", ["quantize.codewords", "quantize.project", "interact.split", "interact.out", "interact.pair", "interact.pace", "quantize.decay", "attend.log_scale", "embed.token", "embed.item"]
 )  # fmt: skip
 def test_every_part_learns(part: str) -> None:
     dmqn = model().train()
@@ -159,16 +200,18 @@ def layer_norm(x: np.ndarray) -> np.ndarray:
 def test_interaction_is_the_slow_loop() -> None:
     torch.manual_seed(1)
     layer = InterestClusterInteraction(DMQNShape(features=0, width=4, interest_codebooks=2, codewords=3))
-    torch.nn.init.normal_(layer.bias)
-    torch.nn.init.normal_(layer.out)
-    x = torch.randn(2, 1, 3, 4)
-    fast = layer(x).detach()
+    for parameter in (layer.pair, layer.pace, layer.out):
+        torch.nn.init.normal_(parameter)
+    x, age = torch.randn(2, 1, 3, 4), torch.rand(2, 1, 3)
+    fast = layer(x, age).detach()
     for n in range(2):
-        w1, w2, bias = (part[n, 0].detach().numpy() for part in (layer.split, layer.out, layer.bias))
+        w1, w2, pair, pace = (part[n, 0].detach().numpy() for part in (layer.split, layer.out, layer.pair, layer.pace))
         parts = [silu(layer_norm(row) @ w1) for row in x[n, 0].numpy()]
         u, v, q, k = (np.stack([part[4 * i : 4 * i + 4] for part in parts]) for i in range(4))
         for i in range(3):
-            mixed = sum(silu(q[i] @ k[j] + bias[i, j]) * v[j] for j in range(3)) / 3
+            apart = np.abs(age[n, 0, i].numpy() - age[n, 0].numpy())
+            bias = pair[i] - pace[0, 0] * apart
+            mixed = sum(silu(q[i] @ k[j] + bias[j]) * v[j] for j in range(3)) / 3
             expected = x[n, 0, i].numpy() + (layer_norm(mixed) * u[i]) @ w2
             np.testing.assert_allclose(fast[n, 0, i], expected, rtol=1e-4, atol=1e-5)
 
