@@ -151,7 +151,7 @@ def _command() -> str:
 
 def tell(result: Any, json_file: Path | None = None) -> None:
     """Print a stage's result as `key: value` lines, and write it as JSON where asked."""
-    facts = {key: _plain(value) for key, value in asdict(result).items()}
+    facts = _plain(result)
     for key, value in facts.items():
         typer.echo(f"{key}: {value}")
     if json_file is not None:

@@ -70,6 +70,10 @@ class EncodeResult:
     seconds: float = 0.0
     nothing_to_do: bool = False
 
+    def summary(self) -> str:
+        completed = f", the new columns of {self.completed:,} earlier rows computed" if self.completed else ""
+        return f"{self.encoded:,} items encoded with codebook version {self.codebook_version}{completed}"
+
 
 def run(
     config: Config,

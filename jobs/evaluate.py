@@ -44,6 +44,9 @@ class EvaluateResult(QualityReport):
     seconds: float = 0.0
     nothing_to_do: bool = False
 
+    def summary(self) -> str:
+        return f"RMSE {self.metrics['rmse']:.5f}, gate {'passed' if self.passed else 'failed'}"
+
 
 def run(
     config: Config, warehouse: Warehouse, registry: Registry, model: CodebookVersion, champion: CodebookVersion | None,

@@ -50,6 +50,9 @@ class FitResult:
     seconds: float = 0.0
     nothing_to_do: bool = False
 
+    def summary(self) -> str:
+        return f"codebook version {self.model.number}, hash {self.codebook_hash[:12]}"
+
 
 class FitFailed(RuntimeError):
     """A worker of a distributed fit failed (the message is its own), or workers were lost again and again."""

@@ -102,6 +102,13 @@ class LoadResult:
     nothing_to_do: bool = False
     note: str = ""  # what of the source was read, where it is not everything, and how packed bytes were read
 
+    def summary(self) -> str:
+        counts = (
+            f"{self.rows_in:,} rows in = {self.rows_stored:,} stored + {self.rows_rejected:,} rejected "
+            f"({self.new:,} new, {self.changed:,} changed)"
+        )
+        return f"{counts}; {self.note}" if self.note else counts
+
 
 @dataclass(frozen=True)
 class Recipe:

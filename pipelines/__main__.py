@@ -94,16 +94,15 @@ def nightly(
 
 
 def _night(config: Config, run_date: str, json_file: Path | None, shown: str, expected: str) -> None:
-    from pipelines.nightly import Night, run
+    from pipelines.nightly import run
     from pipelines.report import Terminal, facts, print_summary, write_json
 
     began = time.monotonic()
     terminal = Terminal()
     terminal.done("start", "Spark and MLflow")
     with opened(config, run_date) as work:
-        night = Night(work.run_date)
         pictures = Path(shown) / "pictures" if "://" not in shown else work.pictures
-        run(work.config, work.warehouse, work.registry, night, work.pictures, terminal)
+        night = run(work.config, work.warehouse, work.registry, work.run_date, work.pictures, terminal)
         seconds = time.monotonic() - began
     if json_file is not None:
         write_json(json_file, facts(night, shown, pictures, seconds))
@@ -132,10 +131,8 @@ def promote(
             raise ConfigError(
                 f"codebook version {model.number} has no quality report; expected one. Run `sid evaluate --codebook {model.number}`"
             )
-        tell(
-            move(work.warehouse, work.registry, model, verdict, again=version_number(version) is not None),
-            json_file,
-        )
+        done = move(work.warehouse, work.registry, model, verdict, again=version_number(version) is not None)
+        tell({**asdict(done.release), "nothing_to_do": done.nothing_to_do}, json_file)
 
 
 @app.command()
@@ -149,7 +146,11 @@ def rollback(
 
     with opened(resolved(config, settings, warehouse, json_file=json_file)) as work:
         own_versions(work.registry)
-        tell(move(work.warehouse, work.registry, to), json_file)
+        done = move(work.warehouse, work.registry, to)
+        release = {
+            name: value for name, value in asdict(done.release).items() if name not in ("previous", "status", "at")
+        }
+        tell({**release, **{name: value for name, value in asdict(done).items() if name != "release"}}, json_file)
 
 
 @app.command()

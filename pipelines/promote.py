@@ -6,8 +6,8 @@ The `releases` row is written last, so whoever follows the current release never
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from jobs.models.champion import check_rows
 from jobs.models.codebooks import codebook_files
@@ -40,22 +40,30 @@ class NoWayBack(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Rollback:
-    """The release that a rollback wrote, and what it means for who runs it."""
+class PromoteResult:
+    """The release that readers follow after a promotion."""
 
-    release_id: int
-    codebook_version: int
-    codebook_hash: str
-    table_versions: Mapping[str, int]
-    left_version: int | None  # of the codebook that was champion, where another one is now; no night promotes it again
-    ctr_version: int | None  # trained on this codebook: the candidate again
-    items_without_id: int  # that came since; the next night encodes them
+    release: Release
+    nothing_to_do: bool = False  # it was the current one before
+
+    def summary(self) -> str:
+        return f"champion is version {self.release.codebook_version}, release {self.release.release_id}"
+
+
+@dataclass(frozen=True)
+class RollbackResult:
+    """The release that a rollback wrote, and what it means for whoever runs it."""
+
+    release: Release
+    left_version: int | None  # codebook version that was champion before, if another; no night promotes it again
+    ctr_version: int | None  # CTR model of this codebook, which is the candidate again
+    items_without_id: int  # items that came after the earlier release; the next night encodes them
     nothing_to_do: bool = False
 
 
 def promote(
     warehouse: Warehouse, registry: Registry, model: CodebookVersion, verdict: QualityReport, *, again: bool = False
-) -> Release:
+) -> PromoteResult:
     """Make `model` the champion and release the tables it was judged on. Call with the writer lock held.
 
     `again` takes a codebook that was rolled back, which only a person should ask for.
@@ -90,7 +98,7 @@ def promote(
         and (champion, current.codebook_hash) == (model.number, model.hash)
         and dict(current.table_versions) == present
     ):
-        return replace(current, nothing_to_do=True)
+        return PromoteResult(current, nothing_to_do=True)
     if champion not in (None, model.number, verdict.judged_against):
         raise PromotionConflict(
             f"the champion is version {champion}, the verdict compared with {verdict.judged_against or 'no champion'}; expected the same. "
@@ -101,10 +109,10 @@ def promote(
     codebook_files(registry, model)
     # Killed between these two writes, the next command puts the alias back, and the next night promotes again.
     registry.codebooks.set_alias(CHAMPION, model.number)
-    return write_release(warehouse, current, model.number, model.hash, present, PROMOTED)
+    return PromoteResult(write_release(warehouse, current, model.number, model.hash, present, PROMOTED))
 
 
-def rollback(warehouse: Warehouse, registry: Registry, to: int | None = None) -> Rollback:
+def rollback(warehouse: Warehouse, registry: Registry, to: int | None = None) -> RollbackResult:
     """Make an earlier release the current one again: its codebook the champion, its table versions those that readers follow.
 
     Without `to`, the newest release of another codebook that was not itself rolled back. Nothing is encoded or judged, and
@@ -126,11 +134,8 @@ def rollback(warehouse: Warehouse, registry: Registry, to: int | None = None) ->
         if ctr is not None:
             registry.ctr_models.set_alias(CANDIDATE, ctr.number)
         current = write_release(warehouse, current, model.number, model.hash, target.table_versions, ROLLED_BACK)
-    return Rollback(
-        release_id=current.release_id,
-        codebook_version=model.number,
-        codebook_hash=target.codebook_hash,
-        table_versions=target.table_versions,
+    return RollbackResult(
+        release=current,
         left_version=left,
         ctr_version=ctr.number if ctr else None,
         items_without_id=count_items_without_id(warehouse, target),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table as Grid
 from rich.text import Text
 
@@ -73,25 +72,23 @@ def page() -> Console:
 
 
 def facts(night: Night, warehouse: str, pictures: Path, seconds: float) -> dict[str, Any]:
-    """The night as flat keys; None where it did not get that far."""
-    metrics = night.evaluated.metrics if night.evaluated else {}
-    model = night.fitted.model if night.fitted else None
-    trained, log = night.trained, night.log
+    """The night as flat keys; None where a stage did not run."""
+    metrics, release, trained, log = night.evaluated.metrics, night.release, night.trained, night.log
     return {
-        "rows_in": night.loaded.rows_in if night.loaded else None,
-        "rows_stored": night.loaded.rows_stored if night.loaded else None,
-        "rows_rejected": night.loaded.rows_rejected if night.loaded else None,
-        "load_note": night.loaded.note if night.loaded else None,
-        "rmse": metrics.get("rmse"),
-        "utilization": metrics.get("utilization"),
-        "perplexity": metrics.get("perplexity"),
-        "distinct": metrics.get("distinct"),
-        "largest_collision": int(metrics["largest_collision"]) if metrics else None,
-        "neighbour_recall": metrics.get("neighbour_recall"),
+        "rows_in": night.loaded.rows_in,
+        "rows_stored": night.loaded.rows_stored,
+        "rows_rejected": night.loaded.rows_rejected,
+        "load_note": night.loaded.note,
+        "rmse": metrics["rmse"],
+        "utilization": metrics["utilization"],
+        "perplexity": metrics["perplexity"],
+        "distinct": metrics["distinct"],
+        "largest_collision": int(metrics["largest_collision"]),
+        "neighbour_recall": metrics["neighbour_recall"],
         "churn": metrics.get("churn"),
-        "verdict": None if night.evaluated is None else ("passed" if night.evaluated.passed else "failed"),
-        "champion_version": night.release.codebook_version if night.release else None,
-        "codebook_hash": night.release.codebook_hash if night.release else (model.hash if model else None),
+        "verdict": "passed" if night.evaluated.passed else "failed",
+        "champion_version": release.codebook_version if release else None,
+        "codebook_hash": release.codebook_hash if release else (night.fitted.codebook_hash if night.fitted else None),
         "interactions_in": log.rows_in if log else None,
         "interactions_used": log.rows_used if log else None,
         "interactions_dropped": dict(log.dropped) if log else None,
@@ -128,39 +125,31 @@ def print_summary(
     grid = Grid(show_header=False, box=None, padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
-    if night.loaded:
-        grid.add_row(
-            "rows",
-            f"{night.loaded.rows_in:,} in = {night.loaded.rows_stored:,} stored + {night.loaded.rows_rejected:,} rejected",
-        )
-        if night.loaded.note:
-            grid.add_row("source", escape(night.loaded.note))
-        if night.loaded.reasons:
-            grid.add_row(
-                "rejected", ", ".join(f"{reason} {count}" for reason, count in sorted(night.loaded.reasons.items()))
-            )
-    if night.evaluated:
-        m = night.evaluated.metrics
-        grid.add_row("RMSE", f"{m['rmse']:.5f}")
-        grid.add_row(
-            "components in use",
-            f"{m['utilization']:.1%} at the level that uses fewest; perplexity/K {m['perplexity']:.2f}",
-        )
-        grid.add_row(
-            "semantic IDs",
-            f"{m['distinct_ids']:,.0f} distinct codes for {m['items']:,.0f} items ({m['distinct']:.1%}); "
-            f"largest group {m['largest_collision']:.0f}; suffixes make every ID unique",
-        )
-        grid.add_row("neighbours kept", f"{m['neighbour_recall']:.1%} of 10 nearest (sample)")
-        grid.add_row(
-            "least certain",
-            ", ".join(
-                f"{i.item_id} is {i.semantic_id} with {i.confidence:.0%}" for i in night.evaluated.least_certain[:3]
-            ),
-        )
-        if "churn" in m:
-            grid.add_row("churn", f"{m['churn']:.2%} of the champion's items changed codes")
-        grid.add_row("verdict", "passed" if night.evaluated.passed else "FAILED: " + "; ".join(night.evaluated.reasons))
+    loaded, evaluated = night.loaded, night.evaluated
+    grid.add_row("rows", f"{loaded.rows_in:,} in = {loaded.rows_stored:,} stored + {loaded.rows_rejected:,} rejected")
+    if loaded.note:
+        grid.add_row("source", loaded.note)
+    if loaded.reasons:
+        grid.add_row("rejected", ", ".join(f"{reason} {count}" for reason, count in sorted(loaded.reasons.items())))
+    m = evaluated.metrics
+    grid.add_row("RMSE", f"{m['rmse']:.5f}")
+    grid.add_row(
+        "components in use",
+        f"{m['utilization']:.1%} at the level that uses fewest; perplexity/K {m['perplexity']:.2f}",
+    )
+    grid.add_row(
+        "semantic IDs",
+        f"{m['distinct_ids']:,.0f} distinct codes for {m['items']:,.0f} items ({m['distinct']:.1%}); "
+        f"largest group {m['largest_collision']:.0f}; suffixes make every ID unique",
+    )
+    grid.add_row("neighbours kept", f"{m['neighbour_recall']:.1%} of 10 nearest (sample)")
+    grid.add_row(
+        "least certain",
+        ", ".join(f"{i.item_id} is {i.semantic_id} with {i.confidence:.0%}" for i in evaluated.least_certain[:3]),
+    )
+    if "churn" in m:
+        grid.add_row("churn", f"{m['churn']:.2%} of the champion's items changed codes")
+    grid.add_row("verdict", "passed" if evaluated.passed else "FAILED: " + "; ".join(evaluated.reasons))
     if night.release:
         grid.add_row(
             "champion",

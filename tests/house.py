@@ -26,9 +26,15 @@ from tokenizer import Iteration
 ITEMS, DIM = 400, 12
 
 
-class Silent:
+class Progress:
+    """Prints nothing and keeps the names of the stages that began."""
+
+    def __init__(self) -> None:
+        self.began: list[str] = []
+
     @contextmanager
     def step(self, name: str, why: str) -> Iterator[None]:
+        self.began.append(name)
         yield
 
     def done(self, name: str, facts: str) -> None: ...
@@ -75,9 +81,10 @@ class House:
         write_vectors(self.root / "in" / "vectors.parquet", list(range(items)), text_embedding=self.x[:items])
 
     def night(self, day: date, *more: str) -> Night:
-        night = Night(day)
-        nightly.run(self.configured(*more), self.warehouse, self.registry, night, self.root / "pictures", Silent())
-        return night
+        return self.run(self.configured(*more), day, Progress())
+
+    def run(self, config: Config, day: date, progress: Progress) -> Night:
+        return nightly.run(config, self.warehouse, self.registry, day, self.root / "pictures", progress)
 
     def ids(self, version: int) -> dict[str, Any]:
         rows = self.warehouse.read(SEMANTIC_IDS).where(f"codebook_version = {version}").collect()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import sys
+from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -66,6 +69,16 @@ def parts_of_jobs(path: Path) -> set[str]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_no_stage_imports_another(stage: str) -> None:
     assert parts_of_jobs(ROOT / "jobs" / f"{stage}.py").isdisjoint({*STAGES, "__main__"} - {stage})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_results_of_stages_follow_one_rule(stage: str) -> None:
+    """`run` returns a frozen <Stage>Result that says in one line what happened, and whether there was nothing to do."""
+    result = get_type_hints(import_module(f"jobs.{stage}").run)["return"]
+    assert result.__name__ == f"{stage.title()}Result"
+    assert result.__dataclass_params__.frozen
+    assert {field.name for field in fields(result)} >= {"nothing_to_do", "seconds"}
+    assert get_type_hints(result.summary) == {"return": str}
 
 
 @pytest.mark.parametrize("room", ROOMS)

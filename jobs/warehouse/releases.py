@@ -25,7 +25,6 @@ class Release:
     previous: int | None
     status: str
     at: datetime
-    nothing_to_do: bool = False
 
 
 def releases(root: str) -> list[Release]:

@@ -21,7 +21,7 @@ from jobs.warehouse.releases import ROLLED_BACK, Release, releases, rolled_back
 from jobs.warehouse.reports import report
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS, TABLES, Table
 from pipelines.nightly import Night
-from pipelines.promote import GateFailed, NoWayBack, Rollback, promote, rollback
+from pipelines.promote import GateFailed, NoWayBack, RollbackResult, promote, rollback
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def versions(house: House) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def done(house: House, before: list[Release], old: Release) -> Rollback:
+def done(house: House, before: list[Release], old: Release) -> RollbackResult:
     """Killed before its last write, then run again."""
 
     def killed(*_: Any) -> None:
@@ -76,7 +76,7 @@ def done(house: House, before: list[Release], old: Release) -> Rollback:
 
 
 def test_a_rollback_releases_the_old_codebook_with_its_tables(
-    house: House, before: list[Release], old: Release, done: Rollback
+    house: House, before: list[Release], old: Release, done: RollbackResult
 ) -> None:
     newest = releases(house.warehouse.root)[0]
     assert (newest.release_id, newest.previous, newest.status) == (
@@ -85,8 +85,8 @@ def test_a_rollback_releases_the_old_codebook_with_its_tables(
         ROLLED_BACK,
     )
     assert (newest.codebook_version, newest.codebook_hash) == (old.codebook_version, old.codebook_hash)
-    assert newest.table_versions == old.table_versions == done.table_versions
-    assert (done.release_id, done.left_version, done.nothing_to_do) == (
+    assert newest.table_versions == old.table_versions == done.release.table_versions
+    assert (done.release.release_id, done.left_version, done.nothing_to_do) == (
         newest.release_id,
         before[0].codebook_version,
         False,
@@ -95,22 +95,22 @@ def test_a_rollback_releases_the_old_codebook_with_its_tables(
     assert done.items_without_id == 10
 
 
-def test_a_rollback_again_does_nothing(house: House, old: Release, done: Rollback) -> None:
+def test_a_rollback_again_does_nothing(house: House, old: Release, done: RollbackResult) -> None:
     for again in (rollback(house.warehouse, house.registry), rollback(house.warehouse, house.registry, old.release_id)):
-        assert (again.release_id, again.codebook_version, again.nothing_to_do) == (
-            done.release_id,
+        assert (again.release.release_id, again.release.codebook_version, again.nothing_to_do) == (
+            done.release.release_id,
             old.codebook_version,
             True,
         )
 
 
-def test_there_is_no_way_to_a_release_that_never_was(house: House, done: Rollback) -> None:
-    with pytest.raises(NoWayBack, match=f"there is no release 99; expected one of 1 to {done.release_id}"):
+def test_there_is_no_way_to_a_release_that_never_was(house: House, done: RollbackResult) -> None:
+    with pytest.raises(NoWayBack, match=f"there is no release 99; expected one of 1 to {done.release.release_id}"):
         rollback(house.warehouse, house.registry, to=99)
 
 
 def test_no_night_promotes_what_was_rolled_back(
-    house: House, before: list[Release], old: Release, done: Rollback
+    house: House, before: list[Release], old: Release, done: RollbackResult
 ) -> None:
     left = codebook(house, before[0].codebook_version)
     verdict = report(house.warehouse.root, left.number)
@@ -125,33 +125,34 @@ def test_no_night_promotes_what_was_rolled_back(
     assert len(house.ids(old.codebook_version)) == ITEMS + 60
 
 
-def test_the_next_rollback_does_not_return_to_what_was_left(house: House, done: Rollback) -> None:
+def test_the_next_rollback_does_not_return_to_what_was_left(house: House, done: RollbackResult) -> None:
     with pytest.raises(NoWayBack, match="that was not rolled back itself"):
         rollback(house.warehouse, house.registry)
 
 
-def test_a_person_can_promote_it_all_the_same(house: House, before: list[Release], done: Rollback) -> None:
-    left, rival = (codebook(house, release.codebook_version) for release in (before[0], done))
+def test_a_person_can_promote_it_all_the_same(house: House, before: list[Release], done: RollbackResult) -> None:
+    left, rival = (codebook(house, release.codebook_version) for release in (before[0], done.release))
     day, pictures = date(2026, 3, 2), house.root / "pictures"
     verdict = evaluate.run(house.config, house.warehouse, house.registry, left, rival, day, pictures)
-    assert promote(house.warehouse, house.registry, left, verdict, again=True).codebook_version == left.number
+    assert promote(house.warehouse, house.registry, left, verdict, again=True).release.codebook_version == left.number
     assert champion(house) == left.number
     assert left.number not in rolled_back(releases(house.warehouse.root))
 
 
-def test_there_and_back_by_number(house: House, before: list[Release], done: Rollback) -> None:
+def test_there_and_back_by_number(house: House, before: list[Release], done: RollbackResult) -> None:
     there = releases(house.warehouse.root)[0]
-    assert rollback(house.warehouse, house.registry).codebook_version == done.codebook_version
+    assert rollback(house.warehouse, house.registry).release == releases(house.warehouse.root)[0]
+    assert champion(house) == done.release.codebook_version
     back = rollback(house.warehouse, house.registry, there.release_id)
-    assert (back.codebook_version, back.left_version) == (there.codebook_version, done.codebook_version)
+    assert (back.release.codebook_version, back.left_version) == (there.codebook_version, done.release.codebook_version)
     assert champion(house) == there.codebook_version
     excluded = rolled_back(releases(house.warehouse.root))
     assert there.codebook_version not in excluded  # the next night may release it
-    assert done.codebook_version in excluded
+    assert done.release.codebook_version in excluded
 
 
 @pytest.mark.parametrize("table", [ITEM_EMBEDDINGS, SEMANTIC_IDS], ids=lambda table: table.name)
-def test_a_release_whose_files_are_gone_is_a_sentence(house: House, done: Rollback, table: Table) -> None:
+def test_a_release_whose_files_are_gone_is_a_sentence(house: House, done: RollbackResult, table: Table) -> None:
     """As VACUUM leaves it; the file is put back."""
     oldest = releases(house.warehouse.root)[-1]
     path = Path(filesystem_of(house.warehouse.files(table, oldest.table_versions[table.name])[0])[1])
