@@ -9,31 +9,27 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from jobs import failures
-from jobs.__main__ import (
-    Commands,
-    ConfigFiles,
-    JsonFile,
-    RunDate,
-    Settings,
-    WarehouseDir,
-    codebook,
-    current_codebook,
-    notice,
-    opened,
-    resolved,
-    start,
-    tell,
+from jobs.__main__ import Codebook
+from jobs.__main__ import app as stages
+from jobs.command_line import (
+    WITHOUT_DATE,
+    Options,
+    command,
+    command_group,
+    find_codebook,
+    open_workspace,
+    print_message,
+    print_result,
+    restored_champion,
+    run_commands,
     version_number,
-)
-from jobs.__main__ import (
-    app as stages,
 )
 from jobs.config import Config, ConfigError
 from jobs.failure_rules import GATE_DID_NOT_PASS, WRONG_DATA
@@ -41,31 +37,32 @@ from jobs.read_config import parse_date
 
 DEMO_WAREHOUSE = "warehouse/demo"
 
-app = typer.Typer(
-    cls=Commands,
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    help="Semantic IDs for ranking: load, fit, encode, evaluate, promote, train.",
-)
+app = command_group("Semantic IDs for ranking: load, fit, encode, evaluate, promote, train.")
 app.registered_commands += stages.registered_commands
 
 
-@app.command()
+@command(app)
 def demo(
-    data: Annotated[Path | None, typer.Option("--data", help="Folder with embeddings.parquet and, to train, interactions.parquet. Generated data by default.")] = None,
-    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", run_date: RunDate = "", json_file: JsonFile = None,
-) -> None:  # fmt: skip
+    options: Options,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="Folder with embeddings.parquet and, to train, interactions.parquet. Generated data by default.",
+        ),
+    ] = None,
+) -> None:
     """A whole night, on generated data or on a folder of yours, and a summary to judge it by."""
     name = data.resolve().name if data else ""
-    where = warehouse or (f"{DEMO_WAREHOUSE}-{name}" if name else DEMO_WAREHOUSE)
-    resolved(config, settings, where, days=(run_date,), json_file=json_file)
+    warehouse = options.warehouse or (f"{DEMO_WAREHOUSE}-{name}" if name else DEMO_WAREHOUSE)
+    options = replace(options, warehouse=warehouse)
+    options.resolve()
     expected = ""
     if data is None:
         from jobs.demo_data import EXPECTED_LIFT, write_demo_data
         from jobs.warehouse.root import warehouse_root
 
-        data = Path(warehouse_root(where)) / "demo_data"
+        data = Path(warehouse_root(warehouse)) / "demo_data"
         if not (data / "interactions.parquet").exists():
             typer.echo("writing generated items, vectors and clicks", err=True)
             write_demo_data(data)
@@ -77,35 +74,30 @@ def demo(
         f"load.source={data / 'embeddings.parquet'}",
         *([f"train.interactions={interactions}"] if interactions.exists() else []),
     ]
-    _night(resolved(config, [*sources, *(settings or [])], where), run_date, json_file, where, expected)
+    options = replace(options, settings=[*sources, *(options.settings or [])])
+    _night(options.resolve(), options, expected)
 
 
-@app.command()
-def nightly(
-    config: ConfigFiles = None,
-    settings: Settings = None,
-    warehouse: WarehouseDir = "",
-    run_date: RunDate = "",
-    json_file: JsonFile = None,
-) -> None:
+@command(app)
+def nightly(options: Options) -> None:
     """The night of a date: encodes what changed, refits when due, gates, promotes, trains."""
-    chosen = resolved(config, settings, warehouse, days=(run_date,), json_file=json_file)
-    _night(chosen, run_date, json_file, chosen.warehouse, "")
+    _night(options.resolve(), options)
 
 
-def _night(config: Config, run_date: str, json_file: Path | None, shown: str, expected: str) -> None:
+def _night(config: Config, options: Options, expected: str = "") -> None:
     from pipelines.nightly import run
     from pipelines.report import Terminal, facts, print_summary, write_json
 
     began = time.monotonic()
     terminal = Terminal()
     terminal.done("start", "Spark and MLflow")
-    with opened(config, run_date) as work:
+    shown = config.warehouse  # as given, not absolute
+    with open_workspace(config, options.run_date) as work:
         pictures = Path(shown) / "pictures" if "://" not in shown else work.pictures
         night = run(work.config, work.warehouse, work.registry, work.run_date, work.pictures, terminal)
         seconds = time.monotonic() - began
-    if json_file is not None:
-        write_json(json_file, facts(night, shown, pictures, seconds))
+    if options.json_file is not None:
+        write_json(options.json_file, facts(night, shown, pictures, seconds))
     print_summary(night, shown, pictures, seconds, work.spark_seconds, expected=expected)
     flags = f" --warehouse {shlex.quote(shown)}" if shown != "warehouse" else ""
     typer.echo(f"\nTry next: sid status{flags} · sid explain ITEM_ID{flags}")
@@ -114,65 +106,69 @@ def _night(config: Config, run_date: str, json_file: Path | None, shown: str, ex
         raise typer.Exit(GATE_DID_NOT_PASS)
 
 
-@app.command()
+@command(app, WITHOUT_DATE)
 def promote(
+    options: Options,
     version: Annotated[str, typer.Argument(help="Codebook version; the candidate by default.")] = "candidate",
-    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None,
-) -> None:  # fmt: skip
+) -> None:
     """Move the champion to a version whose verdict passed, and write the release."""
     from jobs.warehouse.reports import report
     from pipelines.promote import promote as move
 
-    with opened(resolved(config, settings, warehouse, json_file=json_file)) as work:
-        current_codebook(work.registry, verify_files=False)
-        model = codebook(work.registry, version)
-        verdict = report(work.warehouse.root, model.number)
+    with open_workspace(options.resolve()) as work:
+        restored_champion(work.registry, verify_files=False)
+        codebook = find_codebook(work.registry, version)
+        verdict = report(work.warehouse.root, codebook.number)
         if verdict is None:
             raise ConfigError(
-                f"codebook version {model.number} has no quality report; expected one. Run `sid evaluate --codebook {model.number}`"
+                f"codebook version {codebook.number} has no quality report; expected one. "
+                f"Run `sid evaluate --codebook {codebook.number}`"
             )
-        done = move(work.warehouse, work.registry, model, verdict, again=version_number(version) is not None)
-        tell({**asdict(done.release), "nothing_to_do": done.nothing_to_do}, json_file)
+        by_number = version_number(version) is not None
+        result = move(work.warehouse, work.registry, codebook, verdict, again=by_number)
+        print_result({**asdict(result.release), "nothing_to_do": result.nothing_to_do}, options.json_file)
 
 
-@app.command()
+@command(app, WITHOUT_DATE)
 def rollback(
-    to: Annotated[int | None, typer.Option("--to", min=1, help="Release to go back to; by default the newest of another codebook.")] = None,
-    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None,
-) -> None:  # fmt: skip
+    options: Options,
+    to: Annotated[
+        int | None,
+        typer.Option("--to", min=1, help="Release to go back to; by default the newest of another codebook."),
+    ] = None,
+) -> None:
     """Make an earlier release the current one again: its codebook the champion, its tables those that readers follow."""
     from jobs.models.champion import own_versions
     from pipelines.promote import rollback as move
 
-    with opened(resolved(config, settings, warehouse, json_file=json_file)) as work:
+    with open_workspace(options.resolve()) as work:
         own_versions(work.registry)
-        done = move(work.warehouse, work.registry, to)
-        release = {
-            name: value for name, value in asdict(done.release).items() if name not in ("previous", "status", "at")
-        }
-        tell({**release, **{name: value for name, value in asdict(done).items() if name != "release"}}, json_file)
+        result = asdict(move(work.warehouse, work.registry, to))
+        release = result.pop("release")
+        names = ("release_id", "codebook_version", "codebook_hash", "table_versions")
+        print_result({**{name: release[name] for name in names}, **result}, options.json_file)
 
 
-@app.command()
-def register(
-    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None
-) -> None:
+@command(app, WITHOUT_DATE)
+def register(options: Options) -> None:
     """Register the codebooks of this warehouse anew, under their numbers, where the MLflow registry that had them is lost."""
-    from pipelines.register import register as anew
+    from pipelines.register import register as register_anew
 
-    with opened(resolved(config, settings, warehouse, json_file=json_file)) as work:
-        tell(anew(work.config, work.registry, notice), json_file)
+    with open_workspace(options.resolve()) as work:
+        print_result(register_anew(work.config, work.registry, print_message), options.json_file)
 
 
-@app.command()
+@command(app)
 def backfill(
-    name: Annotated[str, typer.Option("--codebook", help="Codebook version, or the alias candidate or champion.")],
-    items: Annotated[str, typer.Option("--items", help="Parquet with a column item_id, or text with one id a line.")] = "",
+    options: Options,
+    name: Codebook,
+    items: Annotated[
+        str, typer.Option("--items", help="Parquet with a column item_id, or text with one id a line.")
+    ] = "",
     since: Annotated[str, typer.Option("--since", help="Items new or changed on this day or later, YYYY-MM-DD.")] = "",
     everything: Annotated[bool, typer.Option("--all", help="Every item.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
-    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", run_date: RunDate = "", json_file: JsonFile = None,
-) -> None:  # fmt: skip
+) -> None:
     """Semantic IDs of a codebook version for a list of items, for what changed since a day, or for all; says first what it will do."""
     from jobs import encode
     from jobs.models.champion import current_champion
@@ -182,57 +178,51 @@ def backfill(
 
     if (bool(items), bool(since), everything).count(True) != 1:
         raise ConfigError("which items? Expected one of --items FILE, --since DAY and --all")
-    settled = resolved(config, settings, warehouse, days=(run_date, since), json_file=json_file)
-    selection = (
-        None if everything else Selection(listed_items(items) if items else None, parse_date(since) if since else None)
-    )
-    with opened(settled, run_date, write=not dry_run) as work:
+    config = options.resolve(since)
+    selection = None
+    if not everything:
+        selection = Selection(listed_items(items) if items else None, parse_date(since) if since else None)
+    with open_workspace(config, options.run_date, write=not dry_run) as work:
         if dry_run:
             current_champion(work.registry)
         else:
-            current_codebook(work.registry)
-        model = codebook(work.registry, name)
-        planned = plan(work.warehouse, model, selection)
-        tell(planned)
+            restored_champion(work.registry)
+        codebook = find_codebook(work.registry, name)
+        planned = plan(work.warehouse, codebook, selection)
+        print_result(planned)
         result = None
         if not dry_run:
-            result = encode.run(work.config, work.warehouse, work.registry, model, work.run_date, selection)
-            tell(result)
-    if json_file is not None:
-        write_json(json_file, {"plan": asdict(planned), "result": asdict(result) if result else None})
+            result = encode.run(work.config, work.warehouse, work.registry, codebook, work.run_date, selection)
+            print_result(result)
+    if options.json_file is not None:
+        write_json(options.json_file, {"plan": asdict(planned), "result": asdict(result) if result else None})
 
 
-@app.command()
-def status(
-    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "", json_file: JsonFile = None
-) -> None:
+@command(app, WITHOUT_DATE)
+def status(options: Options) -> None:
     """The current release, the candidate, the last verdict and every table, in one screen."""
     from jobs.models.registry import open_registry
     from jobs.warehouse.root import warehouse_root
     from pipelines.lineage import print_status, status_facts
+    from pipelines.report import write_json
 
-    chosen = resolved(config, settings, warehouse, json_file=json_file)
-    root = warehouse_root(chosen.warehouse, write=False)
+    config = options.resolve()
+    root = warehouse_root(config.warehouse, write=False)
     with failures.on_warehouse(root, write=False):
-        values = status_facts(root, open_registry(chosen, root, create=False))
-    print_status(values)
-    if json_file is not None:
-        from pipelines.report import write_json
-
-        write_json(json_file, values)
+        facts = status_facts(root, open_registry(config, root, create=False))
+    print_status(facts)
+    if options.json_file is not None:
+        write_json(options.json_file, facts)
 
 
-@app.command()
-def explain(
-    item_id: Annotated[str, typer.Argument(help="The item to explain.")],
-    config: ConfigFiles = None, settings: Settings = None, warehouse: WarehouseDir = "",
-) -> None:  # fmt: skip
+@command(app, ("config", "settings", "warehouse"))
+def explain(options: Options, item_id: Annotated[str, typer.Argument(help="The item to explain.")]) -> None:
     """Where the semantic ID of one item comes from: vector, codebook, release, models."""
     from pipelines.lineage import print_item
 
-    with opened(resolved(config, settings, warehouse), write=False) as work:
-        found = print_item(work.warehouse, work.registry, item_id)
-    if not found:
+    with open_workspace(options.resolve(), write=False) as work:
+        known = print_item(work.warehouse, work.registry, item_id)
+    if not known:
         raise typer.Exit(WRONG_DATA)
 
 
@@ -258,8 +248,8 @@ def _add_bench() -> None:
         raise ConfigError(
             f"`sid bench` needs {error.name}, which is not installed; expected the repository with its dev extra. Run `make setup`"
         ) from error
-    for command in (quantizers, fit, encode, encode_job, gpu, ctr, train):
-        bench.command()(command)
+    for benchmark in (quantizers, fit, encode, encode_job, gpu, ctr, train):
+        bench.command()(benchmark)
     app.add_typer(bench, name="bench")
 
 
@@ -269,7 +259,7 @@ def main() -> None:
             _add_bench()
         except ConfigError as error:
             sys.exit(failures.report(error))
-    start(app)
+    run_commands(app)
 
 
 if __name__ == "__main__":

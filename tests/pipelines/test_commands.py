@@ -14,7 +14,7 @@ from rich.table import Table as Grid
 from typer.testing import CliRunner
 
 from jobs.__main__ import app as stages
-from jobs.__main__ import version_number
+from jobs.command_line import version_number
 from jobs.config import Config
 from jobs.models.registry import open_registry
 from jobs.warehouse.delta_spark import Warehouse
