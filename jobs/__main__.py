@@ -1,7 +1,12 @@
 """The stages as commands: `python -m jobs <stage>`, or `sid <stage>`.
 
-On a laptop:   python -m jobs load --set load.source=vectors.parquet
-On a cluster:  spark-submit --jars "$(python -m jobs.spark.engine)" infra/spark/submit.py load --config infra/conf/cluster.toml
+On a laptop:
+
+    python -m jobs load --set load.source=vectors.parquet
+
+On a cluster:
+
+    spark-submit --jars "$(python -m jobs.spark.engine)" infra/spark/submit.py load --config infra/conf/cluster.toml
 """
 
 from __future__ import annotations
@@ -90,8 +95,16 @@ def train(options: Options) -> None:
                 "this warehouse has no release yet; expected one to train on. Run `sid nightly` or `sid promote` first"
             )
         result = stage.run(
-            work.config, work.warehouse, work.registry, codebook, release.table_versions, work.run_date, work.pictures, typer.echo, log
-        )  # fmt: skip
+            work.config,
+            work.warehouse,
+            work.registry,
+            codebook,
+            release.table_versions,
+            work.run_date,
+            work.pictures,
+            typer.echo,
+            log,
+        )
         print_result(result, options.json_file)
 
 

@@ -1,4 +1,4 @@
-"""What the commands of `sid` and `python -m jobs` share: options, exit codes, the warehouse they work on, and printing."""
+"""What the commands of `sid` and `python -m jobs` share: options, exit codes, opening a warehouse, printing."""
 
 from __future__ import annotations
 
@@ -101,11 +101,12 @@ def command(group: typer.Typer, shared: tuple[str, ...] = OF_A_RUN) -> Callable[
     Its first parameter is an `Options`; on the command line stand its other parameters, then the shared options named.
     """
     types = get_type_hints(Options, include_extras=True)
+    kind = inspect.Parameter.KEYWORD_ONLY
     options = [
-        inspect.Parameter(option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=types[option.name])
+        inspect.Parameter(option.name, kind, default=option.default, annotation=types[option.name])
         for option in fields(Options)
         if option.name in shared
-    ]  # fmt: skip
+    ]
 
     def register(function: Callable[..., None]) -> None:
         own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
@@ -115,7 +116,7 @@ def command(group: typer.Typer, shared: tuple[str, ...] = OF_A_RUN) -> Callable[
             chosen = Options(**{name: values.pop(name) for name in shared})
             function(chosen, **values)
 
-        signature = inspect.Signature([p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + options)
+        signature = inspect.Signature([p.replace(kind=kind) for p in own] + options)
         with_options.__signature__ = signature  # type: ignore[attr-defined]
         group.command()(with_options)
 
@@ -222,7 +223,8 @@ def find_codebook(registry: Registry, name: str) -> CodebookVersion:
         codebook = registry.codebooks.with_alias(name) if name in (CANDIDATE, CHAMPION) else None
     if codebook is None:
         raise ConfigError(
-            f"there is no codebook {name!r} in the registry; expected a version number, candidate or champion. See `sid status`"
+            f"there is no codebook {name!r} in the registry; expected a version number, candidate or champion. See "
+            "`sid status`"
         )
     return codebook
 

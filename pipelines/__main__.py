@@ -1,4 +1,4 @@
-"""`sid`: the stages, and what is made of them: demo, nightly, promote, rollback, register, backfill, status, explain, bench.
+"""`sid`: the stages, and demo, nightly, promote, rollback, register, backfill, status, explain, bench.
 
 Exit codes: 0 done or nothing to do · 2 wrong settings · 3 the gate did not pass · 4 wrong data or tables ·
 5 the machine or the warehouse cannot be used, or a fault of the program · 130 stopped by Ctrl-C.
@@ -137,7 +137,7 @@ def rollback(
         typer.Option("--to", min=1, help="Release to go back to; by default the newest of another codebook."),
     ] = None,
 ) -> None:
-    """Make an earlier release the current one again: its codebook the champion, its tables those that readers follow."""
+    """Make an earlier release the current one again, with its codebook and its table versions."""
     from jobs.models.champion import own_versions
     from pipelines.promote import rollback as move
 
@@ -151,7 +151,7 @@ def rollback(
 
 @command(app, WITHOUT_DATE)
 def register(options: Options) -> None:
-    """Register the codebooks of this warehouse anew, under their numbers, where the MLflow registry that had them is lost."""
+    """Register the codebooks of this warehouse again, under their numbers, after the MLflow registry was lost."""
     from pipelines.register import register as register_anew
 
     with open_workspace(options.resolve()) as work:
@@ -169,7 +169,7 @@ def backfill(
     everything: Annotated[bool, typer.Option("--all", help="Every item.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
 ) -> None:
-    """Semantic IDs of a codebook version for a list of items, for what changed since a day, or for all; says first what it will do."""
+    """Semantic IDs of a codebook version for listed items, for items changed since a day, or for all. Prints a plan."""
     from jobs import encode
     from jobs.models.champion import current_champion
     from jobs.warehouse.queries import Selection
@@ -246,7 +246,8 @@ def _add_bench() -> None:
         from benchmarks.train import train
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"`sid bench` needs {error.name}, which is not installed; expected the repository with its dev extra. Run `make setup`"
+            f"`sid bench` needs {error.name}, which is not installed; expected the repository with its dev extra. "
+            "Run `make setup`"
         ) from error
     for benchmark in (quantizers, fit, encode, encode_job, gpu, ctr, train):
         bench.command()(benchmark)

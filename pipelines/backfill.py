@@ -1,7 +1,7 @@
-"""backfill: semantic IDs of one codebook version for chosen items: a list of them, those that changed since a day, or all.
+"""backfill: semantic IDs of one codebook version for listed items, for items changed since a day, or for all items.
 
-A plan says first what will be done. `encode` leaves items alone that have their ID, so the same backfill again, after a
-kill too, does what is left; the IDs of one run come in one commit. Which release readers follow does not change.
+A plan counts first what will be done. `encode` skips items that have their ID, so the same backfill run again, also
+after a kill, does the rest. The IDs of one run are one commit. The current release does not change.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ BATCH = 65536
 
 @dataclass(frozen=True)
 class Plan:
-    """What a backfill does: `chosen` = `with_id` + `to_encode` + `unknown`."""
+    """Counts of a backfill: `chosen` = `with_id` + `to_encode` + `unknown`."""
 
     codebook_version: int
     codebook_hash: str
     chosen: int
-    with_id: int  # of this version, for the vector that the item has now
+    with_id: int  # have an ID of this version for their present vector
     to_encode: int
     unknown: int  # not in item_embeddings: never loaded, or rejected
     unknown_items: tuple[str, ...]  # some of them
 
 
 def listed_items(location: str) -> pa.StringArray:
-    """The ids in a file: Parquet (or a folder of it) with a column `item_id`, or text (UTF-8 or UTF-16) with one id a line.
+    """Read ids from Parquet (a file or folder) with a column `item_id`, or from text with one id per line.
+
+    Text is UTF-8, or UTF-16 with a byte order mark.
 
     Raises:
         ConfigError: no such file, no such column, or no ids.
@@ -66,26 +68,25 @@ def _parquet_ids(location: str) -> pa.StringArray:
     kind = source.schema.field(ITEM_ID).type
     if not is_id_type(kind):
         raise ConfigError(f"column {ITEM_ID} of {location} has type {kind}; expected one integer or string a row")
-    found = []
+    parts = []
     for group in source.row_groups:
         for batch in read_row_group(location, source.schema, group.path, group.index, [ITEM_ID], BATCH, [ITEM_ID]):
             ids, wrong = as_ids(batch.column(0))
             if wrong.any():
                 bad = ids.filter(pa.array(wrong))[0]
                 raise ConfigError(f"{location} names item {bad}; expected text in UTF-8 or whole numbers")
-            found.append(ids.drop_null())
-    return pa.concat_arrays(found) if found else pa.array([], pa.string())
+            parts.append(ids.drop_null())
+    return pa.concat_arrays(parts) if parts else pa.array([], pa.string())
 
 
 def _text_ids(filesystem: fs.FileSystem, path: str, location: str) -> pa.StringArray:
     with filesystem.open_input_stream(path) as stream:
         data = stream.read()
-    # Windows tools put a mark at the beginning
+    # Windows tools write a byte order mark first.
     encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        lines = (
-            data.decode(encoding).replace("\r\n", "\n").split("\n")
-        )  # splitlines would break ids at U+2028 and others
+        # Not splitlines, which would also break ids at U+2028 and other characters.
+        lines = data.decode(encoding).replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{location} is not {encoding.upper().removesuffix('-SIG')} text ({error.reason} at byte {error.start}); "

@@ -1,4 +1,4 @@
-"""status and explain: the state of a warehouse, and the history of one item, in one screen each."""
+"""status and explain: the state of a warehouse and the history of one item, one screen each."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from pipelines.report import page
 
 
 def status_facts(root: str, registry: Registry) -> dict[str, Any]:
-    """The state of the warehouse at `root` as flat keys; without Spark, which takes longer to start than all of it."""
+    """The state of the warehouse at `root` as flat keys. Without Spark, whose start alone would take longer."""
     release = current_release(root)
     candidate = registry.codebooks.alias(CANDIDATE)
-    left = rolled_back(releases(root)).get(candidate) if candidate else None
-    newest = report(root, candidate) if candidate else None
+    rolled_back_from = rolled_back(releases(root)).get(candidate) if candidate else None
+    verdict = report(root, candidate) if candidate else None
     facts: dict[str, Any] = {
         "release": release.release_id if release else None,
         "release_status": release.status if release else None,
@@ -34,9 +34,9 @@ def status_facts(root: str, registry: Registry) -> dict[str, Any]:
         "codebook_hash": release.codebook_hash if release else None,
         "registry": _registry_problem(registry, release),
         "candidate_version": candidate,
-        "candidate_rolled_back": f"from release {left}" if left else None,
-        "verdict": None if newest is None else ("passed" if newest.passed else "failed"),
-        "reasons": [] if newest is None else list(newest.reasons),
+        "candidate_rolled_back": f"from release {rolled_back_from}" if rolled_back_from else None,
+        "verdict": None if verdict is None else ("passed" if verdict.passed else "failed"),
+        "reasons": [] if verdict is None else list(verdict.reasons),
         "ctr_version": registry.ctr_models.alias(CANDIDATE),
     }
     for table in TABLES:
@@ -46,7 +46,7 @@ def status_facts(root: str, registry: Registry) -> dict[str, Any]:
 
 
 def _registry_problem(registry: Registry, release: Release | None) -> str | None:
-    """What the registry says otherwise than the releases; None where they agree."""
+    """How the registry differs from the releases, as a sentence; None if they agree."""
     try:
         current_champion(registry)
     except RegistryMismatch as error:
@@ -64,12 +64,14 @@ def print_status(facts: dict[str, Any]) -> None:
         console.print("No release yet: run `sid nightly`, or the stages and `sid promote`.")
     else:
         console.print(
-            f"Release {facts['release']} of {facts['released_at']} UTC, {facts['release_status']}: codebook version {facts['champion_version']}, hash {facts['codebook_hash'][:12]}"
+            f"Release {facts['release']} of {facts['released_at']} UTC, {facts['release_status']}: codebook version "
+            f"{facts['champion_version']}, hash {facts['codebook_hash'][:12]}"
         )
     if facts["candidate_version"] not in (None, facts["champion_version"]):
-        left = f", rolled back {facts['candidate_rolled_back']}" if facts["candidate_rolled_back"] else ""
+        rolled = f", rolled back {facts['candidate_rolled_back']}" if facts["candidate_rolled_back"] else ""
         console.print(
-            f"Candidate: codebook version {facts['candidate_version']}{left}, verdict {facts['verdict'] or 'none yet'} {'; '.join(facts['reasons'])}"
+            f"Candidate: codebook version {facts['candidate_version']}{rolled}, verdict "
+            f"{facts['verdict'] or 'none yet'} {'; '.join(facts['reasons'])}"
         )
     if facts["registry"] is not None:
         console.print(f"Registry: {facts['registry']}", markup=False)
@@ -102,7 +104,8 @@ def print_item(warehouse: Warehouse, registry: Registry, item_id: str) -> bool:
     history = item_history(warehouse, item_id)
     if not history.known:
         console.print(
-            f"item {item_id!r} is in no table of this warehouse; expected an id of item_embeddings or rejected_embeddings"
+            f"item {item_id!r} is in no table of this warehouse; expected an id of item_embeddings or "
+            "rejected_embeddings"
         )
         return False
     grid = Grid(show_header=False, box=None, padding=(0, 2))
@@ -138,7 +141,8 @@ def print_item(warehouse: Warehouse, registry: Registry, item_id: str) -> bool:
             start = f", started from {model.started_from[:12]}" if model.started_from else ""
             grid.add_row(
                 "codebook",
-                f"fitted {model.run_date} on {json.dumps(dict(model.table_versions))}{start}; MLflow run {model.run_id}",
+                f"fitted {model.run_date} on {json.dumps(dict(model.table_versions))}{start}; MLflow run "
+                f"{model.run_id}",
             )
     ctr = registry.ctr_models.with_alias(CANDIDATE)
     if ctr is not None:

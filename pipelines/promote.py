@@ -1,7 +1,7 @@
-"""promote: the alias `champion` moves to a codebook version if its verdict passed on the tables as they are now.
-rollback: it moves back, with the table versions of the earlier release.
+"""promote: release a codebook version whose verdict passed on the present tables, and make it the champion.
+rollback: release an earlier codebook again, with the table versions it was released with.
 
-The `releases` row is written last, so whoever follows the current release never sees half a night.
+The row of `releases` is written last, so readers who follow the current release never see an unfinished night.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class GateFailed(RuntimeError):
 
 
 class PromotionConflict(RuntimeError):
-    """The champion or the tables moved since the verdict."""
+    """The champion or a table changed after the verdict."""
 
 
 class NoWayBack(RuntimeError):
-    """There is no earlier release to go back to, or what it was made of is gone."""
+    """There is no earlier release to go back to, or its codebook or files are gone."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,22 @@ class RollbackResult:
 def promote(
     warehouse: Warehouse, registry: Registry, model: CodebookVersion, verdict: QualityReport, *, again: bool = False
 ) -> PromoteResult:
-    """Make `model` the champion and release the tables it was judged on. Call with the writer lock held.
+    """Make `model` the champion and release the tables it was evaluated on. Call with the writer lock held.
 
-    `again` takes a codebook that was rolled back, which only a person should ask for.
+    `again` allows a codebook that was rolled back; only a person should ask for that.
 
     Raises:
         GateFailed: the verdict is negative, or the codebook was rolled back.
         PromotionConflict: the champion is not the one the verdict compared with, or a table has changed since.
         RegistryMismatch, CodebookError: its IDs are another codebook's, or its files are gone or damaged.
     """
-    every = releases(warehouse.root)
-    left_release = rolled_back(every).get(model.number)
-    if left_release is not None and not again:
+    history = releases(warehouse.root)
+    rolled_back_from = rolled_back(history).get(model.number)
+    if rolled_back_from is not None and not again:
         raise GateFailed(
-            f"codebook version {model.number} was rolled back (from release {left_release}), expected another one. The champion "
-            f"stays; new items or settings give a new fit, `sid promote {model.number}` takes this one all the same"
+            f"codebook version {model.number} was rolled back (from release {rolled_back_from}), expected another one. "
+            f"The champion stays; new items or settings give a new fit, `sid promote {model.number}` takes this one "
+            "all the same"
         )
     if not verdict.passed:
         raise GateFailed(
@@ -91,7 +92,7 @@ def promote(
             f"the verdict is about table versions {dict(verdict.table_versions)}, the tables are at {present}; "
             "expected no change in between. Run `sid evaluate` again"
         )
-    current = every[0] if every else None
+    current = history[0] if history else None
     champion = current.codebook_version if current else None
     if (
         current
@@ -101,84 +102,85 @@ def promote(
         return PromoteResult(current, nothing_to_do=True)
     if champion not in (None, model.number, verdict.judged_against):
         raise PromotionConflict(
-            f"the champion is version {champion}, the verdict compared with {verdict.judged_against or 'no champion'}; expected the same. "
-            "Run `sid evaluate` again"
+            f"the champion is version {champion}, the verdict compared with {verdict.judged_against or 'no champion'}; "
+            "expected the same. Run `sid evaluate` again"
         )
-    # Nothing moves to a codebook that cannot be used.
+    # Do not promote a codebook that cannot be used.
     check_rows(warehouse.root, model)
     codebook_files(registry, model)
-    # Killed between these two writes, the next command puts the alias back, and the next night promotes again.
+    # After a kill between these two writes, the next command restores the alias and the next night promotes again.
     registry.codebooks.set_alias(CHAMPION, model.number)
     return PromoteResult(write_release(warehouse, current, model.number, model.hash, present, PROMOTED))
 
 
 def rollback(warehouse: Warehouse, registry: Registry, to: int | None = None) -> RollbackResult:
-    """Make an earlier release the current one again: its codebook the champion, its table versions those that readers follow.
+    """Make an earlier release the current one again, with its codebook as champion and its table versions.
 
-    Without `to`, the newest release of another codebook that was not itself rolled back. Nothing is encoded or judged, and
-    no ID changes. Call with the writer lock held.
+    Without `to`, that is the newest release of another codebook that was not itself rolled back. Nothing is encoded or
+    evaluated and no ID changes. Call with the writer lock held.
 
     Raises:
         NoWayBack: there is no such release, or its tables are gone, or the registry has not its codebook.
         RegistryMismatch, CodebookError: the codebook's files are gone or damaged.
     """
-    current, target = _way_back(releases(warehouse.root), to)
-    model = _intact(warehouse, registry, target)
+    current, target = _find_target(releases(warehouse.root), to)
+    model = _check_target(warehouse, registry, target)
     ctr = registry.ctr_models.newest(lambda version: version.codebook_hash == target.codebook_hash)
-    left = None
+    left_version = None
     if target is not current:
-        # Killed between these writes, the same command finds the release as it was and does them again.
+        # After a kill between these writes, the same command starts from the same release and repeats them.
         if current.codebook_version != target.codebook_version:
-            left = current.codebook_version
+            left_version = current.codebook_version
         registry.codebooks.set_alias(CHAMPION, model.number)
         if ctr is not None:
             registry.ctr_models.set_alias(CANDIDATE, ctr.number)
         current = write_release(warehouse, current, model.number, model.hash, target.table_versions, ROLLED_BACK)
     return RollbackResult(
         release=current,
-        left_version=left,
+        left_version=left_version,
         ctr_version=ctr.number if ctr else None,
         items_without_id=count_items_without_id(warehouse, target),
         nothing_to_do=target is current,
     )
 
 
-def _way_back(every: Sequence[Release], to: int | None) -> tuple[Release, Release]:
-    """The current release and the one to go back to; twice the current one where that has been done."""
-    if not every:
+def _find_target(history: Sequence[Release], to: int | None) -> tuple[Release, Release]:
+    """The current release and the one to go back to; twice the current one if that is done already."""
+    if not history:
         raise NoWayBack("this warehouse has no release; expected one to go back from. Run `sid nightly` first")
-    current = every[0]
+    current = history[0]
     if to is None:
         if current.status == ROLLED_BACK:
             return current, current
-        excluded = {current.codebook_version, *rolled_back(every)}
-        for release in every:
+        excluded = {current.codebook_version, *rolled_back(history)}
+        for release in history:
             if release.codebook_version not in excluded:
                 return current, release
         raise NoWayBack(
-            f"no release before release {current.release_id} has another codebook than version {current.codebook_version} that was "
-            "not rolled back itself; expected one. Name a release with --to, or promote another codebook: `sid promote VERSION`"
+            f"no release before release {current.release_id} has another codebook than version "
+            f"{current.codebook_version} that was not rolled back itself; expected one. Name a release with --to, or "
+            "promote another codebook: `sid promote VERSION`"
         )
-    target = next((release for release in every if release.release_id == to), None)
+    target = next((release for release in history if release.release_id == to), None)
     if target is None:
         raise NoWayBack(f"there is no release {to}; expected one of 1 to {current.release_id}")
     same = (target.codebook_version, target.table_versions) == (current.codebook_version, current.table_versions)
     return current, current if same else target
 
 
-def _intact(warehouse: Warehouse, registry: Registry, release: Release) -> CodebookVersion:
-    """The codebook of a release, after a look at what the release pins."""
+def _check_target(warehouse: Warehouse, registry: Registry, release: Release) -> CodebookVersion:
+    """The codebook of a release, after a check that the codebook and the pinned tables are there."""
     version, wanted = release.codebook_version, release.codebook_hash
     again = (
-        f"Encode and release anew instead: `sid backfill --codebook {version} --all`, `sid evaluate --codebook {version}`, "
-        f"`sid promote {version}`"
+        f"Encode and release anew instead: `sid backfill --codebook {version} --all`, "
+        f"`sid evaluate --codebook {version}`, `sid promote {version}`"
     )
     model = registry.codebooks.version(version)
     if model is None or model.hash != wanted:
         raise NoWayBack(
             f"release {release.release_id} is of codebook version {version} with hash {wanted[:12]}, the registry has "
-            f"{model.hash[:12] if model else 'no such version'}; expected the same. If the registry was lost, run `sid register`; "
-            "else name another release with --to"
+            f"{model.hash[:12] if model else 'no such version'}; expected the same. If the registry was lost, run "
+            "`sid register`; else name another release with --to"
         )
     codebook_files(registry, model)
     if problem := missing_data(warehouse, release):

@@ -1,4 +1,4 @@
-"""What a night tells: lines while it runs, a summary a person can judge, and the same facts as flat JSON."""
+"""What a night prints: progress while it runs, and a summary at the end, which is also available as flat JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Terminal:
-    """Tells a person at a terminal (a line that updates) or a log (a line per event, no control characters)."""
+    """Prints progress: on a terminal one line that updates, in a log one line per event without control characters."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
@@ -44,8 +44,8 @@ class Terminal:
         self._line(f"{name}: {facts}")
 
     def iteration(self, step: Iteration) -> None:
-        place = f"level {step.level}" if step.level else "all levels"
-        text = f"fit: {place}, iteration {step.iteration}, RMSE {step.rmse:.5f}"
+        level = f"level {step.level}" if step.level else "all levels"
+        text = f"fit: {level}, iteration {step.iteration}, RMSE {step.rmse:.5f}"
         if self._status is not None:
             self._status.update(Text(text))
         elif step.iteration % 20 == 0:
@@ -62,9 +62,9 @@ class Terminal:
 
 
 def page() -> Console:
-    """Standard output as wide as the terminal; a log has no width, and its lines should not be broken early.
+    """Standard output, as wide as the terminal, or 140 columns for a log.
 
-    Ids are printed as they are: `[red]` is no colour and `:smile:` no picture.
+    Text is printed as it is: in an item id `[red]` is no colour and `:smile:` no picture.
     """
     return Console(
         highlight=False, markup=False, emoji=False, file=sys.stdout, width=None if sys.stdout.isatty() else 140
@@ -153,7 +153,8 @@ def print_summary(
     if night.release:
         grid.add_row(
             "champion",
-            f"codebook version {night.release.codebook_version}, hash {night.release.codebook_hash[:12]}, release {night.release.release_id}",
+            f"codebook version {night.release.codebook_version}, hash {night.release.codebook_hash[:12]}, release "
+            f"{night.release.release_id}",
         )
     if night.log:
         grid.add_row("interactions", night.log.account())
@@ -168,7 +169,8 @@ def print_summary(
             )
             grid.add_row(
                 "",
-                f"without semantic ID: {t.without_id:,} of {t.items:,} items, {t.share_without_id:.1%} of the interactions",
+                f"without semantic ID: {t.without_id:,} of {t.items:,} items, {t.share_without_id:.1%} of the "
+                "interactions",
             )
             if t.without_negative:
                 grid.add_row("", f"{t.without_negative:,} rows have no negative to sample: behaviour, no examples")

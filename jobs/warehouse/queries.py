@@ -80,11 +80,13 @@ def count_selection(warehouse: Warehouse, codebook_version: int, selection: Sele
 
 
 def likelihood_drop(warehouse: Warehouse, codebook_version: int, run_date: date) -> float | None:
-    """Mean log-likelihood of all earlier items minus that of the items first stored on `run_date`, in standard deviations
-    of the earlier ones.
+    """Mean log-likelihood of the earlier items minus that of the items first stored on `run_date`.
 
-    An item whose vector changed is not new, and an item that holds earlier codes has the likelihood of those codes and
-    not of its best ones: both are left out. None if one of the two groups has under ROWS_FOR_A_MEAN rows.
+    In standard deviations of the earlier items.
+
+    Left out are items whose vector changed, since they are not new, and items that hold earlier codes, since their
+    likelihood is that of those codes and not of the best ones. None if one of the two groups has under
+    ROWS_FOR_A_MEAN rows.
     """
     first = warehouse.read(ITEM_EMBEDDINGS).select("item_id", "content_hash", F.col("first_seen") == F.col("run_date"))
     ids = warehouse.read(SEMANTIC_IDS).where(F.col("codebook_version") == codebook_version).where("NOT held")
@@ -160,21 +162,21 @@ def missing_data(warehouse: Warehouse, release: Release) -> str | None:
             files = _released_files(warehouse, release, table)
         except AnalysisException as error:
             return (
-                f"{table.name} has no version {pinned} any more ({error.getCondition()}), which release {release.release_id} "
-                "pins; expected it in the table's history."
+                f"{table.name} has no version {pinned} any more ({error.getCondition()}), which release "
+                f"{release.release_id} pins; expected it in the table's history."
             )
         if gone := missing(files):
             return (
-                f"{len(gone)} of {len(files)} files of {table.name} version {pinned}, which release {release.release_id} pins, are "
-                "gone; was the table vacuumed?"
+                f"{len(gone)} of {len(files)} files of {table.name} version {pinned}, which release "
+                f"{release.release_id} pins, are gone; was the table vacuumed?"
             )
     hashes = {
         row["codebook_hash"] for row in _released_ids(warehouse, release).select("codebook_hash").distinct().collect()
     }
     if hashes != {release.codebook_hash}:
         return (
-            f"release {release.release_id} has IDs of hashes {sorted(hashes)}, its codebook has {release.codebook_hash}; "
-            "expected that one alone."
+            f"release {release.release_id} has IDs of hashes {sorted(hashes)}, its codebook has "
+            f"{release.codebook_hash}; expected that one alone."
         )
     return None
 

@@ -20,7 +20,7 @@ from jobs.models.registry import CANDIDATE, CHAMPION, Registry
 from jobs.models.versions import LOST_TAG, RegistryMismatch
 from jobs.read_config import load_config
 from jobs.warehouse.releases import PROMOTED, ROLLED_BACK
-from pipelines.register import Registration, register
+from pipelines.register import RegisterResult, register
 from tokenizer import CodebookError, fit_rqgmm, save_codebook
 
 X = torch.from_numpy(topics(60, 6))
@@ -69,7 +69,7 @@ def test_every_version_comes_back_as_it_was(lost: tuple[Registry, list[str]]) ->
         current_champion(registry)
     told: list[str] = []
     done = register(load_config(), registry, told.append)
-    assert done == Registration((1, 2, 3), (), champion_version=1, candidate_version=3)
+    assert done == RegisterResult((1, 2, 3), (), champion_version=1, candidate_version=3)
     assert tags(registry, "codebook_hash") == dict(enumerate(names, 1))
     assert tags(registry, "fit_key") == {1: "key-0", 2: "key-1", 3: "key-2"}
     assert told[:3] == [f"version {n}: registered from codebooks/{name}" for n, name in enumerate(names, 1)]
@@ -79,7 +79,7 @@ def test_every_version_comes_back_as_it_was(lost: tuple[Registry, list[str]]) ->
     for alias, number in ((CHAMPION, 1), (CANDIDATE, 3)):
         assert registry.codebooks.alias(alias) == number
     again = register(load_config(), registry, silent)
-    assert again == Registration((), (), champion_version=1, candidate_version=3, nothing_to_do=True)
+    assert again == RegisterResult((), (), champion_version=1, candidate_version=3, nothing_to_do=True)
     assert list(registry.codebooks.registered()) == [1, 2, 3]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -91,7 +91,7 @@ def test_a_number_whose_codebook_is_gone_is_taken_all_the_same(lost: tuple[Regis
     registry, names = lost
     shutil.rmtree(Path(registry.root, "codebooks", names[1]))
     told: list[str] = []
-    assert register(load_config(), registry, told.append) == Registration((1, 3), (2,), 1, 3)
+    assert register(load_config(), registry, told.append) == RegisterResult((1, 3), (2,), 1, 3)
     assert told[1].startswith("version 2: its codebook is gone from the warehouse")
     assert tags(registry, LOST_TAG) == {1: None, 2: "its files are gone", 3: None}
     assert tags(registry, "codebook_hash")[2] == names[1][:32]  # as far as its rows tell
