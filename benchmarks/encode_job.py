@@ -24,7 +24,7 @@ from jobs import encode, fit, load
 from jobs.config import EncodeConfig
 from jobs.embeddings.packed import pack
 from jobs.encode import ENCODED, encode_group
-from jobs.files.row_groups import RowGroup, row_groups
+from jobs.files.parquet import RowGroup, row_groups
 from jobs.models.codebooks import codebook_files, worker_codebook
 from jobs.models.registry import open_registry
 from jobs.read_config import load_config

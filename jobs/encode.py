@@ -25,7 +25,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs.config import Config, EncodeConfig
 from jobs.embeddings.packed import Float32, unpack
-from jobs.files.row_groups import RowGroup, row_groups
+from jobs.files.parquet import RowGroup, row_groups
 from jobs.models.champion import check_rows
 from jobs.models.codebooks import usable_files, worker_codebook
 from jobs.models.registry import Registry

@@ -14,7 +14,7 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -30,7 +30,8 @@ from pyspark.sql.pandas.types import from_arrow_schema, to_arrow_schema
 from jobs.config import MAX_DIM, Config, ConfigError
 from jobs.embeddings.packed import Float32, pack, packed_as, read_packed, width_of
 from jobs.errors import SchemaError, WarehouseError
-from jobs.files.sources import Source, as_ids, is_id_type, open_source, quoted, read_row_group
+from jobs.files.sources import Source, SourceReader, open_source, quoted, row_group_frame
+from jobs.files.values import as_ids, is_id_type
 from jobs.fingerprint import fingerprint
 from jobs.warehouse.delta_rs import count_and_version
 from jobs.warehouse.delta_spark import Warehouse
@@ -318,15 +319,16 @@ def _first_vectors(source: Source, column: str, warehouse: Warehouse) -> pa.Arra
     if not _is_vector(kind):
         return pa.array([], pa.list_(pa.float32()))
     if source.format == "delta":
-        frame = _frame(source, warehouse).select(quoted(column)).where(quoted(column).isNotNull())
+        frame = source.frame(warehouse.spark).select(quoted(column)).where(quoted(column).isNotNull())
         found = frame.limit(VECTORS_TO_INFER_FROM).toArrow().column(0).combine_chunks()
         return found.cast(kind) if _is_packed(kind) else found
     without = set(source.lacking.get(column, ()))
     first: list[pa.Array] = []
+    reader = source.reader([column])
     for group in source.row_groups:
-        if group.path in without:
+        if group.uri in without:
             continue
-        for batch in read_row_group(source.location, source.schema, group.path, group.index, [column], ROWS_PER_BATCH):
+        for batch in reader.batches(group.uri, group.index):
             first.append(batch.column(0).drop_null())
             if sum(map(len, first)) >= VECTORS_TO_INFER_FROM:
                 return pa.concat_arrays(first)[:VECTORS_TO_INFER_FROM]
@@ -340,11 +342,7 @@ def _without_values(source: Source, column: str) -> bool:
         return True
     if not pa.types.is_floating(kind) or source.format == "delta":
         return False
-    return all(
-        len(_given(batch.column(0))) == 0
-        for group in source.row_groups
-        for batch in read_row_group(source.location, source.schema, group.path, group.index, [column], ROWS_PER_BATCH)
-    )
+    return all(len(_given(batch.column(0))) == 0 for batch in source.batches([column]))
 
 
 def _given(numbers: pa.Array) -> Any:
@@ -358,10 +356,6 @@ def _packed_note(recipe: Recipe) -> str:
     )
 
 
-def _frame(source: Source, warehouse: Warehouse) -> DataFrame:
-    return warehouse.spark.read.format("delta").option("versionAsOf", source.version).load(source.location)
-
-
 @contextmanager
 def _as_parquet(source: Source, fusion: Fusion, warehouse: Warehouse) -> Iterator[Source]:
     """The source itself, or for the time being Parquet files of the rows of a Delta table."""
@@ -369,7 +363,7 @@ def _as_parquet(source: Source, fusion: Fusion, warehouse: Warehouse) -> Iterato
         yield source
         return
     with warehouse.staging("source") as folder:
-        frame = _frame(source, warehouse).select(quoted(fusion.item_id), *map(quoted, fusion.dims))
+        frame = source.frame(warehouse.spark).select(quoted(fusion.item_id), *map(quoted, fusion.dims))
         frame.write.mode("overwrite").parquet(folder)
         yield open_source(folder, "parquet")
 
@@ -379,12 +373,12 @@ def _as_parquet(source: Source, fusion: Fusion, warehouse: Warehouse) -> Iterato
 
 def _judged(source: Source, recipe: Recipe, warehouse: Warehouse) -> DataFrame:
     """Every row of the source, without its vector: a hash of that, or why the row is rejected."""
-    read = _reader(source, recipe)
+    reader = _reader(source, recipe)
 
     def judge(groups: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for group in (row for batch in groups for row in batch.to_pylist()):
             start = 0
-            for batch in read(group["path"], group["index"]):
+            for batch in reader.batches(group["uri"], group["index"]):
                 end = start + len(batch)
                 place = {
                     "row_group": pa.array(np.full(len(batch), group["row_group"], np.int32)),
@@ -394,34 +388,28 @@ def _judged(source: Source, recipe: Recipe, warehouse: Warehouse) -> DataFrame:
                 start = end
 
     groups = len(source.row_groups)
-    work = _row_groups(source, warehouse, range(groups)).repartitionById(max(1, groups), F.col("task"))
+    work = row_group_frame(warehouse.spark, source, range(groups)).repartitionById(max(1, groups), F.col("task"))
     return work.mapInArrow(judge, from_arrow_schema(JUDGED))
 
 
-def _reader(source: Source, recipe: Recipe) -> Callable[[str, int], Iterator[pa.RecordBatch]]:
-    """Reads a row group, for tasks: without the list of all row groups."""
-    location, schema, fusion = source.location, source.schema, recipe.fusion
+def _reader(source: Source, recipe: Recipe) -> SourceReader:
+    fusion = recipe.fusion
     rows = max(1, min(ROWS_PER_BATCH, COMPONENTS_PER_BATCH // fusion.dim))
-
-    def read(path: str, index: int) -> Iterator[pa.RecordBatch]:
-        columns = [fusion.item_id, *fusion.dims]
-        return read_row_group(location, schema, path, index, columns, rows, as_written=[fusion.item_id])
-
-    return read
+    return source.reader([fusion.item_id, *fusion.dims], rows, as_written=[fusion.item_id])
 
 
 def _packed(work: DataFrame, source: Source, recipe: Recipe, run_date: date) -> DataFrame:
     """The rows of `item_embeddings` for the `pending` ones of each row group of `work`, which are in their order there."""
-    read = _reader(source, recipe)
+    reader = _reader(source, recipe)
 
     def pack_pending(groups: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         for group in (batch.slice(row, 1) for batch in groups for row in range(len(batch))):
-            path, index, pending = (group.column(name)[0] for name in ("path", "index", "pending"))
-            yield from pack_group(path.as_py(), index.as_py(), pending.values)
+            uri, index, pending = (group.column(name)[0] for name in ("uri", "index", "pending"))
+            yield from pack_group(uri.as_py(), index.as_py(), pending.values)
 
-    def pack_group(path: str, index: int, pending: pa.StructArray) -> Iterator[pa.RecordBatch]:
+    def pack_group(uri: str, index: int, pending: pa.StructArray) -> Iterator[pa.RecordBatch]:
         rows, start = pending.field("row").to_numpy(), 0
-        for batch in read(path, index):
+        for batch in reader.batches(uri, index):
             first, end = np.searchsorted(rows, (start, start + len(batch))).tolist()
             if first < end:
                 chosen = batch.take(pa.array(rows[first:end] - start))
@@ -450,16 +438,6 @@ def _stored(checked: pa.RecordBatch, pending: pa.StructArray, fusion: Fusion, ru
 def _with(batch: pa.RecordBatch, added: Mapping[str, pa.Array], schema: pa.Schema) -> pa.RecordBatch:
     columns = [added[name] if name in added else batch.column(name) for name in schema.names]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
-
-
-def _row_groups(source: Source, warehouse: Warehouse, task_of: Sequence[int | None]) -> DataFrame:
-    """The row groups of the source that have a task, each with it."""
-    places = [
-        (group.path, group.index, number, task)
-        for number, (group, task) in enumerate(zip(source.row_groups, task_of, strict=True))
-        if task is not None
-    ]
-    return warehouse.spark.createDataFrame(places, "path STRING, index INT, row_group INT, task INT")
 
 
 def check_rows(batch: pa.RecordBatch, fusion: Fusion, packed: Mapping[str, str] | None = None) -> pa.RecordBatch:
@@ -740,7 +718,8 @@ def _store(good: DataFrame, source: Source, recipe: Recipe, warehouse: Warehouse
         fusion = recipe.fusion
         files = math.ceil(rows * fusion.dim * np.dtype(fusion.dtype).itemsize / BYTES_A_FILE)
         tasks = max(files, warehouse.cores)
-        groups = _row_groups(source, warehouse, _tasks({group[0]: group[1] for group in counts}, source, tasks))
+        task_of = _tasks({group[0]: group[1] for group in counts}, source, tasks)
+        groups = row_group_frame(warehouse.spark, source, task_of)
         by_group = pending.groupBy("row_group").agg(
             F.sort_array(F.collect_list(F.struct("row", "item_id", "content_hash", "first_seen"))).alias("pending")
         )

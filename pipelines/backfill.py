@@ -13,7 +13,10 @@ import pyarrow as pa
 from pyarrow import fs
 
 from jobs.config import ConfigError
-from jobs.files.sources import as_ids, begins_as_parquet, filesystem_of, is_id_type, open_source, read_row_group
+from jobs.files.filesystem import filesystem_of
+from jobs.files.parquet import begins_as_parquet
+from jobs.files.sources import open_source
+from jobs.files.values import as_ids, is_id_type
 from jobs.models.versions import CodebookVersion
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.queries import Selection, count_selection
@@ -69,13 +72,12 @@ def _parquet_ids(location: str) -> pa.StringArray:
     if not is_id_type(kind):
         raise ConfigError(f"column {ITEM_ID} of {location} has type {kind}; expected one integer or string a row")
     parts = []
-    for group in source.row_groups:
-        for batch in read_row_group(location, source.schema, group.path, group.index, [ITEM_ID], BATCH, [ITEM_ID]):
-            ids, wrong = as_ids(batch.column(0))
-            if wrong.any():
-                bad = ids.filter(pa.array(wrong))[0]
-                raise ConfigError(f"{location} names item {bad}; expected text in UTF-8 or whole numbers")
-            parts.append(ids.drop_null())
+    for batch in source.batches([ITEM_ID], BATCH, as_written=[ITEM_ID]):
+        ids, wrong = as_ids(batch.column(0))
+        if wrong.any():
+            bad = ids.filter(pa.array(wrong))[0]
+            raise ConfigError(f"{location} names item {bad}; expected text in UTF-8 or whole numbers")
+        parts.append(ids.drop_null())
     return pa.concat_arrays(parts) if parts else pa.array([], pa.string())
 
 

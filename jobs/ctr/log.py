@@ -25,7 +25,8 @@ from pyspark.sql.types import StringType, StructType
 
 from jobs.config import TrainConfig
 from jobs.errors import SchemaError
-from jobs.files.sources import Source, as_ids, is_id_type, map_rows, plain_type
+from jobs.files.sources import Source, map_rows
+from jobs.files.values import as_ids, is_id_type, plain_type
 
 USER, ITEM = "user_id", "item_id"
 CLOCK, ORDER = "timestamp", "order"

@@ -8,7 +8,6 @@ made in a thread while the current one is used.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -16,28 +15,25 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 
 from jobs.ctr.batch import Items, UserBatch
 from jobs.ctr.hashing import item_row, stable_hash
 from jobs.ctr.tokens import TokenScheme
 from jobs.ctr.users import Int64, ranges
-from jobs.files.row_groups import FOOTERS_AT_ONCE, open_parquet, read_ahead
+from jobs.files.parquet import RowGroup, footers, read_ahead, row_groups_of
 
 WINDOW = 2**19
+COLUMNS = ["user_id", "behaviours", "impressions"]
 SHUFFLED_LENGTH = 0.2  # by how much the length that users are sorted by may differ from theirs, so that batches vary
 
 
 @dataclass(frozen=True)
-class RowGroup:
-    """Row group `index` of the file at `uri`, with its number of behaviours and impressions."""
+class ExampleRowGroup(RowGroup):
+    """A row group of `ctr_examples`, and its number of behaviours and impressions."""
 
-    uri: str
-    index: int
     positions: int
-
-    def read(self) -> pa.Table:
-        return open_parquet(self.uri).read_row_group(self.index, columns=["user_id", "behaviours", "impressions"])
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ class ExampleStream:
         rank, world: Of `world` processes this one reads its share of the row groups.
     """
 
-    groups: tuple[RowGroup, ...]
+    groups: tuple[ExampleRowGroup, ...]
     split: str
     scheme: TokenScheme
     history: int
@@ -86,26 +82,23 @@ class ExampleStream:
                 yield users.batch(rows, self)
 
 
-def row_groups(uris: Sequence[str]) -> tuple[RowGroup, ...]:
-    """Of all files, in order; reads footers only."""
-
-    def of_file(uri: str) -> list[RowGroup]:
-        footer = open_parquet(uri).metadata
-        found = []
-        for index in range(footer.num_row_groups):
-            group = footer.row_group(index)
-            columns = (group.column(number) for number in range(group.num_columns))
-            leaves = [column.num_values for column in columns if column.path_in_schema.endswith(".item_id")]
-            found.append(RowGroup(uri, index, sum(leaves)))
-        return found
-
-    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
-        return tuple(group for groups in pool.map(of_file, uris) for group in groups)
+def row_groups(uris: Sequence[str]) -> tuple[ExampleRowGroup, ...]:
+    """The row groups with users of all files, in order; reads footers only."""
+    return tuple(
+        ExampleRowGroup(group.uri, group.index, group.rows, _positions(footer.row_group(group.index)))
+        for uri, footer in zip(uris, footers(uris), strict=True)
+        for group in row_groups_of(uri, footer)
+    )
 
 
-def _windows(groups: Sequence[RowGroup]) -> Iterator[list[RowGroup]]:
+def _positions(group: pq.RowGroupMetaData) -> int:
+    columns = (group.column(number) for number in range(group.num_columns))
+    return sum(column.num_values for column in columns if column.path_in_schema.endswith(".item_id"))
+
+
+def _windows(groups: Sequence[ExampleRowGroup]) -> Iterator[list[ExampleRowGroup]]:
     """Neighbours of at most WINDOW positions together, or one by itself."""
-    window: list[RowGroup] = []
+    window: list[ExampleRowGroup] = []
     for group in groups:
         if window and sum(each.positions for each in window) + group.positions > WINDOW:
             yield window
@@ -176,8 +169,8 @@ class _Users:
         return self.impression.last - self.impression.first
 
     @staticmethod
-    def read(window: Sequence[RowGroup], stream: ExampleStream) -> _Users:
-        table = pa.concat_tables([group.read() for group in window]).combine_chunks()
+    def read(window: Sequence[ExampleRowGroup], stream: ExampleStream) -> _Users:
+        table = pa.concat_tables([group.read(COLUMNS) for group in window]).combine_chunks()
         behaviours, impressions = _fields(table, "behaviours"), _fields(table, "impressions")
         chosen = pc.equal(impressions["split"], stream.split).to_numpy(zero_copy_only=False)
         lengths = {name: table[name].combine_chunks().value_lengths() for name in ("behaviours", "impressions")}

@@ -12,7 +12,7 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 from torch import Tensor, nn
 
-from jobs.files.sources import filesystem_of, write_file
+from jobs.files.filesystem import filesystem_of, write_file
 
 FORMAT = 1
 

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 
 from jobs.embeddings.packed import unpack
-from jobs.files.row_groups import RowGroup, read_ahead, row_groups
+from jobs.files.parquet import RowGroup, read_ahead, row_groups
 from tokenizer import FIT_BLOCK
 
 

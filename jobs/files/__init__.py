@@ -1,1 +1,1 @@
-"""Files of others and of ours: Parquet folders and Delta tables as sources, row groups, small files on any file system."""
+"""Parquet files and Delta tables, those of our tables and those that others wrote, on any file system."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from jobs.files.sources import filesystem_of, write_file
+from jobs.files.filesystem import filesystem_of, write_file
 from tokenizer import RQGMM, Iteration, RQGMMFit, load_codebook, save_codebook
 from tokenizer.codebook import MANIFEST, TENSORS
 

@@ -17,7 +17,7 @@ from typing import Any
 from pyarrow import fs
 
 from jobs.errors import SchemaError
-from jobs.files.sources import filesystem_of, read_file, write_file
+from jobs.files.filesystem import filesystem_of, read_file, write_file
 from jobs.models.registry import CODEBOOK_MODEL, Registry, register
 from jobs.models.versions import CodebookVersion, RegistryMismatch, codebook_tags
 from jobs.warehouse.delta_spark import Warehouse

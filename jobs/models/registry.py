@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from jobs.config import Config
 from jobs.errors import WarehouseError
-from jobs.files.sources import filesystem_of, read_file, write_file
+from jobs.files.filesystem import filesystem_of, read_file, write_file
 from jobs.identity import OURS
 from jobs.models.mlflow_store import open_store
 from jobs.models.versions import LOST_TAG, WAREHOUSE_TAG, CodebookVersion, CtrVersion, RegisteredVersion

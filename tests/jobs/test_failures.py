@@ -24,7 +24,7 @@ from jobs.config import ConfigError
 from jobs.errors import SchemaError, WarehouseError
 from jobs.failure_rules import EXIT_CODES, UNUSABLE, WRONG_DATA, WRONG_SETTINGS
 from jobs.failures import Failure, about, failure
-from jobs.files.row_groups import row_groups
+from jobs.files.parquet import row_groups
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ from house import ITEMS, House
 
 import pipelines.promote
 from jobs import evaluate
-from jobs.files.sources import filesystem_of
+from jobs.files.filesystem import filesystem_of
 from jobs.models.registry import CHAMPION
 from jobs.models.versions import CodebookVersion
 from jobs.warehouse.releases import ROLLED_BACK, Release, releases, rolled_back

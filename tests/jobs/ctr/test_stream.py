@@ -34,7 +34,7 @@ EVENTS = random_events(0, users=40, longest=25)
 
 
 @pytest.fixture
-def groups(tmp_path: Path) -> tuple[stream.RowGroup, ...]:
+def groups(tmp_path: Path) -> tuple[stream.ExampleRowGroup, ...]:
     """Two files of several row groups."""
     rows = pa.Table.from_batches([user_rows(events_batch(EVENTS), HISTORY)])
     half = len(rows) // 2
@@ -43,7 +43,7 @@ def groups(tmp_path: Path) -> tuple[stream.RowGroup, ...]:
     return row_groups([f"{tmp_path}/{name}.parquet" for name in "ab"])
 
 
-def stream_of(groups: tuple[stream.RowGroup, ...], split: str = "train", **more: object) -> ExampleStream:
+def stream_of(groups: tuple[stream.ExampleRowGroup, ...], split: str = "train", **more: object) -> ExampleStream:
     return ExampleStream(groups, split, SCHEME, HISTORY, ITEM_ROWS, batch_size=60, **more)
 
 
@@ -79,7 +79,7 @@ def expected(split: str) -> list[tuple[object, ...]]:
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_every_impression_comes_once_with_its_history(groups: tuple[stream.RowGroup, ...], split: str) -> None:
+def test_every_impression_comes_once_with_its_history(groups: tuple[stream.ExampleRowGroup, ...], split: str) -> None:
     batches = list(stream_of(groups, split))
     assert sorted(one for batch in batches for one in impressions_of(batch)) == expected(split)
     for batch in batches:
@@ -93,7 +93,7 @@ def test_every_impression_comes_once_with_its_history(groups: tuple[stream.RowGr
         assert (batch.shown > 0).all()
 
 
-def test_tokens_are_those_of_the_scheme(groups: tuple[stream.RowGroup, ...]) -> None:
+def test_tokens_are_those_of_the_scheme(groups: tuple[stream.ExampleRowGroup, ...]) -> None:
     by_row = {row_of(event.item): event.item for event in EVENTS}
     for batch in stream_of(groups):
         for n in range(len(batch)):
@@ -105,7 +105,7 @@ def test_tokens_are_those_of_the_scheme(groups: tuple[stream.RowGroup, ...]) -> 
             assert torch.equal(batch.candidates.weights[n], weight[0])
 
 
-def test_an_epoch_is_the_same_again_and_the_next_one_is_another(groups: tuple[stream.RowGroup, ...]) -> None:
+def test_an_epoch_is_the_same_again_and_the_next_one_is_another(groups: tuple[stream.ExampleRowGroup, ...]) -> None:
     shuffled = stream_of(groups, shuffle=True, seed=3)
     once, again, later = list(shuffled), list(shuffled), list(shuffled.at(1))
     for a, b in zip(once, again, strict=True):
@@ -116,7 +116,7 @@ def test_an_epoch_is_the_same_again_and_the_next_one_is_another(groups: tuple[st
     assert sorted(one for batch in later for one in impressions_of(batch)) == expected("train")
 
 
-def test_the_shares_of_the_processes_add_to_all(groups: tuple[stream.RowGroup, ...]) -> None:
+def test_the_shares_of_the_processes_add_to_all(groups: tuple[stream.ExampleRowGroup, ...]) -> None:
     shares = [stream_of(groups, shuffle=True, rank=rank, world=3) for rank in range(3)]
     assert sorted(one for share in shares for batch in share for one in impressions_of(batch)) == expected("train")
 
@@ -131,7 +131,7 @@ def test_fewer_alternates_than_the_scheme_has_are_padded(tmp_path: Path) -> None
     np.testing.assert_allclose(batch.candidates.weights[0], np.array([200, 55, 0, 255, 0, 0, 255]) / 255)
 
 
-def test_a_stream_that_is_left_early_ends_its_thread(groups: tuple[stream.RowGroup, ...]) -> None:
+def test_a_stream_that_is_left_early_ends_its_thread(groups: tuple[stream.ExampleRowGroup, ...]) -> None:
     import threading
 
     before = threading.active_count()

@@ -1,4 +1,4 @@
-"""sources: which files count, what they hold together, and ids as text; without Spark."""
+"""sources: which files count and what they hold together; without Spark."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ import os
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import duckdb
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from jobs.config import ConfigError
 from jobs.errors import SchemaError
-from jobs.files.sources import Source, as_ids, filesystem_of, is_id_type, open_source, read_row_group
+from jobs.files.sources import Source, open_source
 
 
 def write(path: Path, **columns: Any) -> Path:
@@ -28,12 +26,7 @@ def write(path: Path, **columns: Any) -> Path:
 
 def rows(source: Source, *columns: str, as_written: tuple[str, ...] = ()) -> list[tuple[Any, ...]]:
     names = list(columns) or source.schema.names
-    return [
-        tuple(row.values())
-        for group in source.row_groups
-        for batch in read_row_group(source.location, source.schema, group.path, group.index, names, 2, as_written)
-        for row in batch.to_pylist()
-    ]
+    return [tuple(row.values()) for batch in source.batches(names, 2, as_written) for row in batch.to_pylist()]
 
 
 # ---- which files ----
@@ -110,13 +103,6 @@ def test_a_path_is_taken_as_it_is_written(tmp_path: Path, name: str, monkeypatch
     assert rows(open_source(str(tmp_path / name / "part-0.parquet"))) == [("a",)]
     monkeypatch.chdir(tmp_path)
     assert rows(open_source(name)) == [("a",)]
-
-
-def test_file_uris_are_encoded_or_not(tmp_path: Path) -> None:
-    for name in ("a b", "50%20"):
-        (tmp_path / name).mkdir()
-        for uri in ((tmp_path / name).as_uri(), f"file:{tmp_path}/{name}", f"file://{tmp_path}/{name}"):
-            assert filesystem_of(uri)[1] == str(tmp_path / name), uri
 
 
 @pytest.mark.parametrize("location", ["nonsense://x", "hdfs://nowhere.invalid/x", "s3://bucket/a b", "x\0y"])
@@ -372,45 +358,6 @@ def test_arrays_of_duckdb_with_null_rows_are_named(tmp_path: Path) -> None:
 def test_names_with_dots_and_backticks_are_names(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": [1], "a.b": [2], "`": [3]}), tmp_path / "x.parquet")
     assert rows(open_source(str(tmp_path / "x.parquet")), "a", "a.b", "`") == [(1, 2, 3)]
-
-
-# ---- ids ----
-
-
-@pytest.mark.parametrize(
-    ("column", "texts", "wrong"),
-    [
-        (pa.array([1, None, -3], pa.int32()), ["1", None, "-3"], []),
-        (pa.array([2**64 - 1], pa.uint64()), ["18446744073709551615"], []),
-        (pa.array([3.0, None, np.nan, 1e6, -0.0]), ["3", None, None, "1000000", "0"], []),
-        (pa.array([3.5, np.inf, 2.0**53, 2.0**53 + 2]), ["3.5", "inf", "9007199254740992", "9007199254740994"], [0, 1, 2, 3]),
-        (pa.array([2.0**53 - 1]), ["9007199254740991"], []),
-        (pa.array([16777216.0, 16777220.0], pa.float32()), ["16777216", "16777220"], [0, 1]),
-        (pa.array([Decimal(7), None], pa.decimal128(38, 0)), ["7", None], []),
-        (pa.array([Decimal("7.00"), Decimal("7.25")]), ["7", "7.25"], [1]),
-        (pa.array(["a", "", None, "3.0", "a\0b", " x "]), ["a", "", None, "3.0", "a\0b", " x "], []),
-        (pa.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"], []),
-        (pa.array([7, 8]).dictionary_encode(), ["7", "8"], []),
-        (pa.array(["long" * 9], pa.string_view()), ["long" * 9], []),
-        (pa.array(["a"], pa.large_string()), ["a"], []),
-        (pa.RunEndEncodedArray.from_arrays([2], pa.array(["a"])), ["a", "a"], []),
-        (pa.array([b"a", b"\xff", None]), ["a", "\\xff", None], [1]),
-        (pa.array([None, None], pa.null()), [None, None], []),
-        (pa.ExtensionArray.from_storage(pa.uuid(), pa.array([UUID(int=5).bytes], pa.binary(16))), ["00000000-0000-0000-0000-000000000005"], []),
-    ],
-)  # fmt: skip
-def test_ids_are_text(column: pa.Array, texts: list[Any], wrong: list[int]) -> None:
-    ids, bad = as_ids(column)
-    assert ids.to_pylist() == texts
-    assert np.flatnonzero(bad).tolist() == wrong
-    assert is_id_type(column.type)
-
-
-@pytest.mark.parametrize(
-    "kind", [pa.bool_(), pa.timestamp("us"), pa.date32(), pa.list_(pa.string()), pa.struct([("a", pa.int64())])]
-)
-def test_other_types_are_no_ids(kind: pa.DataType) -> None:
-    assert not is_id_type(kind)
 
 
 def test_ids_keep_the_type_of_their_file(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pyspark.sql import types as T
 
 from jobs.config import ConfigError
 from jobs.errors import WarehouseError
-from jobs.files.row_groups import row_groups
+from jobs.files.parquet import row_groups
 from jobs.warehouse.delta_rs import count_and_version, read_rows
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.lock import writer_lock
