@@ -60,7 +60,8 @@ class Listing:
                 others.append(name)
         if not data:
             raise ConfigError(
-                f"{self.location} holds no Parquet file; expected at least one (names that begin with _ or . do not count)"
+                f"{self.location} holds no Parquet file; expected at least one "
+                "(names that begin with _ or . do not count)"
             )
         return data, others
 
@@ -83,8 +84,8 @@ class Listing:
             folder = above
             if self.filesystem.get_file_info(f"{folder}/_delta_log").type == fs.FileType.Directory:
                 raise ConfigError(
-                    f"{self.location} is a part of the Delta table {folder}; read by itself it would bring deleted rows "
-                    "back. Expected the whole table"
+                    f"{self.location} is a part of the Delta table {folder}; read by itself it would bring deleted "
+                    "rows back. Expected the whole table"
                 )
 
 

@@ -125,7 +125,7 @@ def source_footer(filesystem: fs.FileSystem, path: str) -> pq.FileMetaData:
 
 
 def open_source_file(filesystem: fs.FileSystem, path: str) -> pq.ParquetFile:
-    """A file with the footer of `source_footer`; times of 96 bits are read to the microsecond, as others have no nanoseconds.
+    """A file with the footer of `source_footer`; its times of 96 bits are read to the microsecond.
 
     Raises:
         SchemaError: the file is not whole, plain Parquet.

@@ -34,8 +34,8 @@ def check_keys(location: str, partitions: Mapping[str, Partition]) -> None:
     if len(examples) > 1:
         (first_keys, first), (other_keys, other) = list(examples.items())[:2]
         raise SchemaError(
-            f"files of {location} lie in folders of different keys: {first.rpartition('/')[2]} under {list(first_keys)}, "
-            f"{other.rpartition('/')[2]} under {list(other_keys)}; expected the same keys for all"
+            f"files of {location} lie in folders of different keys: {first.rpartition('/')[2]} under "
+            f"{list(first_keys)}, {other.rpartition('/')[2]} under {list(other_keys)}; expected the same keys for all"
         )
 
 

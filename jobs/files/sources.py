@@ -130,8 +130,8 @@ def open_source(location: str, format: Format = "auto", *, setting: str = "", sn
         location: path or URI of a Parquet file, a folder of them, or a Delta table.
         format: what it must be.
         setting: the setting that says the format, for error messages.
-        snapshots: newest reads, of folders such as dt=2026-01-31 (or 20260131, or year=2026/month=1/day=31), only those of
-            the newest day, under each folder above it.
+        snapshots: newest reads, of folders such as dt=2026-01-31 (or 20260131, or year=2026/month=1/day=31), only those
+            of the newest day, under each folder above it.
 
     Raises:
         ConfigError: nothing is there, or it is of another format.
@@ -195,10 +195,15 @@ def _delta_source(location: str) -> Source:
 
 
 def map_rows(
-    spark: SparkSession, source: Source, columns: Sequence[str],
-    convert: Callable[[pa.RecordBatch], pa.RecordBatch], schema: StructType, *,
-    rows: int = ROWS_PER_BATCH, as_written: Sequence[str] = (),
-) -> DataFrame:  # fmt: skip
+    spark: SparkSession,
+    source: Source,
+    columns: Sequence[str],
+    convert: Callable[[pa.RecordBatch], pa.RecordBatch],
+    schema: StructType,
+    *,
+    rows: int = ROWS_PER_BATCH,
+    as_written: Sequence[str] = (),
+) -> DataFrame:
     """`convert` of every batch of `columns`, run in tasks; it returns exactly the Arrow types of `schema`.
 
     Of Parquet each task reads a row group itself; of Delta Spark reads the version that was opened.

@@ -64,7 +64,7 @@ def cast(array: pa.Array, kind: pa.DataType, what: str) -> pa.Array:
 
 
 def is_id_type(kind: pa.DataType) -> bool:
-    """Can a column of this type hold ids: text, whole numbers, floats that are whole (pandas makes them where one is missing)."""
+    """Can a column of this type hold ids: text, whole numbers, or floats, as pandas makes them where one is null."""
     kind = plain_type(kind)
     return (
         bool(pa.types.is_string(kind) or pa.types.is_binary(kind) or pa.types.is_null(kind))
@@ -76,7 +76,8 @@ def is_id_type(kind: pa.DataType) -> bool:
 def as_ids(column: pa.Array) -> tuple[pa.StringArray, npt.NDArray[np.bool_]]:
     """Ids as text (3, 3.0 and "3" are one id), and which rows hold a value that is no id; null and NaN are null.
 
-    No ids are 3.5, infinities, floats too large to be counted one by one (2^53 and more in float64), bytes that are not UTF-8.
+    No ids are 3.5, infinities, floats too large to be counted one by one (2^53 and more in float64), and bytes that are
+    not UTF-8.
     """
     column = cast(column, plain_type(column.type), "ids")
     kind, n = column.type, len(column)

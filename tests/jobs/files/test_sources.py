@@ -35,10 +35,15 @@ def rows(source: Source, *columns: str, as_written: tuple[str, ...] = ()) -> lis
 @pytest.mark.parametrize(
     "name",
     [
-        "_temporary/0/_temporary/attempt_0/part-0.parquet", "_staged.parquet", ".ipynb_checkpoints/part-0-checkpoint.parquet",
-        "._part-0.parquet", ".part-0.parquet.crc", "day=1/.hidden/part-0.parquet", "part-9.parquet._COPYING_",
+        "_temporary/0/_temporary/attempt_0/part-0.parquet",
+        "_staged.parquet",
+        ".ipynb_checkpoints/part-0-checkpoint.parquet",
+        "._part-0.parquet",
+        ".part-0.parquet.crc",
+        "day=1/.hidden/part-0.parquet",
+        "part-9.parquet._COPYING_",
     ],
-)  # fmt: skip
+)
 def test_what_spark_passes_over_is_not_read(tmp_path: Path, name: str) -> None:
     write(tmp_path / "part-0.parquet", item_id=["a"])
     (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +97,22 @@ def test_nothing_to_read_is_a_sentence(tmp_path: Path, there: bool) -> None:
         open_source(str(where))
 
 
-STRANGE = ["a b", "a:b", "[ab]", "{a,b}", "100%", "per%20cent", "q?m", "a#b", "*", "gar\u00e7on", "back`tick", "\u65e5", "it's", "x:/y"]  # fmt: skip
+STRANGE = [
+    "a b",
+    "a:b",
+    "[ab]",
+    "{a,b}",
+    "100%",
+    "per%20cent",
+    "q?m",
+    "a#b",
+    "*",
+    "gar\u00e7on",
+    "back`tick",
+    "\u65e5",
+    "it's",
+    "x:/y",
+]
 
 
 @pytest.mark.parametrize("name", STRANGE)
@@ -171,10 +191,11 @@ def test_names_that_are_not_utf8_are_a_sentence(tmp_path: Path) -> None:
 def delta_log(folder: Path) -> None:
     (folder / "_delta_log").mkdir(parents=True)
     text = {"type": "struct", "fields": [{"name": "item_id", "type": "string", "nullable": True, "metadata": {}}]}
+    metadata = {"id": "0", "format": {"provider": "parquet", "options": {}}, "schemaString": json.dumps(text)}
     actions = [
         {"protocol": {"minReaderVersion": 1, "minWriterVersion": 2}},
-        {"metaData": {"id": "0", "format": {"provider": "parquet", "options": {}}, "schemaString": json.dumps(text), "partitionColumns": [], "configuration": {}}},
-    ]  # fmt: skip
+        {"metaData": {**metadata, "partitionColumns": [], "configuration": {}}},
+    ]
     (folder / "_delta_log" / f"{0:020}.json").write_text("\n".join(map(json.dumps, actions)))
 
 
@@ -249,17 +270,33 @@ def test_folders_of_different_keys_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("folders", "taken", "note"),
     [
-        (["dt=2026-01-01", "dt=2026-01-03", "dt=2026-01-02"], ["dt=2026-01-03"], "snapshot dt=2026-01-03, the newest of 3 daily folders"),
+        (
+            ["dt=2026-01-01", "dt=2026-01-03", "dt=2026-01-02"],
+            ["dt=2026-01-03"],
+            "snapshot dt=2026-01-03, the newest of 3 daily folders",
+        ),
         (["d=20251231", "d=20260101"], ["d=20260101"], "snapshot d=20260101, the newest of 2 daily folders"),
-        (["year=2026/month=2/day=9", "year=2026/month=2/day=10"], ["year=2026/month=2/day=10"], "snapshot year=2026/month=2/day=10, the newest of 2 daily folders"),
-        (["dt=2026-01-01/b=0", "dt=2026-01-02/b=0", "dt=2026-01-02/b=1"], ["dt=2026-01-02/b=0", "dt=2026-01-02/b=1"], "snapshot dt=2026-01-02, the newest of 2 daily folders"),
-        (["r=eu/dt=2026-01-01", "r=eu/dt=2026-01-02", "r=us/dt=2026-01-01"], ["r=eu/dt=2026-01-02", "r=us/dt=2026-01-01"], "snapshot dt=2026-01-01, dt=2026-01-02, the newest of 2 daily folders"),
+        (
+            ["year=2026/month=2/day=9", "year=2026/month=2/day=10"],
+            ["year=2026/month=2/day=10"],
+            "snapshot year=2026/month=2/day=10, the newest of 2 daily folders",
+        ),
+        (
+            ["dt=2026-01-01/b=0", "dt=2026-01-02/b=0", "dt=2026-01-02/b=1"],
+            ["dt=2026-01-02/b=0", "dt=2026-01-02/b=1"],
+            "snapshot dt=2026-01-02, the newest of 2 daily folders",
+        ),
+        (
+            ["r=eu/dt=2026-01-01", "r=eu/dt=2026-01-02", "r=us/dt=2026-01-01"],
+            ["r=eu/dt=2026-01-02", "r=us/dt=2026-01-01"],
+            "snapshot dt=2026-01-01, dt=2026-01-02, the newest of 2 daily folders",
+        ),
         (["dt=2026-01-01"], ["dt=2026-01-01"], ""),
         (["dt=2026-01-01", "dt=unknown"], ["dt=2026-01-01", "dt=unknown"], ""),
         (["dt=20260101", "dt=20261399"], ["dt=20260101", "dt=20261399"], ""),
         (["bucket=1", "bucket=2"], ["bucket=1", "bucket=2"], ""),
     ],
-)  # fmt: skip
+)
 def test_of_daily_snapshots_the_newest_is_taken(
     tmp_path: Path, folders: list[str], taken: list[str], note: str
 ) -> None:
@@ -302,7 +339,7 @@ F32, F64 = pa.list_(pa.float32()), pa.list_(pa.float64())
         (pa.array(["a"]).dictionary_encode(), pa.array(["b"], pa.large_string()), ["a", "b"]),
         (pa.array([b"ab"], pa.binary(2)), pa.array([b"abc"], pa.large_binary()), [b"ab", b"abc"]),
     ],
-)  # fmt: skip
+)
 def test_schemas_are_unified(tmp_path: Path, first: pa.Array, second: pa.Array, expected: list[Any]) -> None:
     assert [x for (x,) in rows(both(tmp_path, first, second))] == expected
 

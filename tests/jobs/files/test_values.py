@@ -12,6 +12,8 @@ import pytest
 
 from jobs.files.values import as_ids, is_id_type
 
+UUID_5 = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([UUID(int=5).bytes], pa.binary(16)))
+
 
 @pytest.mark.parametrize(
     ("column", "texts", "wrong"),
@@ -19,8 +21,8 @@ from jobs.files.values import as_ids, is_id_type
         (pa.array([1, None, -3], pa.int32()), ["1", None, "-3"], []),
         (pa.array([2**64 - 1], pa.uint64()), ["18446744073709551615"], []),
         (pa.array([3.0, None, np.nan, 1e6, -0.0]), ["3", None, None, "1000000", "0"], []),
-        (pa.array([3.5, np.inf, 2.0**53, 2.0**53 + 2]), ["3.5", "inf", "9007199254740992", "9007199254740994"], [0, 1, 2, 3]),
-        (pa.array([2.0**53 - 1]), ["9007199254740991"], []),
+        (pa.array([3.5, np.inf]), ["3.5", "inf"], [0, 1]),
+        (pa.array([2.0**53 - 1, 2.0**53, 2.0**53 + 2]), [str(2**53 - 1), str(2**53), str(2**53 + 2)], [1, 2]),
         (pa.array([16777216.0, 16777220.0], pa.float32()), ["16777216", "16777220"], [0, 1]),
         (pa.array([Decimal(7), None], pa.decimal128(38, 0)), ["7", None], []),
         (pa.array([Decimal("7.00"), Decimal("7.25")]), ["7", "7.25"], [1]),
@@ -32,9 +34,9 @@ from jobs.files.values import as_ids, is_id_type
         (pa.RunEndEncodedArray.from_arrays([2], pa.array(["a"])), ["a", "a"], []),
         (pa.array([b"a", b"\xff", None]), ["a", "\\xff", None], [1]),
         (pa.array([None, None], pa.null()), [None, None], []),
-        (pa.ExtensionArray.from_storage(pa.uuid(), pa.array([UUID(int=5).bytes], pa.binary(16))), ["00000000-0000-0000-0000-000000000005"], []),
+        (UUID_5, ["00000000-0000-0000-0000-000000000005"], []),
     ],
-)  # fmt: skip
+)
 def test_ids_are_text(column: pa.Array, texts: list[Any], wrong: list[int]) -> None:
     ids, bad = as_ids(column)
     assert ids.to_pylist() == texts
