@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from jobs.config import ConfigError
+from jobs.embeddings.vectors import is_vector, lengths_of, matrix_of
+from jobs.files.values import is_bytes
+from tokenizer.packed import width_of
 
 HELD_OUT = 0.1
 
@@ -78,27 +81,22 @@ def _columns(file: Path, columns: list[str]) -> list[np.ndarray]:
 
 
 def _matrix(column: pa.Array, name: str) -> np.ndarray:
-    """(N, D) with NaN where the row is null or not of the commonest dimension."""
-    kind: Any = column.type
-    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
-    if not binary and not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+    """(N, D) with NaN where the row is null or not of the commonest dimension; packed columns are float32."""
+    if not is_vector(column.type):
         raise WrongVectors(
-            f"column {name!r} has type {kind}; expected a list of numbers or packed little-endian float32"
+            f"column {name!r} has type {column.type}; expected a list of numbers or packed little-endian float32"
         )
-    rows = [
-        None if row is None else np.frombuffer(row, "<f4") if binary else np.asarray(row, np.float64)
-        for row in (
-            column.to_pylist()
-            if binary
-            else (value.values.to_numpy(False) if value.is_valid else None for value in column)
-        )
-    ]
-    sizes = [len(row) for row in rows if row is not None and len(row)]
+    dtype = "float32" if is_bytes(column.type) else None
+    width = 1 if dtype is None else width_of(dtype)
+    lengths = lengths_of(column)
+    sizes = Counter(lengths[(lengths > 0) & (lengths % width == 0)].tolist())
     if not sizes:
         raise WrongVectors(f"column {name!r} holds no vector; expected one per row")
-    dim = max(set(sizes), key=sizes.count)
-    missing = np.full(dim, np.nan)
-    return np.stack([row if row is not None and len(row) == dim else missing for row in rows])
+    size = sizes.most_common(1)[0][0]
+    usable = lengths == size
+    x = matrix_of(column, usable, size // width, dtype)
+    x[~usable] = np.nan
+    return x
 
 
 def _numbers(array: np.ndarray, name: str) -> np.ndarray:

@@ -25,6 +25,7 @@ import torch
 
 from jobs.config import Config, ConfigError, FitConfig
 from jobs.embeddings.batches import EmbeddingFiles
+from jobs.embeddings.recipe import FUSION
 from jobs.errors import SchemaError
 from jobs.models.checkpoint import Checkpoint
 from jobs.models.codebooks import codebook_files, load_files, register_codebook
@@ -68,7 +69,7 @@ def run(
     registered already there is nothing to do.
     """
     began = time.monotonic()
-    fusion_text = warehouse.property(ITEM_EMBEDDINGS, "sid.fusion")
+    fusion_text = warehouse.property(ITEM_EMBEDDINGS, FUSION)
     if fusion_text is None:
         raise SchemaError("item_embeddings does not exist in this warehouse; run `sid load` first")
     fusion = Fusion.from_json(fusion_text)

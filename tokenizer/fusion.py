@@ -6,16 +6,17 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from tokenizer.errors import DataError
 
-Vectors = npt.ArrayLike | Tensor | Sequence[Any]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Vectors = npt.ArrayLike | Tensor | Sequence[Any]
 Precision = Literal["float32", "float16"]
 
 
@@ -111,15 +112,16 @@ class Fusion:
                 f"item {int(np.flatnonzero(~present)[0])} has no modality at all; expected at least one vector. Leave "
                 "such items out"
             )
-        x = self.join(blocks)
-        with np.errstate(over="ignore"):
-            stored = x.astype(self.dtype).astype(np.float32)
+        import torch
+
+        fused = self.join(blocks)
+        stored = self.rounded(fused)
         if not np.isfinite(stored).all():
             raise DataError(
-                f"an embedding holds {np.abs(x).max():.3g}, too large for {self.dtype}; expected less. Use normalize "
-                "or float32"
+                f"an embedding holds {np.abs(fused).max():.3g}, too large for {self.dtype}; expected less. "
+                "Use normalize or float32"
             )
-        return torch.from_numpy(stored)
+        return torch.from_numpy(stored.astype(np.float32))
 
     def block(self, name: str, x: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
         """(N, dim): what vectors x (N, dim) of one modality contribute; rows of zeros stay zeros."""
@@ -130,7 +132,7 @@ class Fusion:
         block: npt.NDArray[np.float64] = np.sqrt(self.weights[name]) * scaled
         return block
 
-    def join(self, blocks: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float32]:
+    def join(self, blocks: Sequence[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
         """(N, D): the blocks of all modalities, in the order of `dims`, as one embedding; NaN for a row of zeros to
         normalise.
         """
@@ -138,7 +140,12 @@ class Fusion:
         if self.normalize:
             with np.errstate(invalid="ignore", divide="ignore"):
                 fused = fused / np.linalg.norm(fused, axis=1, keepdims=True)
-        return fused.astype(np.float32)
+        return fused
+
+    def rounded(self, x: npt.NDArray[np.float64]) -> npt.NDArray[np.floating[Any]]:
+        """Embeddings x (N, D) as they are stored, rounded once to `dtype`; Inf where that cannot hold a component."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return x.astype(self.dtype)
 
     def _matrix(
         self, name: str, vectors: Vectors | None, items: int
@@ -148,8 +155,8 @@ class Fusion:
         x, known = np.zeros((items, dim), np.float32), np.zeros(items, bool)
         if vectors is None:
             return x, known
-        if isinstance(vectors, Tensor):
-            vectors = vectors.detach().cpu().numpy()
+        if hasattr(vectors, "detach"):
+            vectors = cast("Tensor", vectors).detach().cpu().numpy()
         known = np.ones(items, bool)
         if not isinstance(vectors, np.ndarray) or vectors.dtype == object:
             known = np.array([row is not None for row in vectors])  # type: ignore[union-attr]

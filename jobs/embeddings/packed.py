@@ -1,24 +1,23 @@
-"""Packed vectors: a row of components as little-endian bytes, the form in which Spark moves them fastest.
+"""Columns of packed vectors: Arrow arrays of bytes to float32 matrices and back.
 
-Ours are float32 or float16. Those of others may be more, and bytes do not say what they are: `packed_as` finds out, or refuses.
+`item_embeddings` has float32 or float16. The bytes of others may be more, and do not say what they are: `infer_packed`
+finds out, or refuses.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from pyspark.sql import DataFrame
-from pyspark.sql import functions as F
 
 from jobs.errors import SchemaError
+from tokenizer.packed import DTYPES, STORED, decode, width_of
 
 Float32 = npt.NDArray[np.float32]
-WIDTHS = {4: "<f4", 2: "<f2"}  # bytes a component -> NumPy type
-READINGS = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "float64": "<f8", "int8": "<i1", "uint8": "<u1"}
 MAX_SPREAD = 5.0  # in powers of two, of the middle half of the components: 1.9 for normally distributed ones
 LEAST_FLOAT16 = 2.0**-12  # typical component; smaller ones are too coarse in float16 for anybody to keep there
 
@@ -36,39 +35,27 @@ def unpack(column: pa.Array, dim: int) -> Float32:
     offset_type = np.int64 if pa.types.is_large_binary(column.type) else np.int32
     offsets = np.frombuffer(offset_buffer, offset_type)[column.offset : column.offset + n + 1]
     lengths = np.diff(offsets)
-    width = int(lengths[0]) // dim
-    if width not in WIDTHS or (lengths != width * dim).any():
+    dtype = next((dtype for dtype in STORED if (lengths == dim * width_of(dtype)).all()), None)
+    if dtype is None:
         raise SchemaError(
             f"packed embeddings hold {sorted(set(lengths.tolist()))[:5]} bytes; expected {4 * dim} (float32) or {2 * dim} "
             f"(float16) in every row, for dimension {dim}"
         )
-    flat = np.frombuffer(data, WIDTHS[width], count=n * dim, offset=int(offsets[0]))
-    return flat.reshape(n, dim).astype(np.float32, copy=False)
+    return decode(memoryview(data)[offsets[0] : offsets[-1]], dtype).reshape(n, dim)
 
 
-def pack(x: Float32, dtype: str, valid: npt.NDArray[np.bool_] | None = None) -> pa.Array:
-    """Rows of (N, D) as a binary array, `dtype` float32 or float16; null where not `valid`. No row is copied by itself."""
-    stored = np.ascontiguousarray(x, {"float32": "<f4", "float16": "<f2"}[dtype])
+def pack(x: npt.NDArray[np.floating[Any]], dtype: str, valid: npt.NDArray[np.bool_] | None = None) -> pa.Array:
+    """Rows of x (N, D) as a binary array of `dtype` float32 or float16; null where not `valid`. Rows are not copied one by
+    one.
+    """
+    stored = np.ascontiguousarray(x, DTYPES[dtype])
     n, width = len(stored), stored.shape[1] * stored.itemsize
     offsets = pa.array(np.arange(n + 1) * width).cast(pa.int32())  # refuses to pass 2 GiB
     bitmap = None if valid is None else pa.array(valid).buffers()[1]
     return pa.Array.from_buffers(pa.binary(), n, [bitmap, offsets.buffers()[1], pa.py_buffer(stored)])
 
 
-def width_of(dtype: str) -> int:
-    """Bytes a component."""
-    return np.dtype(READINGS[dtype]).itemsize
-
-
-def read_packed(data: bytes, dtype: str) -> Float32 | npt.NDArray[np.float64]:
-    """The components that `data` holds, one row after the other."""
-    numbers = np.frombuffer(data, READINGS[dtype])
-    if dtype == "bfloat16":  # the upper half of a float32
-        return (numbers.astype(np.uint32) << 16).view(np.float32)
-    return numbers.astype(np.float64) if dtype == "float64" else numbers.astype(np.float32)
-
-
-def packed_as(rows: Sequence[bytes], column: str, dim: int | None, dtype: str | None = None) -> tuple[str, int]:
+def infer_packed(rows: Sequence[bytes], column: str, dim: int | None, dtype: str | None = None) -> tuple[str, int]:
     """The dtype and dimension of the packed `column` of which `rows` is a sample, as far as `dim` and `dtype` do not say.
 
     The commonest length of a row decides, if it is that of more than half of them. With `dim` it gives the width of a
@@ -80,7 +67,7 @@ def packed_as(rows: Sequence[bytes], column: str, dim: int | None, dtype: str | 
         SchemaError: no reading is plausible, or several are.
     """
     lengths = Counter(len(row) for row in rows if row)
-    remedy = f"Say what they are: load.packed_dtype={{{column} = 'float32'}} (or {', '.join(list(READINGS)[1:])})"
+    remedy = f"Say what they are: load.packed_dtype={{{column} = 'float32'}} (or {', '.join(list(DTYPES)[1:])})"
     if not lengths:
         raise SchemaError(
             f"column {column!r} of packed vectors: its first rows hold none; expected bytes. "
@@ -105,7 +92,7 @@ def packed_as(rows: Sequence[bytes], column: str, dim: int | None, dtype: str | 
                 f"column {column!r} has rows of {length} bytes, which are no {dtype} of {width_of(dtype)} bytes each. {remedy}"
             )
         return dtype, dim or length // width_of(dtype)
-    floats = [name for name in READINGS if "float" in name and length % width_of(name) == 0]
+    floats = [name for name in DTYPES if "float" in name and length % width_of(name) == 0]
     if dim is not None:
         floats = [name for name in floats if width_of(name) * dim == length]
         if len(floats) == 1:
@@ -128,7 +115,7 @@ def _counted(lengths: Counter[int]) -> str:
 def _plausible(rows: Sequence[bytes], dtype: str) -> bool:
     """Do rows of one length look like vectors of `dtype`, at their even and at their odd positions?"""
     with np.errstate(invalid="ignore", over="ignore"):
-        x = np.abs(read_packed(b"".join(rows), dtype).astype(np.float64)).reshape(len(rows), -1)
+        x = np.abs(decode(b"".join(rows), dtype).astype(np.float64)).reshape(len(rows), -1)
     x = x[np.isfinite(x).all(1)]
     if 2 * len(x) < len(rows):
         return False
@@ -141,16 +128,3 @@ def _plausible(rows: Sequence[bytes], dtype: str) -> bool:
         if third - first > MAX_SPREAD or not np.log2(least) <= middle <= np.log2(most):
             return False
     return True
-
-
-def as_float_arrays(embeddings: DataFrame) -> DataFrame:
-    """`item_embeddings` with `embedding` as ARRAY<FLOAT>, for people and SQL; several times slower to move than the bytes."""
-
-    # In Arrow, not pandas, whose import every worker of every job would wait a second for.
-    def floats(packed: pa.Array, dim: pa.Array) -> pa.Array:
-        rows = zip(packed.to_pylist(), dim.to_pylist(), strict=True)
-        vectors = [np.frombuffer(data, WIDTHS[len(data) // d]).astype("<f4") for data, d in rows]
-        return pa.array(vectors, pa.list_(pa.float32()))
-
-    packed_floats = F.arrow_udf(floats, "array<float>")  # type: ignore[attr-defined]
-    return embeddings.withColumn("embedding", packed_floats("embedding", "dim"))

@@ -77,6 +77,19 @@ class Source:
         for group in self.row_groups:
             yield from reader.batches(group.uri, group.index)
 
+    def first_values(self, column: str, rows: int) -> pa.Array:
+        """The first values of a column of a Parquet source that are not null, at most `rows`."""
+        reader, without = self.reader([column]), set(self.lacking.get(column, ()))
+        parts: list[pa.Array] = [pa.array([], self.schema.field(column).type)]
+        for group in self.row_groups:
+            if group.uri in without:
+                continue
+            for batch in reader.batches(group.uri, group.index):
+                parts.append(batch.column(0).drop_null())
+                if sum(map(len, parts)) >= rows:
+                    return pa.concat_arrays(parts)[:rows]
+        return pa.concat_arrays(parts)
+
     def frame(self, spark: SparkSession) -> DataFrame:
         """The rows of a Delta source, at its version."""
         return spark.read.format("delta").option("versionAsOf", self.version).load(self.location)

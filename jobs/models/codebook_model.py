@@ -14,6 +14,7 @@ import torch
 
 from tokenizer import load_codebook
 from tokenizer.alternates import ALTERNATES
+from tokenizer.packed import unpack
 
 
 class CodebookModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
@@ -64,8 +65,7 @@ def _matrix(model_input: Any, dim: int) -> np.ndarray:
 
 def _vector(value: Any, dim: int) -> np.ndarray:
     if isinstance(value, bytes):
-        width = "<f4" if len(value) == 4 * dim else "<f2"
-        value = np.frombuffer(value, width)
+        return unpack(value, dim)
     x = np.asarray(value, dtype=np.float32)
     if x.shape != (dim,):
         raise ValueError(

@@ -16,6 +16,7 @@ from typing import Any
 
 from pyarrow import fs
 
+from jobs.embeddings.recipe import FUSION
 from jobs.errors import SchemaError
 from jobs.files.filesystem import filesystem_of, read_file, write_file
 from jobs.models.registry import CODEBOOK_MODEL, Registry, register
@@ -64,7 +65,7 @@ def usable_files(warehouse: Warehouse, registry: Registry, model: CodebookVersio
         SchemaError: it was fitted on vectors of another recipe.
     """
     files = codebook_files(registry, model)
-    check_recipe(json.loads(files[MANIFEST]), model, warehouse.property(ITEM_EMBEDDINGS, "sid.fusion"))
+    check_recipe(json.loads(files[MANIFEST]), model, warehouse.property(ITEM_EMBEDDINGS, FUSION))
     return files
 
 

@@ -16,7 +16,7 @@ from pyspark.errors import AnalysisException
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from jobs.files.row_groups import missing
+from jobs.files.filesystem import missing
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.releases import Release
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, Table

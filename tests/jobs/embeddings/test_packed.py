@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from data import topics
 
-from jobs.embeddings.packed import packed_as, read_packed
+from jobs.embeddings.packed import infer_packed, pack, unpack
 from jobs.errors import SchemaError
+from tokenizer.packed import decode
 
 X = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
 
@@ -38,8 +40,8 @@ CERTAIN: dict[str, tuple[np.ndarray, str]] = {
 @pytest.mark.parametrize("name", CERTAIN)
 def test_floats_that_can_be_one_thing_only_are_read_so(name: str) -> None:
     x, dtype = CERTAIN[name]
-    assert packed_as(rows(x), "v", None) == (dtype, 16)
-    assert packed_as(rows(x), "v", 16) == (dtype, 16)
+    assert infer_packed(rows(x), "v", None) == (dtype, 16)
+    assert infer_packed(rows(x), "v", 16) == (dtype, 16)
 
 
 UNCERTAIN: dict[str, np.ndarray] = {
@@ -56,13 +58,13 @@ UNCERTAIN: dict[str, np.ndarray] = {
 @pytest.mark.parametrize("name", UNCERTAIN)
 def test_bytes_that_could_be_several_things_or_none_are_refused(name: str) -> None:
     with pytest.raises(SchemaError, match=r"Say what they are: load\.packed_dtype=\{v = 'float32'\}"):
-        packed_as(rows(UNCERTAIN[name]), "v", None)
+        infer_packed(rows(UNCERTAIN[name]), "v", None)
 
 
 @pytest.mark.parametrize("name", ["int8", "bfloat16"])
 def test_a_dimension_does_not_make_bytes_floats(name: str) -> None:
     with pytest.raises(SchemaError, match=r"load\.packed_dtype"):
-        packed_as(rows(UNCERTAIN[name]), "v", 16)
+        infer_packed(rows(UNCERTAIN[name]), "v", 16)
 
 
 def test_some_bad_rows_do_not_change_what_a_column_is() -> None:
@@ -72,7 +74,7 @@ def test_some_bad_rows_do_not_change_what_a_column_is() -> None:
     x[30:40] = 0
     mixed = [*rows(x), *rows(X[:50].astype("<f2")), *rows(X[:9].astype("<f8")), b"", b"odd"]
     for dim in (None, 16):
-        assert packed_as(mixed, "v", dim) == ("float32", 16)
+        assert infer_packed(mixed, "v", dim) == ("float32", 16)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_some_bad_rows_do_not_change_what_a_column_is() -> None:
 )  # fmt: skip
 def test_what_does_not_fit_is_a_sentence(sample: list[bytes], dim: Any, dtype: Any, says: str) -> None:
     with pytest.raises(SchemaError, match=says):
-        packed_as(sample, "v", dim, dtype)
+        infer_packed(sample, "v", dim, dtype)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +104,23 @@ def test_what_does_not_fit_is_a_sentence(sample: list[bytes], dim: Any, dtype: A
     ],
 )
 def test_each_dtype_is_read(data: bytes, dtype: str, expected: list[float]) -> None:
-    assert read_packed(data, dtype).tolist() == expected
+    assert decode(data, dtype).tolist() == expected
 
 
 def test_a_named_dtype_is_taken_as_it_is() -> None:
-    assert packed_as(rows(UNCERTAIN["int8"]), "v", None, "int8") == ("int8", 16)
+    assert infer_packed(rows(UNCERTAIN["int8"]), "v", None, "int8") == ("int8", 16)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_pack_and_unpack_agree(dtype: str) -> None:
+    x = topics(7, 5)
+    column = pack(x, dtype)
+    np.testing.assert_allclose(
+        unpack(column, 5), x, rtol=0 if dtype == "float32" else 1e-3, atol=0 if dtype == "float32" else 1e-3
+    )
+    np.testing.assert_array_equal(unpack(column.slice(2, 3), 5), unpack(column, 5)[2:5])
+
+
+def test_unpack_refuses_rows_of_another_length() -> None:
+    with pytest.raises(SchemaError, match=r"hold \[20\] bytes; expected 16 \(float32\) or 8"):
+        unpack(pack(topics(2, 5), "float32"), 4)
