@@ -3,8 +3,8 @@
     source -> checked rows -> one row per item -> rows whose vector is new or changed -> merge
                            -> rejected rows
 
-Every input row ends in exactly one of the two tables, which is counted in them after each load. `jobs/embeddings/` has the
-parts: the recipe, the checks of a row, duplicates, and the two passes over the source.
+Every input row ends in exactly one of the two tables, which is counted in them after each load. `jobs/embeddings/` has
+the parts: the recipe, the checks of a row, duplicates, and the two passes over the source.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def run(config: Config, warehouse: Warehouse, run_date: date) -> LoadResult:
     """Load the source of `config.load`; rows that did not change are not written again.
 
     Raises:
-        ConfigError, SchemaError: the source, a column or the recipe is not what was asked for, or every row was rejected.
+        ConfigError, SchemaError: source, column or recipe is not as the settings say, or every row was rejected.
         WarehouseError: the tables do not hold afterwards what was put into them.
     """
     began = time.monotonic()

@@ -26,8 +26,9 @@ from pyspark.sql import functions as F
 from safetensors.torch import save_file
 
 from jobs.config import Config, ConfigError
+from jobs.ctr.coverage import coverage_of
 from jobs.ctr.examples import EXAMPLE_SETTINGS, EXAMPLES_RECIPE, FEATURES, build_examples, item_codes
-from jobs.ctr.log import Log, covered, examine, read_rows
+from jobs.ctr.log import Log, examine, read_rows
 from jobs.ctr.metrics import auc
 from jobs.ctr.padded import Examples, Metrics, Trained, shuffled_codes, train_dmqn
 from jobs.errors import SchemaError
@@ -108,7 +109,7 @@ def check_ids(config: Config, warehouse: Warehouse, log: Log) -> None:
         SchemaError: it is not.
     """
     if log.rows_used:
-        covered(log, warehouse.read(ITEM_EMBEDDINGS).select("item_id"), config.train)
+        coverage_of(log, warehouse.read(ITEM_EMBEDDINGS).select("item_id"), config.train)
 
 
 def _examples_key(config: Config, fingerprint: str) -> str:
@@ -141,7 +142,7 @@ def run(
     published = warehouse.read(SEMANTIC_IDS, versions[SEMANTIC_IDS.name]).where(
         F.col("codebook_version") == codebook.number
     )
-    coverage = covered(log, published.select("item_id"), config.train)
+    coverage = coverage_of(log, published.select("item_id"), config.train)
     ids = published.select("item_id", "codes").orderBy("item_id").toArrow()
     told("building examples")
     stored = json.loads(warehouse.property(CTR_EXAMPLES, EXAMPLES_OF) or "{}") if log.seen_before else {}

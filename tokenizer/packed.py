@@ -13,8 +13,13 @@ import numpy.typing as npt
 from tokenizer.errors import DataError
 
 DTYPES = {  # what a component is -> NumPy type of its bytes
-    "float32": "<f4", "float16": "<f2", "bfloat16": "<u2", "float64": "<f8", "int8": "<i1", "uint8": "<u1",
-}  # fmt: skip
+    "float32": "<f4",
+    "float16": "<f2",
+    "bfloat16": "<u2",
+    "float64": "<f8",
+    "int8": "<i1",
+    "uint8": "<u1",
+}
 STORED = ("float32", "float16")
 
 

@@ -18,9 +18,9 @@ from tokenizer import FIT_BLOCK
 class EmbeddingFiles:
     """A table version as a re-iterable of float32 batches (n, dim): the rows of `files` of one worker of a fit.
 
-    Only every `step`-th row is used. Each worker gets one contiguous range of rows that begins at a block of the fit, so
-    that the blocks, and with them the codebook, are the same for any number of workers. Only row groups that overlap the
-    range are read.
+    Only every `step`-th row is used. Each worker gets one contiguous range of rows that begins at a block of the fit,
+    so that the blocks, and with them the codebook, are the same for any number of workers. Only row groups that overlap
+    the range are read.
 
     Attributes:
         files: paths or URIs of the Parquet files, in a fixed order.
@@ -40,7 +40,7 @@ class EmbeddingFiles:
     in_memory: bool = False
 
     def rows(self) -> Self | list[torch.Tensor]:
-        """What to fit on: a list of all batches if `in_memory`, else this object, which reads the files in each pass."""
+        """What to fit on: a list of all batches if `in_memory`, else this object, which reads the files each time."""
         return list(self) if self.in_memory else self
 
     def __iter__(self) -> Iterator[torch.Tensor]:

@@ -38,16 +38,14 @@ def unpack(column: pa.Array, dim: int) -> Float32:
     dtype = next((dtype for dtype in STORED if (lengths == dim * width_of(dtype)).all()), None)
     if dtype is None:
         raise SchemaError(
-            f"packed embeddings hold {sorted(set(lengths.tolist()))[:5]} bytes; expected {4 * dim} (float32) or {2 * dim} "
-            f"(float16) in every row, for dimension {dim}"
+            f"packed embeddings hold {sorted(set(lengths.tolist()))[:5]} bytes; expected {4 * dim} (float32) or "
+            f"{2 * dim} (float16) in every row, for dimension {dim}"
         )
     return decode(memoryview(data)[offsets[0] : offsets[-1]], dtype).reshape(n, dim)
 
 
 def pack(x: npt.NDArray[np.floating[Any]], dtype: str, valid: npt.NDArray[np.bool_] | None = None) -> pa.Array:
-    """Rows of x (N, D) as a binary array of `dtype` float32 or float16; null where not `valid`. Rows are not copied one by
-    one.
-    """
+    """Rows of x (N, D) as a binary array of `dtype` float32 or float16; null where not `valid`."""
     stored = np.ascontiguousarray(x, DTYPES[dtype])
     n, width = len(stored), stored.shape[1] * stored.itemsize
     offsets = pa.array(np.arange(n + 1) * width).cast(pa.int32())  # refuses to pass 2 GiB
@@ -56,15 +54,16 @@ def pack(x: npt.NDArray[np.floating[Any]], dtype: str, valid: npt.NDArray[np.boo
 
 
 def infer_packed(rows: Sequence[bytes], column: str, dim: int | None, dtype: str | None = None) -> tuple[str, int]:
-    """The dtype and dimension of the packed `column` of which `rows` is a sample, as far as `dim` and `dtype` do not say.
+    """The dtype and dimension of the packed `column` of which `rows` is a sample, where `dim` and `dtype` do not say.
 
     The commonest length of a row decides, if it is that of more than half of them. With `dim` it gives the width of a
-    component: 8 bytes are float64, 4 float32. What is left is tried on the rows: floats that are really of another width or
-    kind have components that are no numbers, spread over many orders of magnitude, or have zeros at every other position.
-    The one reading that gives plausible vectors is taken. int8 and uint8 look like any bytes: they must be named.
+    component: 8 bytes are float64, 4 float32. The types that remain are tried on the rows: floats that are really of
+    another width or kind have components that are no numbers, spread over many orders of magnitude, or have zeros at
+    every other position. The only type that gives plausible vectors is the result. int8 and uint8 look like any bytes:
+    they must be named.
 
     Raises:
-        SchemaError: no reading is plausible, or several are.
+        SchemaError: no type is plausible, or several are.
     """
     lengths = Counter(len(row) for row in rows if row)
     remedy = f"Say what they are: load.packed_dtype={{{column} = 'float32'}} (or {', '.join(list(DTYPES)[1:])})"
@@ -77,8 +76,9 @@ def infer_packed(rows: Sequence[bytes], column: str, dim: int | None, dtype: str
         fitting = Counter({n: count for n, count in lengths.items() if n in (dim, 2 * dim, 4 * dim, 8 * dim)})
         if not fitting:
             raise SchemaError(
-                f"column {column!r} has rows of {_counted(lengths)} bytes; none is 2, 4 or 8 times the dimension {dim}. "
-                f"Expected vectors of {dim} components; set load.dims={{{column} = D}} to another number if they are right"
+                f"column {column!r} has rows of {_counted(lengths)} bytes; none is 2, 4 or 8 times the dimension "
+                f"{dim}. Expected vectors of {dim} components; set load.dims={{{column} = D}} to another number if "
+                "they are right"
             )
         lengths = fitting
     length, count = lengths.most_common(1)[0]
@@ -89,7 +89,8 @@ def infer_packed(rows: Sequence[bytes], column: str, dim: int | None, dtype: str
     if dtype is not None:
         if dim is None and length % width_of(dtype):
             raise SchemaError(
-                f"column {column!r} has rows of {length} bytes, which are no {dtype} of {width_of(dtype)} bytes each. {remedy}"
+                f"column {column!r} has rows of {length} bytes, which are no {dtype} of {width_of(dtype)} bytes each. "
+                f"{remedy}"
             )
         return dtype, dim or length // width_of(dtype)
     floats = [name for name in DTYPES if "float" in name and length % width_of(name) == 0]

@@ -1,4 +1,4 @@
-"""load: every row is stored or rejected with a reason, a second run changes nothing, and only what changed is written."""
+"""load: every row is stored or rejected with a reason, a second run changes nothing, only changes are written."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from jobs.config import Config
-from jobs.ctr.log import covered, examine, read_rows
+from jobs.ctr.coverage import coverage_of
+from jobs.ctr.log import examine, read_rows
 from jobs.errors import SchemaError
 from jobs.files.sources import open_source
 from jobs.read_config import load_config
@@ -45,7 +46,7 @@ def coverage(path: Path, catalogue: list[str], spark: SparkSession, **train: Any
     config = load_config(overrides=[f"train.{name}={value}" for name, value in train.items()])
     chosen = config.train.model_copy(update={"interactions": str(path)})
     log = examine(open_source(str(path)), chosen, spark)
-    return covered(log, spark.createDataFrame(pa.table({"item_id": catalogue})), chosen)
+    return coverage_of(log, spark.createDataFrame(pa.table({"item_id": catalogue})), chosen)
 
 
 # ---- ids of the log and of the catalogue ----

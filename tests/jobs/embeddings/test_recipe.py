@@ -86,8 +86,12 @@ def test_a_folder_as_tools_leave_it_is_one_table(tmp_path: Path) -> None:
     assert [row["reason"] for row in rows.values()] == [None] * 5
     text, image = ["text_embedding"], ["image_embedding"]
     assert {item: row["modalities"] for item, row in rows.items()} == {
-        "1": text, "2": text, "a": text, "b": image, "7": image,
-    }  # fmt: skip
+        "1": text,
+        "2": text,
+        "a": text,
+        "b": image,
+        "7": image,
+    }
     blocks = {item: np.frombuffer(row["embedding"], "<f4").tolist() for item, row in rows.items()}
     assert blocks["b"] == [0, 0, 0, 0, 0, 1]
     np.testing.assert_allclose(blocks["7"], [0, 0, 0, 0, 0.6, 0.8], rtol=1e-6)
@@ -177,7 +181,10 @@ def test_a_table_keeps_its_recipe(override: str, tmp_path: Path) -> None:
 
 def test_recipes_of_every_release_are_read() -> None:
     """As the property `sid.fusion` has them: text that must not change, since tables of earlier releases hold it."""
-    former = '{"dims": {"image": 3, "text": 4}, "dtype": "float32", "item_id": "id", "normalize": true, "order": ["text", "image"], "weights": {"image": 0.5, "text": 1.0}}'
+    former = (
+        '{"dims": {"image": 3, "text": 4}, "dtype": "float32", "item_id": "id", "normalize": true, '
+        '"order": ["text", "image"], "weights": {"image": 0.5, "text": 1.0}}'
+    )
     recipe = Recipe.from_json(former)
     assert recipe == Recipe("id", Fusion({"text": 4, "image": 3}, {"image": 0.5}, order=("text", "image")))
     assert recipe.to_json() == former
