@@ -1,7 +1,7 @@
 """Columns of packed vectors: Arrow arrays of bytes to float32 matrices and back.
 
-`item_embeddings` has float32 or float16. The bytes of others may be more, and do not say what they are: `infer_packed`
-finds out, or refuses.
+`item_embeddings` has float32 or float16. Those that others wrote may have more types, which `infer_packed` infers from
+samples, or refuses to.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tokenizer.packed import DTYPES, STORED, decode, width_of
 
 Float32 = npt.NDArray[np.float32]
 MAX_SPREAD = 5.0  # in powers of two, of the middle half of the components: 1.9 for normally distributed ones
-LEAST_FLOAT16 = 2.0**-12  # typical component; smaller ones are too coarse in float16 for anybody to keep there
+LEAST_FLOAT16 = 2.0**-12  # typical component; smaller ones are too coarse in float16 to be of use
 
 
 def unpack(column: pa.Array, dim: int) -> Float32:

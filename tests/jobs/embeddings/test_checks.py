@@ -29,7 +29,7 @@ def batch(recipe: Recipe, **columns: Any) -> pa.RecordBatch:
 
 
 @pytest.mark.parametrize(
-    ("vector", "reason", "says"),
+    ("vector", "reason", "message"),
     [
         (None, "null_embedding", "expected at least one vector"),
         ([1.0, 2.0], "wrong_dimension", "v has 2 components; expected 3"),
@@ -42,10 +42,10 @@ def batch(recipe: Recipe, **columns: Any) -> pa.RecordBatch:
         ([0.0, 0.0, 0.0], "zero_norm", "all zeros"),
     ],
 )
-def test_each_kind_of_bad_vector_is_named_and_its_neighbours_survive(vector: Any, reason: str, says: str) -> None:
+def test_each_kind_of_bad_vector_is_named_and_its_neighbours_survive(vector: Any, reason: str, message: str) -> None:
     checked = check_rows(batch(ONE, v=[[1.0, 0.0, 0.0], vector, [0.0, 2.0, 0.0]]), ONE).to_pylist()
     assert [row["reason"] for row in checked] == [None, reason, None]
-    assert says in checked[1]["detail"]
+    assert message in checked[1]["detail"]
     assert checked[1]["embedding"] is None
     assert all(checked[row]["embedding"] is not None for row in (0, 2))
 
@@ -139,7 +139,7 @@ def test_the_verdict_of_a_packed_row_does_not_depend_on_its_neighbours() -> None
 
 
 @pytest.mark.parametrize(
-    ("value", "reason", "says"),
+    ("value", "reason", "message"),
     [
         (65504.0, None, ""),
         (70000.0, "inf", "a component of 7e+04; expected at most 6.55e+04, the largest of float16"),
@@ -147,11 +147,11 @@ def test_the_verdict_of_a_packed_row_does_not_depend_on_its_neighbours() -> None
         (1e-9, "zero_norm", "all zeros in float16"),
     ],
 )
-def test_what_float16_cannot_hold_is_rejected(value: float, reason: str | None, says: str) -> None:
+def test_what_float16_cannot_hold_is_rejected(value: float, reason: str | None, message: str) -> None:
     raw = Recipe("item_id", Fusion({"v": 3}, normalize=False, dtype="float16"))
     checked = check_rows(batch(raw, v=[[0.0, value, 0.0], [1.0, 2.0, 3.0]]), raw).to_pylist()
     assert [row["reason"] for row in checked] == [reason, None]
-    assert says in checked[0]["detail"]
+    assert message in checked[0]["detail"]
     assert (checked[0]["embedding"] is None) == (reason is not None)
 
 

@@ -1,4 +1,4 @@
-"""packed: what the bytes of others are is found out, or refused; never guessed."""
+"""packed: what the bytes of others are is inferred where it is certain, else refused; ours are read back exactly."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_some_bad_rows_do_not_change_what_a_column_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sample", "dim", "dtype", "says"),
+    ("sample", "dim", "dtype", "message"),
     [
         (rows(X) + rows(X.astype("<f2")), None, None, r"64 \(200 rows\), 32 \(200 rows\) bytes and none has"),
         (rows(X) + rows(X.astype("<f2")), 16, None, "none has the majority"),
@@ -87,8 +87,8 @@ def test_some_bad_rows_do_not_change_what_a_column_is() -> None:
         ([b""], None, None, "its first rows hold none"),
     ],
 )
-def test_what_does_not_fit_is_a_sentence(sample: list[bytes], dim: Any, dtype: Any, says: str) -> None:
-    with pytest.raises(SchemaError, match=says):
+def test_what_does_not_fit_is_a_sentence(sample: list[bytes], dim: Any, dtype: Any, message: str) -> None:
+    with pytest.raises(SchemaError, match=message):
         infer_packed(sample, "v", dim, dtype)
 
 

@@ -1,4 +1,4 @@
-"""recipe: which columns of a source become vectors, and how their form is found out; without Spark."""
+"""recipe: which columns of a source become vectors, their dimensions and packing; without Spark."""
 
 from __future__ import annotations
 

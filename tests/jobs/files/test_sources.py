@@ -74,7 +74,7 @@ def test_parquet_is_read_whatever_its_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", r"part-1\.parquet is empty \(0 bytes\)"),
         (b"item_id,vector\n", r"part-1\.parquet is not a readable Parquet file"),
@@ -83,17 +83,17 @@ def test_parquet_is_read_whatever_its_name(tmp_path: Path) -> None:
         (b"PAR1" + b"?" * 40 + (40).to_bytes(4, "little") + b"PAR1", r"part-1\.parquet is not a readable Parquet file"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, message: str) -> None:
     write(tmp_path / "part-0.parquet", item_id=["a"])
     (tmp_path / "part-1.parquet").write_bytes(content)
-    with pytest.raises(SchemaError, match=said):
+    with pytest.raises(SchemaError, match=message):
         open_source(str(tmp_path))
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_nothing_to_read_is_a_sentence(tmp_path: Path, there: bool) -> None:
-    where = tmp_path if there else tmp_path / "nowhere"
-    with pytest.raises(ConfigError, match="holds no Parquet file" if there else "nowhere does not exist"):
+@pytest.mark.parametrize("exists", [True, False])
+def test_nothing_to_read_is_a_sentence(tmp_path: Path, exists: bool) -> None:
+    where = tmp_path if exists else tmp_path / "nowhere"
+    with pytest.raises(ConfigError, match="holds no Parquet file" if exists else "nowhere does not exist"):
         open_source(str(where))
 
 
@@ -143,17 +143,17 @@ def test_the_fingerprint_is_of_names_sizes_and_times(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "target", "said"),
+    ("name", "target", "message"),
     [
         ("part-1.parquet", "moved.parquet", r"part-1\.parquet is a link to .*moved\.parquet, which does not exist"),
         ("loop", ".", "loop is a link to a folder that it lies in"),
         ("loop", "..", "loop is a link to a folder that it lies in"),
     ],
 )
-def test_links_to_nothing_or_upwards_are_named(tmp_path: Path, name: str, target: str, said: str) -> None:
+def test_links_to_nothing_or_upwards_are_named(tmp_path: Path, name: str, target: str, message: str) -> None:
     write(tmp_path / "in" / "part-0.parquet", item_id=["a"])
     (tmp_path / "in" / name).symlink_to(tmp_path / "in" / target)
-    with pytest.raises(SchemaError, match=said):
+    with pytest.raises(SchemaError, match=message):
         open_source(str(tmp_path / "in"))
 
 
