@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -183,3 +185,9 @@ def test_ids_that_are_none_are_rejected_and_shown() -> None:
     assert [row["reason"] for row in checked] == [None, "wrong_item_id", "null_item_id", "wrong_item_id"]
     assert [row["item_id"] for row in checked[:3]] == ["3", "3.5", None]
     assert "item id is 3.5; expected text in UTF-8, or a whole number" in checked[1]["detail"]
+
+
+def test_a_task_that_checks_rows_loads_neither_torch_nor_spark() -> None:
+    """Half a gigabyte and seconds in each worker."""
+    code = "import sys, jobs.embeddings.checks; print(*{'torch', 'pyspark'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "\n"
