@@ -80,7 +80,8 @@ class DirectDMQN(DMQN):
         quantize = self.quantize
         projected = torch.einsum("qsd,nde->nqse", x, quantize.project)
         assignment = (
-            quantize.assign(projected @ quantize.codewords[:, None].mT) * used[None, :, :, None]
+            quantize.assign(quantize.similarity(projected.flatten(1, 2))).view(*projected.shape[:3], -1)
+            * used[None, :, :, None]
         )  # (N, n, S, W)
         total = assignment.sum(2)  # (N, n, W)
         mean = (assignment.mT @ projected) / total.clamp(min=1e-6)[..., None]

@@ -6,6 +6,7 @@ sid bench ctr --data DIR --models fnn,din --sources item-id,rq-kmeans,rq-gmm-sof
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import time
@@ -42,11 +43,11 @@ from jobs.ctr.dmqn import DMQN, DMQNShape
 from jobs.ctr.metrics import auc, gauc, log_loss
 from tokenizer.kernels import without_denormals
 
-LEARNING_RATES = (1e-3, 3e-4)  # each row trains with both, the better one on the validation split counts
+LEARNING_RATES = (3e-3, 1e-3)  # each row trains with both, the better one on the validation split counts
 WEIGHT_DECAY = 1e-5
 BATCH = 512
 EPOCHS = 12  # at most
-CHECKS = 2  # of the validation split in an epoch
+CHECK = 100  # steps of training between checks of the validation split
 PATIENCE = 4  # checks without a better AUC after which training ends
 
 MODELS = ("dmqn", "fnn", "ipnn", "mean-pooling", "din", "sim-code", "sim-category", "hstu", "linear-attention")
@@ -108,25 +109,23 @@ def trained(
     train, validation = (batches_of(name, inputs, log, split, history, seed) for split in ("train", "validation"))
     rows = log.of("validation")
     best, best_auc, since, steps, seconds = copy.deepcopy(model.state_dict()), -math.inf, 0, 0, 0.0
-    for _ in range(EPOCHS):
-        batches = list(train.groups())
-        for number, own in enumerate(batches, start=1):
-            began = time.perf_counter()
-            model.train()
-            batch = train.batch(own)
-            loss = F.binary_cross_entropy_with_logits(model(batch), batch.label)
-            if isinstance(model, DMQN):
-                loss = loss + model.penalty()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            seconds, steps = seconds + time.perf_counter() - began, steps + 1
-            if number % math.ceil(len(batches) / CHECKS) and number != len(batches):
-                continue
-            value = scored(model, validation, rows, log).auc
-            since = since + 1
-            if value > best_auc:
-                best, best_auc, since = copy.deepcopy(model.state_dict()), value, 0
+    groups = list(itertools.chain.from_iterable(train.groups() for _ in range(EPOCHS)))
+    for own in groups:
+        began = time.perf_counter()
+        model.train()
+        batch = train.batch(own)
+        loss = F.binary_cross_entropy_with_logits(model(batch), batch.label)
+        if isinstance(model, DMQN):
+            loss = loss + model.penalty()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seconds, steps = seconds + time.perf_counter() - began, steps + 1
+        if steps % CHECK and steps < len(groups):
+            continue
+        value, since = scored(model, validation, rows, log).auc, since + 1
+        if value > best_auc:
+            best, best_auc, since = copy.deepcopy(model.state_dict()), value, 0
         if since >= PATIENCE or not math.isfinite(loss.item()):
             break
     model.load_state_dict(best)

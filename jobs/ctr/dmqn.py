@@ -2,8 +2,7 @@
 
     behaviours -> MCQM -> N x W clusters -> ICIM -> interacted clusters -> CTAM with the candidate -> N interests -> MLP
 
-Shapes: M behaviours of all users of a batch, Q histories, n impressions, N interest codebooks, W codewords of each, width
-D.
+Shapes: M behaviours of all users of a batch, Q histories, n impressions, N interest codebooks of W codewords, width D.
 
 What needs no candidate, MCQM and ICIM, is `user_interests`, so that it can be computed once for a user and cached.
 
@@ -25,6 +24,7 @@ from jobs.ctr.batch import Items, UserBatch
 from jobs.ctr.windows import window_sums
 
 SMALL = 1e-6
+SHARPNESS = 10.0  # scale of the cosine at the start
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,13 @@ class Interests:
 class MultiClusterQuantization(nn.Module):
     """MCQM: behaviours -> W clusters of each of N interest codebooks. Over the behaviours m of a history [first, last),
 
-        h = x W_j,  a = softmax((h . c_j + g) / T),
+        h = x W_j,  a = softmax((scale_j cos(h, c_j) + g) / T),
         cluster_w = sum_m a_mw h_m / sum_m a_mw,
         age_w = sum_m a_mw age_m / sum_m a_mw,  where age_m = (last - m) / (last - first) is 1 for the oldest behaviour,
         count_w = exp(-decay_j age_w) sum_m a_mw.
 
-    Ours: age and decay. Time is counted in behaviours, so that a log has it that knows only their order.
+    Ours: age and decay; time is counted in behaviours, so that a log has it that knows only their order. Ours: a cosine
+    with a learned scale: inner products are small as long as the vectors of items are, and the Gumbel noise g decides.
     """
 
     temperature: Tensor
@@ -86,6 +87,7 @@ class MultiClusterQuantization(nn.Module):
         self.shape = shape
         self.project = nn.Parameter(torch.randn(n, d, d) / d**0.5)  # W_j
         self.codewords = nn.Parameter(torch.randn(n, w, d))  # c_j
+        self.log_scale = nn.Parameter(torch.full((n, 1, 1), SHARPNESS).log())
         self.decay = nn.Parameter(torch.zeros(n, 1, 1))
         self.register_buffer("temperature", torch.tensor(shape.hottest))
         self.penalty = torch.zeros(())
@@ -93,19 +95,25 @@ class MultiClusterQuantization(nn.Module):
     def forward(self, behaviours: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Behaviours (M, D), Q histories [first, last) of them -> clusters (N, Q, W, D), counts and ages (N, Q, W)."""
         projected = behaviours @ self.project  # (N, M, D)
-        similarity = projected @ self.codewords.mT  # (N, M, W)
+        similarity = self.similarity(projected)
         if self.training:
             self.penalty = self.shape.usage * unevenness(similarity)
             self.cool()
-        assignment = self.assign(similarity)
-        sums = window_sums(assignment, projected, first, last)
-        position = torch.arange(len(behaviours), dtype=torch.float64, device=behaviours.device)
-        one_and_position = torch.stack([torch.ones_like(position), position], dim=-1).expand(len(projected), -1, -1)
-        total, weighted = window_sums(assignment.double(), one_and_position, first, last).unbind(-1)  # (N, Q, W)
-        length = (last - first).clamp(min=1)[:, None]
-        age = ((last[:, None] - weighted / total.clamp(min=SMALL)) / length).clamp(0, 1).to(sums.dtype)
-        count = total.to(sums.dtype)
-        return sums / count.clamp(min=SMALL)[..., None], count * (-self.decay * age).exp(), age
+        start = run_starts(first, last)
+        position = from_start(torch.arange(len(behaviours), device=first.device), start).to(projected.dtype)
+        columns = torch.stack([torch.ones_like(position), position], dim=-1).expand(len(projected), -1, -1)
+        pooled = torch.cat([projected, columns], dim=-1)  # (N, M, D + 2)
+        sums = window_sums(self.assign(similarity), pooled, first, last)  # (N, Q, W, D + 2)
+        count = sums[..., -2]
+        means = sums / count.clamp(min=SMALL)[..., None]
+        end, length = from_start(first, start) + last - first, (last - first).clamp(min=1)
+        age = ((end[:, None] - means[..., -1]) / length[:, None]).clamp(0, 1)
+        return means[..., :-2], count * (-self.decay * age).exp(), age
+
+    def similarity(self, projected: Tensor) -> Tensor:
+        """Of projected behaviours (N, M, D) to the codewords, (N, M, W)."""
+        cosine = F.normalize(projected, dim=-1) @ F.normalize(self.codewords, dim=-1).mT
+        return self.log_scale.exp() * cosine
 
     def assign(self, similarity: Tensor) -> Tensor:
         """Similarity to the codewords (N, M, W) -> assignment (N, M, W), which adds to 1 over the codewords.
@@ -124,6 +132,18 @@ class MultiClusterQuantization(nn.Module):
     def cool(self) -> None:
         """One step of the temperature's schedule."""
         self.temperature.mul_(0.5 ** (1 / self.shape.halving)).clamp_(min=self.shape.coldest)
+
+
+def run_starts(first: Tensor, last: Tensor) -> Tensor:
+    """(R,), sorted: where each run of overlapping histories [first, last) starts. No run has behaviours of two users."""
+    order = first.argsort()
+    covered = torch.cat([last.new_zeros(1), last[order].cummax(0).values[:-1]])
+    return first[order][first[order] >= covered]
+
+
+def from_start(position: Tensor, start: Tensor) -> Tensor:
+    """Positions counted from the start of their run, so that they, and their rounding errors, do not grow with a batch."""
+    return position - start[torch.searchsorted(start, position.contiguous(), right=True) - 1]
 
 
 def unevenness(similarity: Tensor) -> Tensor:
@@ -162,9 +182,10 @@ class InterestClusterInteraction(nn.Module):
 class ClusterTargetAttention(nn.Module):
     """CTAM: the candidate q attends to the W clusters z of each codebook as full attention would to their behaviours.
 
-        s_w = q . z_w / sqrt(D) + log count_w,  interest = sum_w softmax(s)_w z_w,  amount = log sum_w exp(s_w)
+        s_w = q . z_w / sqrt(D) + log (count_w / sum_v count_v),
+        interest = sum_w softmax(s)_w z_w,  share = log sum_w exp(s_w)
 
-    Ours: by `log count_w` a cluster weighs as much as its behaviours together; the amount, how much of the history is
+    Ours: by the logarithm a cluster weighs as much as its behaviours together; the share, how much of the history is
     about the candidate, goes to the MLP beside the interest.
     """
 
@@ -173,10 +194,11 @@ class ClusterTargetAttention(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(shape.interest_codebooks, 1, 1))
 
     def forward(self, query: Tensor, clusters: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, n, D), (N, n, W, D), (N, n, W) -> interest (N, n, D), zero without a history, and amount (N, n)."""
+        """(N, n, D), (N, n, W, D), (N, n, W) -> interest (N, n, D) and share (N, n), both zero without a history."""
         similarity = (clusters @ query[..., None])[..., 0] * self.log_scale.exp() / query.shape[-1] ** 0.5
-        score = similarity + (count + SMALL).log()
-        known = count.sum(-1) > 0
+        total = count.sum(-1, keepdim=True)
+        score = similarity + (count / total.clamp(min=SMALL) + SMALL).log()
+        known = total[..., 0] > 0
         interest = ((score.softmax(dim=-1) * known[..., None])[..., None, :] @ clusters)[..., 0, :]
         return interest, torch.where(known, score.logsumexp(dim=-1), 0.0)
 
@@ -224,8 +246,8 @@ class DMQN(nn.Module):
         """CTAM and MLP: candidates (n,), each with its `history` (n,) of the Q, features (n, F) -> logits (n,)."""
         candidate = self.embed(candidates)  # (n, D)
         query = candidate @ self.quantize.project  # (N, n, D), as a behaviour's
-        interest, amount = self.attend(query, interests.clusters[:, history], interests.count[:, history])
-        inputs = [candidate, *interest, *(query * interest), amount.T, self.normalize(features)]
+        interest, share = self.attend(query, interests.clusters[:, history], interests.count[:, history])
+        inputs = [candidate, *interest, *(query * interest), share.T, self.normalize(features)]
         logits: Tensor = self.mlp(torch.cat(inputs, dim=1))[:, 0]
         return logits
 

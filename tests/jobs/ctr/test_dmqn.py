@@ -58,7 +58,8 @@ def slow_clusters(dmqn: DMQN, batch: UserBatch, n: int) -> tuple[np.ndarray, np.
         x = vector(dmqn.embed, batch.behaviours, (int(batch.user[n]), position))
         for j in range(len(project)):
             h = x @ project[j]
-            weight = np.exp((codewords[j] @ h) / float(dmqn.quantize.temperature))
+            cosine = codewords[j] @ h / np.linalg.norm(codewords[j], axis=1) / np.linalg.norm(h)
+            weight = np.exp(cosine * float(dmqn.quantize.log_scale[j].exp()) / float(dmqn.quantize.temperature))
             weight /= weight.sum()
             sums[j] += weight[:, None] * h
             counts[j] += weight
@@ -179,7 +180,7 @@ def test_straight_through_assigns_to_one_codeword_with_the_gradient_of_the_soft_
 
 
 @pytest.mark.parametrize(
-    "part", ["quantize.codewords", "quantize.project", "interact.split", "interact.out", "interact.pair", "interact.pace", "quantize.decay", "attend.log_scale", "embed.token", "embed.item"]
+    "part", ["quantize.codewords", "quantize.project", "interact.split", "interact.out", "interact.pair", "interact.pace", "quantize.decay", "quantize.log_scale", "attend.log_scale", "embed.token", "embed.item"]
 )  # fmt: skip
 def test_every_part_learns(part: str) -> None:
     dmqn = model().train()
@@ -221,11 +222,11 @@ def test_attention_to_clusters_of_equal_behaviours_is_full_attention_to_the_beha
     g = torch.Generator().manual_seed(0)
     query, clusters = torch.randn(2, 1, 6, generator=g), torch.randn(2, 1, 5, 6, generator=g)
     count = torch.tensor([3.0, 1, 0, 7, 2]).expand(2, 1, 5)
-    interest, amount = attend(query, clusters, count)
+    interest, share = attend(query, clusters, count)
     behaviours = clusters[:, 0].repeat_interleave(count[0, 0].long(), dim=1)  # (N, 13, D)
     score = (behaviours @ query[:, 0, :, None])[..., 0] / 6**0.5
     torch.testing.assert_close(interest[:, 0], (score.softmax(1)[..., None] * behaviours).sum(1), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(amount[:, 0], score.logsumexp(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(share[:, 0], score.exp().mean(1).log(), rtol=1e-4, atol=1e-5)
 
 
 def test_features_are_normalised_by_all_rows_so_far() -> None:
