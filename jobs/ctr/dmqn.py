@@ -135,14 +135,14 @@ class MultiClusterQuantization(nn.Module):
 
 
 def run_starts(first: Tensor, last: Tensor) -> Tensor:
-    """(R,), sorted: where each run of overlapping histories [first, last) starts. No run has behaviours of two users."""
+    """(R,), sorted: where each run of overlapping histories [first, last) starts; no run is of two users."""
     order = first.argsort()
     covered = torch.cat([last.new_zeros(1), last[order].cummax(0).values[:-1]])
     return first[order][first[order] >= covered]
 
 
 def from_start(position: Tensor, start: Tensor) -> Tensor:
-    """Positions counted from the start of their run, so that they, and their rounding errors, do not grow with a batch."""
+    """Positions counted from the start of their run: neither they nor their rounding errors grow with the batch."""
     return position - start[torch.searchsorted(start, position.contiguous(), right=True) - 1]
 
 

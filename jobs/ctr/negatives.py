@@ -1,20 +1,22 @@
 """Sampled negatives of a log that holds clicks only.
 
-A sampled row never happened: it counts in no feature, and gets the features of its item as of its own moment, as the click
-beside it does. What is sampled must not differ from what is clicked in anything but the click, or the features tell the
-label. So the candidates for a click are as of its moment: never an item that the user chooses at it, and of the kind of the
-clicked item, which is one of three: the user chose it before, else the log has shown it before, else it has not.
+A sampled row never happened: it counts in no feature, and gets the features of its item as of its own moment, as the
+click beside it does. What is sampled must not differ from what is clicked in anything but the click, or the features
+tell the label. So the candidates for a click are as of its moment: never an item that the user chooses at it, and of
+the kind of the clicked item, which is one of three: the user chose it before, else the log has shown it before, else
+it has not.
 
 `uniform`: every candidate is equally likely, exactly, however many of them the user has chosen.
-`popularity`: for a click on an item that is new to the user, items are drawn in proportion to how often the log has shown them
-before, exactly, by drawing earlier rows of the log. An item drawn so has been shown once more than the next click's would be,
-so this row is left out of the counts of its item (`drawn`): then counts of clicks and of negatives are distributed alike (it
-is the estimate of Good and Turing), whether or not the log has shown the click's item before. DRAWS rows a negative are
-drawn; a click for which too many of those are of items that the user chose is no example. Items that the user chose before
-are drawn uniformly.
+`popularity`: for a click on an item that is new to the user, items are drawn in proportion to how often the log has
+shown them before, exactly, by drawing earlier rows of the log. An item drawn so has been shown once more than the
+next click's would be, so this row is left out of the counts of its item (`drawn`): then counts of clicks and of
+negatives are distributed alike (it is the estimate of Good and Turing), whether or not the log has shown the click's
+item before. DRAWS rows a negative are drawn; a click for which too many of those are of items that the user chose is
+no example. Items that the user chose before are drawn uniformly.
 
-No task holds the catalogue. Items are numbered in the order in which they first occur (`rank`), so that the items that the log
-has shown before a moment are the numbers below a bound (`known`), and a number that was drawn becomes an item by a join.
+No task holds the catalogue. Items are numbered in the order in which they first occur (`rank`), so that the items
+that the log has shown before a moment are the numbers below a bound (`known`), and a number that was drawn becomes an
+item by a join.
 """
 
 from __future__ import annotations
@@ -39,8 +41,8 @@ def with_negatives(rows: DataFrame, has_clock: bool, negatives: int, sampling: s
     """The clicks `rows` and, at the moment of each, `negatives` sampled items; the same on every run.
 
     Returns:
-        user_id, item_id, label, ts; `logged` is false for what was sampled; `example` is false for a click without candidates,
-        which is history of its user only; `drawn`: the counts of the item are without one earlier row.
+        user_id, item_id, label, ts; `logged` is false for what was sampled; `example` is false for a click without
+        candidates, which is history of its user only; `drawn`: the counts of the item are without one earlier row.
     """
     bucket = "CAST(pmod(xxhash64(item_id), 1024) AS INT)"  # without a clock every item is known at every moment
     if has_clock:

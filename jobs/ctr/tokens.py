@@ -26,7 +26,7 @@ class TokenScheme:
         "soft"         as "level", but a level is the weighted mean of the tokens of its most probable codes.
         "soft-prefix"  as "prefix", but the last code of each prefix is one of the most probable, with its weight.
 
-    Tokens of single codes have rows of their own. Prefixes and tuples of several codes are hashed to the remaining rows, so
+    Tokens of single codes have rows of their own. Prefixes and tuples of several codes are hashed to the other rows, so
     that the table does not grow with the number of items.
 
     Attributes:
@@ -48,8 +48,8 @@ class TokenScheme:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.table_rows <= self._hashed_from:
             raise ValueError(
-                f"a token table of {self.table_rows:,} rows is too small for {self.levels} levels of {self.components} codes "
-                f"as {self.kind!r} tokens; expected more than {self._hashed_from:,} rows"
+                f"a token table of {self.table_rows:,} rows is too small for {self.levels} levels of {self.components} "
+                f"codes as {self.kind!r} tokens; expected more than {self._hashed_from:,} rows"
             )
 
     @property
@@ -86,7 +86,8 @@ class TokenScheme:
         expected = (self.levels, self.alternates)
         if codes.shape[1:] != expected or weights.shape != codes.shape:
             raise ValueError(
-                f"codes have shape {tuple(codes.shape)} and weights {tuple(weights.shape)}; expected both (N, {expected[0]}, {expected[1]})"
+                f"codes have shape {tuple(codes.shape)} and weights {tuple(weights.shape)}; "
+                f"expected both (N, {expected[0]}, {expected[1]})"
             )
         codes = codes.long()
         own = codes[:, :, 0]
@@ -120,7 +121,7 @@ class TokenScheme:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finalizer on int64, which wraps: numbers that differ a little get hashes that differ in half their bits."""
+    """SplitMix64's finalizer on int64, which wraps: of numbers that differ in one bit about half the bits differ."""
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
         x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
     return x ^ ((x >> 31) & ((1 << 33) - 1))

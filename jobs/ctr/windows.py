@@ -1,4 +1,4 @@
-"""Sums over many windows of one sequence, each element read once: what makes DMQN's cost independent of its history's length."""
+"""Sums over many windows of one sequence, each element read once: the cost does not depend on the windows' length."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ def window_sums(weights: Tensor, values: Tensor, first: Tensor, last: Tensor) ->
     """`sum of weights[n, m, w] * values[n, m, v] over first[q] <= m < last[q]` for each window q.
 
     The sequence is cut at all ends of windows, so that a window is a run of whole segments. The sums of segments are
-    accumulated in float64: a window that is the difference of two long sums is as precise as one summed alone. Segments are
-    cut into blocks of about their mean length, which one batched product sums; at most half of what it reads is padding.
+    accumulated in float64: a window that is the difference of two long sums is as precise as one summed alone. Segments
+    are cut into blocks of about their mean length, which one batched product sums; at most half of what it reads is
+    padding.
 
     Args:
         weights: (N, M, W) float.

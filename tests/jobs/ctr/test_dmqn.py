@@ -180,8 +180,21 @@ def test_straight_through_assigns_to_one_codeword_with_the_gradient_of_the_soft_
 
 
 @pytest.mark.parametrize(
-    "part", ["quantize.codewords", "quantize.project", "interact.split", "interact.out", "interact.pair", "interact.pace", "quantize.decay", "quantize.log_scale", "attend.log_scale", "embed.token", "embed.item"]
-)  # fmt: skip
+    "part",
+    [
+        "quantize.codewords",
+        "quantize.project",
+        "interact.split",
+        "interact.out",
+        "interact.pair",
+        "interact.pace",
+        "quantize.decay",
+        "quantize.log_scale",
+        "attend.log_scale",
+        "embed.token",
+        "embed.item",
+    ],
+)
 def test_every_part_learns(part: str) -> None:
     dmqn = model().train()
     dmqn(ragged()).square().sum().backward()

@@ -82,7 +82,7 @@ def test_weights_of_a_level_add_to_one_and_hard_tokens_have_weight_one() -> None
 
 
 def test_what_a_token_depends_on() -> None:
-    """Of two items that share the code of level 2 only, a level's token is the same and no prefix's; likewise for level 1."""
+    """Items that share the code of level 2 only share a level's token and no prefix's; likewise for level 1."""
     codes = torch.tensor([[1, 2], [3, 2], [1, 4]])[:, :, None]
     weights = torch.full_like(codes, FULL_WEIGHT)
     level, _ = TokenScheme("level", 2, 6, 1, 10_000).rows(codes, weights)
