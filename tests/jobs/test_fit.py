@@ -19,8 +19,8 @@ from pyspark.sql import SparkSession
 
 from jobs import fit, load
 from jobs.config import Config, ConfigError, FitConfig
+from jobs.distributed_fit import FitFailed
 from jobs.embeddings.batches import EmbeddingFiles
-from jobs.fit import FitFailed
 from jobs.models.checkpoint import Checkpoint
 from jobs.models.registry import open_registry
 from jobs.warehouse.delta_spark import Warehouse
@@ -132,7 +132,7 @@ def test_a_lost_worker_restarts_the_fit_from_its_last_level(
     loser.start()
     notes: list[str] = []
     config = FitConfig(components=8, levels=12)
-    fitted = fit.fit_table(config.model_copy(update={"workers": 2}), many, place, tell=notes.append)
+    fitted = fit.fit_table(config.model_copy(update={"workers": 2}), many, place, report=notes.append)
     assert len(notes) == 1
     assert re.fullmatch(r"a worker was lost; going on from level ([3-9]|1\d)", notes[0])
     assert same(fitted.rqgmm, fit.fit_table(config, many, checkpoint(tmp_path / "one")).rqgmm)
