@@ -30,6 +30,7 @@ from jobs.models.champion import check_rows
 from jobs.models.codebooks import usable_files, worker_codebook
 from jobs.models.registry import Registry
 from jobs.models.versions import CodebookVersion
+from jobs.warehouse.delta_rs import may_have_nulls
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.queries import Selection
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
@@ -117,17 +118,17 @@ def run(
         return EncodeResult(model.number, count, completed, version, embeddings_version, seconds, nothing_to_do=idle)
 
     completed = 0
-    if not new_version and selection is None:
-        lacking = _lacking(embeddings, own).cache()
-        if not lacking.isEmpty():
+    if not new_version and selection is None and may_have_nulls(warehouse.root, model.number, "squared_error"):
+        incomplete = _incomplete(embeddings, own).cache()
+        if not incomplete.isEmpty():
             groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
-            columns = encoded(groups, lacking).select(*SEMANTIC_IDS.key, *ADDED)
+            columns = encoded(groups, incomplete).select(*SEMANTIC_IDS.key, *ADDED)
             with warehouse.staged(columns, f"complete-{model.number}") as staged:
                 completed = staged.count()
                 warehouse.update(SEMANTIC_IDS, staged, ADDED)
             published = warehouse.read(SEMANTIC_IDS)
             own = published.where(F.col("codebook_version") == model.number)
-        lacking.unpersist()
+        incomplete.unpersist()
 
     all_new = new_version and parent < 0 and selection is None
     if all_new:  # no join, one pass from the files to the table
@@ -196,8 +197,8 @@ def _pending(
     )  # fmt: skip
 
 
-def _lacking(embeddings: DataFrame, own: DataFrame) -> DataFrame:
-    """Items by file, as in `_pending`, whose row of this version has no squared error: to be scored with the codes it has."""
+def _incomplete(embeddings: DataFrame, own: DataFrame) -> DataFrame:
+    """Items by file, as in `_pending`, whose row of this version has no squared error; their codes are final."""
     incomplete = own.where("squared_error IS NULL").select("item_id", "content_hash", "codes", "suffix")
     return (
         embeddings.select("item_id", "content_hash", F.col("_metadata.file_name").alias("file"))

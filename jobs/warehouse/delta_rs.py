@@ -80,6 +80,21 @@ def hashes_by_codebook_version(root: str) -> dict[int, set[str]]:
     return found
 
 
+def may_have_nulls(root: str, codebook_version: int, column: str) -> bool:
+    """Whether a column may be null in rows that `semantic_ids` has of a codebook version; no row is read.
+
+    From the null counts in the table's log. A file without a count, such as one that was written before the column was
+    declared, may have nulls.
+    """
+    with open_table(root, SEMANTIC_IDS) as log:
+        files = [] if log is None else pa.table(log.get_add_actions(flatten=True)).to_pylist()
+    return any(
+        file.get(f"null_count.{column}") != 0
+        for file in files
+        if int(file["partition.codebook_version"]) == codebook_version
+    )
+
+
 @contextmanager
 def open_table(root: str, table: Table) -> Iterator[deltalake.DeltaTable | None]:
     """The table as delta-rs sees it, None where it is absent."""
