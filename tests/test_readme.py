@@ -56,8 +56,22 @@ def test_the_readme_of_a_folder_lists_each_of_its_files(folder: str) -> None:
     assert [path.name for path in files if f"{path.name}`" not in text] == []
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/concepts.md", "tokenizer/README.md", "infra/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/concepts.md", "jobs/README.md", "tokenizer/README.md", "infra/README.md"]
+)
 def test_links_lead_to_files(document: str) -> None:
     path = ROOT / document
     links = re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", path.read_text())
     assert [link for link in links if not (path.parent / link).exists()] == []
+
+
+def test_the_files_and_names_of_the_page_on_extending_exist() -> None:
+    text = (ROOT / "docs" / "extending.md").read_text()
+    paths = {name for name in re.findall(r"`([\w./]+/[\w.]*)`", text) if "NAME" not in name}
+    assert len(paths) > 15
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    code = "".join(
+        path.read_text() for folder in ("jobs", "benchmarks", "tokenizer") for path in (ROOT / folder).rglob("*.py")
+    )
+    names = set(re.findall(r"`(\w+)`", text)) - {"description", "codes"}
+    assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
