@@ -1,9 +1,10 @@
 """encode: `item_embeddings` + one codebook -> `semantic_ids` of that codebook version.
 
-Only items that this version has not encoded yet, or whose vector changed, are computed. A published ID of a version
-never changes; under a new version an unchanged item keeps its former codes while they serve it nearly as well.
+Only items without an ID of this version, or whose vector changed, are encoded. A published ID of a version never
+changes. Under a new version an item with an unchanged vector keeps its previous codes while their squared error is
+within `encode.hold` of the best.
 
-Tasks read the vectors from the table's files themselves; Spark moves the small columns: what is pending, and the IDs.
+Tasks read the vectors from the table's files with pyarrow; Spark moves only small columns: pending items and IDs.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from jobs.warehouse.queries import Selection
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
 from tokenizer import RQGMM, Alternates
 
-ROWS_A_TASK = 250_000  # that a first encode scores, and again that it numbers and writes as one file
-NUMBERED = ("joined", "first_seen", "item_id")  # suffixes count the items of equal codes in this order
-BATCHES_A_RUN = 8  # that a task holds back to sort them together
+ROWS_A_TASK = 250_000  # of a first encode: rows that a task encodes, and later numbers and writes as one file
+SUFFIX_ORDER = ("joined", "first_seen", "item_id")  # suffixes count items with equal codes in this order
+BATCHES_A_RUN = 8  # batches that a task sorts together
 GROUPS = "uri STRING, index INT, rows BIGINT"
 PENDING = "ARRAY<STRUCT<item_id STRING, codes ARRAY<INT>, suffix INT, final BOOLEAN>>"
 ALTERNATE = pa.struct([("codes", pa.list_(pa.int32())), ("weights", pa.list_(pa.int16()))])
-ADDED = ("alternates", "squared_error")  # columns that rows of earlier releases of this software lack
+ADDED = ("alternates", "squared_error")  # columns that are null in rows of earlier releases of this software
 ENCODED = pa.schema(
     [
         ("codebook_version", pa.int32()),
@@ -64,10 +65,10 @@ ENCODED = pa.schema(
 @dataclass(frozen=True)
 class EncodeResult:
     codebook_version: int
-    encoded: int  # rows written now
-    completed: int  # rows of an earlier release of this software that got the columns added since
-    version: int  # of semantic_ids, after
-    embeddings_version: int
+    encoded: int  # items that got an ID or a new row
+    completed: int  # rows of an earlier release of this software whose ADDED columns were computed
+    version: int  # of semantic_ids after the run
+    embeddings_version: int  # of item_embeddings
     seconds: float = 0.0
     nothing_to_do: bool = False
 
@@ -84,10 +85,10 @@ def run(
     run_date: date,
     selection: Selection | None = None,
 ) -> EncodeResult:
-    """Bring `semantic_ids` of codebook `model` up to the newest `item_embeddings`, in one commit.
+    """Give every item of the newest `item_embeddings` a semantic ID of codebook `model`, in one commit.
 
-    Rows of an earlier release of this software get the columns added since in a commit before; their IDs stay.
-    `selection` confines the run to some items.
+    Rows of earlier releases of this software first get the ADDED columns, in a commit of its own; their IDs stay.
+    `selection` limits the run to some items.
 
     Raises:
         RegistryMismatch: the version has IDs of another codebook, or its files are gone.
@@ -104,8 +105,8 @@ def run(
     own = published.where(F.col("codebook_version") == model.number)
     parent = model.started_from_version or -1
     new_version = own.isEmpty()
-    # Of a new version all rows are replaced, not appended: two runs that overlap cannot both add theirs.
-    everything = f"codebook_version = {model.number}"
+    # All rows of a new version are replaced, not appended, so two runs at the same time cannot add them twice.
+    whole_version = f"codebook_version = {model.number}"
 
     def encoded(groups: Sequence[RowGroup], pending: DataFrame | None) -> DataFrame:
         shared = warehouse.spark.sparkContext.broadcast(dict(files))
@@ -114,8 +115,8 @@ def run(
 
     def result(count: int, version: int) -> EncodeResult:
         seconds = time.monotonic() - began
-        idle = not count and not completed
-        return EncodeResult(model.number, count, completed, version, embeddings_version, seconds, nothing_to_do=idle)
+        nothing = not count and not completed
+        return EncodeResult(model.number, count, completed, version, embeddings_version, seconds, nothing)
 
     completed = 0
     if not new_version and selection is None and may_have_nulls(warehouse.root, model.number, "squared_error"):
@@ -130,15 +131,14 @@ def run(
             own = published.where(F.col("codebook_version") == model.number)
         incomplete.unpersist()
 
-    all_new = new_version and parent < 0 and selection is None
-    if all_new:  # no join, one pass from the files to the table
+    if new_version and parent < 0 and selection is None:  # every item, no previous codes: one pass without a join
         groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
         count = sum(group.rows for group in groups)
         if not count:
             return result(0, warehouse.version(SEMANTIC_IDS))
         by_codes = encoded(groups, None).repartition(_tasks(count, warehouse.cores), "joined")
         rows = _published(by_codes, None, model, run_date)
-        return result(count, warehouse.replace(SEMANTIC_IDS, rows, everything))
+        return result(count, warehouse.replace(SEMANTIC_IDS, rows, whole_version))
     selected = None if selection is None else selection.items(warehouse)
     pending = _pending(embeddings, published, model.number, parent, selected).cache()
     try:
@@ -148,16 +148,16 @@ def run(
         with warehouse.staged(encoded(groups, pending), f"encode-{model.number}") as staged:
             rows = _published(staged, own, model, run_date)
             if new_version:
-                return result(staged.count(), warehouse.replace(SEMANTIC_IDS, rows, everything))
+                return result(staged.count(), warehouse.replace(SEMANTIC_IDS, rows, whole_version))
             return result(staged.count(), warehouse.merge(SEMANTIC_IDS, rows, update=True))
     finally:
         pending.unpersist()
 
 
 def _tasks(rows: int, cores: int) -> int:
-    """Of ROWS_A_TASK at most, and where they are more than the cores, whole rounds of them: no core waits for the last one.
+    """Number of tasks for `rows`: ROWS_A_TASK each at most, and above `cores` a multiple of them, for no idle core.
 
-    Spark would merge partitions by their size alone, on two cores to three of them.
+    Left to itself, Spark merges partitions by size alone, for example to three on two cores.
     """
     tasks = max(1, math.ceil(rows / ROWS_A_TASK))
     return tasks if tasks <= cores else math.ceil(tasks / cores) * cores
@@ -169,7 +169,10 @@ def _tasks(rows: int, cores: int) -> int:
 def _pending(
     embeddings: DataFrame, published: DataFrame, version: int, parent: int, selected: DataFrame | None
 ) -> DataFrame:
-    """Items to encode by file, each with the codes it has now: of this version (kept for good), or of the parent version."""
+    """The items to encode, grouped by file, each with its present codes.
+
+    These are of this version, and then `final`, or of the parent version, which a better code may replace.
+    """
     own = published.where(F.col("codebook_version") == version).select("item_id", "content_hash")
     items = embeddings.select("item_id", "content_hash", F.col("_metadata.file_name").alias("file"))
     if selected is not None:
@@ -210,8 +213,11 @@ def _incomplete(embeddings: DataFrame, own: DataFrame) -> DataFrame:
 
 
 def _spread(warehouse: Warehouse, groups: Sequence[RowGroup], pending: DataFrame | None) -> DataFrame:
-    """One row for each row group of the files that have `pending` items, with those; None is all. Of all, each task gets
-    about as many; of a few, whose number in a group is not known, each group is a task."""
+    """One row per row group of the files with `pending` items, with these items; None stands for all items.
+
+    With all items each task gets about the same number of rows. Otherwise the number of items in a group is unknown and
+    each group is a task.
+    """
     tasks = len(groups)
     if pending is None:
         tasks = min(tasks, _tasks(sum(group.rows for group in groups), warehouse.cores))
@@ -230,12 +236,13 @@ def _spread(warehouse: Warehouse, groups: Sequence[RowGroup], pending: DataFrame
 def _encoder(
     shared: Any, model: CodebookVersion, config: EncodeConfig
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
+    """The function for `mapInArrow` that encodes row groups with a codebook whose files are broadcast in `shared`."""
     version, codebook_hash = model.number, model.hash
 
     def encode(work: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         import torch
 
-        from jobs.encode import encode_group  # by name: the worker's own module
+        from jobs.encode import encode_group  # the worker's own module, not a pickled copy
 
         torch.set_num_threads(1)  # Spark runs one task per core already
         rqgmm = worker_codebook(shared.value, codebook_hash)
@@ -249,16 +256,19 @@ def _encoder(
 
 
 def _sorted_runs(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Some batches at a time in the order of NUMBERED: Spark sorts a few sorted runs with a quarter of the comparisons."""
+    """The batches, every BATCHES_A_RUN of them sorted by SUFFIX_ORDER.
+
+    Spark then merges a few sorted runs, with a quarter of the comparisons of a full sort.
+    """
     while run := list(islice(batches, BATCHES_A_RUN)):
-        yield from pa.Table.from_batches(run).sort_by([(name, "ascending") for name in NUMBERED]).to_batches()
+        yield from pa.Table.from_batches(run).sort_by([(name, "ascending") for name in SUFFIX_ORDER]).to_batches()
 
 
 def encode_group(
     group: RowGroup, pending: pa.StructArray | None, rqgmm: RQGMM, version: int, config: EncodeConfig
 ) -> Iterator[pa.RecordBatch]:
-    """The items of a row group, encoded; of `pending` those that it names, else all."""
-    positions = None  # of each row in `pending`, null if it is not there
+    """Encode the items of a row group that are in `pending`, or all of them if it is None."""
+    positions = None  # position of each row in `pending`, null if it is not pending
     if pending is not None:
         ids = pa.Table.from_batches(group.batches(["item_id"], config.rows_per_batch))["item_id"].combine_chunks()
         positions = pc.index_in(ids, value_set=pending.field("item_id"))
@@ -278,11 +288,16 @@ def encode_group(
 def encode_batch(
     batch: pa.RecordBatch, incumbents: pa.StructArray | None, rqgmm: RQGMM, version: int, config: EncodeConfig
 ) -> pa.RecordBatch:
-    """Codes, soft IDs, posterior and likelihood of a batch of packed vectors, incumbents kept where the rule says so."""
+    """Encode a batch of packed vectors; returns rows of the schema ENCODED.
+
+    `incumbents` has the present codes of each row. A row keeps them if they are final, or if their squared error is at
+    most `config.hold` times that of the best codes.
+    """
     import torch
 
-    # (n, D), not copied; by way of Arrow, as torch warns of NumPy memory that cannot be written.
-    x = torch.from_dlpack(pa.array(unpack(batch.column("embedding"), rqgmm.dim).reshape(-1))).view(-1, rqgmm.dim)  # type: ignore[attr-defined]
+    # (n, D), not copied. Through Arrow, since torch warns of read-only NumPy memory.
+    flat = pa.array(unpack(batch.column("embedding"), rqgmm.dim).reshape(-1))
+    x = torch.from_dlpack(flat).view(-1, rqgmm.dim)  # type: ignore[attr-defined]
     best = rqgmm.assign(x, alternates=config.alternates)
     soft = best.alternates
     codes, confidence, log_likelihood = best.codes.numpy(), best.confidence.numpy(), best.log_likelihood.numpy()
@@ -291,21 +306,21 @@ def encode_batch(
     kept_suffix = pa.nulls(len(x), pa.int32())
     if incumbents is not None:
         has_codes = incumbents.field("codes").is_valid()
-        rows = np.flatnonzero(has_codes)  # of the batch, that have codes now
+        rows = np.flatnonzero(has_codes)  # (m,) rows with present codes
         former = incumbents.field("codes").flatten().to_numpy().reshape(len(rows), rqgmm.n_levels)  # (m, L)
         former_error = _squared_error(rqgmm, x[rows], former)
         final = incumbents.field("final").filter(has_codes).to_numpy(zero_copy_only=False)
         keep = final | (former_error <= config.hold * squared_error[rows])
         moved = (former != codes[rows]).any(1)
-        chosen = rows[keep & moved]
-        if len(chosen):
-            scored = rqgmm.assign(x[chosen], torch.tensor(former[keep & moved]), alternates=config.alternates)
-            codes[chosen], confidence[chosen] = scored.codes.numpy(), scored.confidence.numpy()
-            log_likelihood[chosen] = scored.log_likelihood.numpy()
-            squared_error[chosen] = former_error[keep & moved]
-            kept_previous_codes[chosen] = True
+        held = rows[keep & moved]  # they keep codes that are not the best
+        if len(held):
+            scored = rqgmm.assign(x[held], torch.tensor(former[keep & moved]), alternates=config.alternates)
+            codes[held], confidence[held] = scored.codes.numpy(), scored.confidence.numpy()
+            log_likelihood[held] = scored.log_likelihood.numpy()
+            squared_error[held] = former_error[keep & moved]
+            kept_previous_codes[held] = True
             if soft is not None and scored.alternates is not None:
-                soft.codes[chosen], soft.weights[chosen] = scored.alternates.codes, scored.alternates.weights
+                soft.codes[held], soft.weights[held] = scored.alternates.codes, scored.alternates.weights
         same = np.zeros(len(x), bool)
         same[rows] = keep | ~moved
         kept_suffix = pc.if_else(pa.array(same), incumbents.field("suffix"), kept_suffix)
@@ -327,7 +342,7 @@ def encode_batch(
 
 
 def _as_lists(soft: Alternates) -> pa.ListArray:
-    """One list of structs an item, of a struct a level."""
+    """Per item a list with one struct per level."""
     items, levels, kept = soft.codes.shape
     parts = (soft.codes.numpy().reshape(-1), soft.weights.numpy().astype(np.int16).reshape(-1))
     ends = pa.array(np.arange(0, items * levels * kept + 1, kept, dtype=np.int32))
@@ -338,7 +353,7 @@ def _as_lists(soft: Alternates) -> pa.ListArray:
 
 
 def _squared_error(rqgmm: RQGMM, x: Any, codes: Any) -> Float32:
-    """(n,): squared distance of each row of x (n, D) to the decoded codes (n, L)."""
+    """(n,): squared distance of each row of x (n, D) to its decoded codes (n, L)."""
     import torch
 
     error: Float32 = (x - rqgmm.decode(torch.tensor(codes))).square().sum(1).numpy()
@@ -349,12 +364,13 @@ def _squared_error(rqgmm: RQGMM, x: Any, codes: Any) -> Float32:
 
 
 def _published(encoded: DataFrame, own: DataFrame | None, model: CodebookVersion, run_date: date) -> DataFrame:
-    """Rows of `semantic_ids`: newcomers get the next free suffix of their codes, by first day and id; incumbents keep theirs.
+    """Rows of `semantic_ids`. New items get the next free suffix of their codes in SUFFIX_ORDER, others keep theirs.
 
-    `own` holds the version's IDs; None where it has none and no incumbents either.
+    `own` is the IDs that the version has; None if it has none and no item keeps a suffix.
     """
-    # By version too, of which there is one: rows in the order of the table's partitions are not sorted again to be written.
-    by_codes, *order = NUMBERED
+    # By version too, though there is only one: rows in the order of the table's partitions are not sorted again on
+    # writing.
+    by_codes, *order = SUFFIX_ORDER
     position = F.row_number().over(Window.partitionBy("codebook_version", by_codes).orderBy(*order)) - 1
     if own is None:
         rows = encoded.withColumn("suffix", position)
@@ -367,20 +383,12 @@ def _published(encoded: DataFrame, own: DataFrame | None, model: CodebookVersion
         rows = (
             newcomers.withColumn("suffix", F.coalesce("free", F.lit(0)) + position).drop("free").unionByName(incumbents)
         )
-    # `12-87`, or `12-87-1` where the suffix is above 0: the SQL twin of tokenizer.text_of (a test holds them together).
+    # `12-87`, or `12-87-1` with a suffix above 0: tokenizer.text_of in SQL (a test compares the two).
     text = F.when(F.col("suffix") == 0, F.col("joined")).otherwise(F.concat_ws("-", "joined", "suffix"))
-    return rows.select(
-        "codebook_version",
-        "item_id",
-        "codes",
-        F.col("suffix").cast("int").alias("suffix"),
-        text.alias("semantic_id"),
-        "confidence",
-        "log_likelihood",
-        F.lit(model.hash).alias("codebook_hash"),
-        "content_hash",
-        "held",
-        F.lit(run_date).cast("date").alias("run_date"),
-        "alternates",
-        "squared_error",
-    )
+    columns = {
+        "suffix": F.col("suffix").cast("int"),
+        "semantic_id": text,
+        "codebook_hash": F.lit(model.hash),
+        "run_date": F.lit(run_date).cast("date"),
+    }
+    return rows.withColumns(columns).select(*SEMANTIC_IDS.schema.names)

@@ -1,6 +1,7 @@
-"""evaluate: `semantic_ids` of a version + `item_embeddings` -> `quality_reports`, with the verdict of the gate and pictures.
+"""evaluate: `semantic_ids` of a version + `item_embeddings` -> a row of `quality_reports` with the verdict of the gate.
 
-Every number is exact over the whole catalogue, except neighbour recall, which is exact over a sample of stated size.
+Every metric is exact over the whole catalogue, except neighbour recall, which is over a sample of
+`evaluate.neighbour_sample` items.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from jobs.models.registry import Registry
 from jobs.models.versions import CodebookVersion
 from jobs.pictures import draw_likelihood, draw_usage
 from jobs.warehouse.delta_spark import Warehouse
-from jobs.warehouse.releases import versions_to_judge
+from jobs.warehouse.releases import versions_to_evaluate
 from jobs.warehouse.reports import QualityReport, UncertainItem, report
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS
 from tokenizer import RQGMM, Thresholds, check_gate, level_usage, neighbour_recall
 
-RECIPE = 2  # of the metrics: a report of an earlier one is made anew
+RECIPE = 2  # version of the metrics: with another one every report is computed again
 LIKELIHOOD_SAMPLE = 50_000
-LEAST_CERTAIN = 20  # items that a report names
+LEAST_CERTAIN = 20  # items with the lowest confidence in a report
 
 
 @dataclass(frozen=True)
@@ -49,28 +50,35 @@ class EvaluateResult(QualityReport):
 
 
 def run(
-    config: Config, warehouse: Warehouse, registry: Registry, model: CodebookVersion, champion: CodebookVersion | None,
-    run_date: date, pictures: Path,
-) -> EvaluateResult:  # fmt: skip
-    """Measure the IDs of `model` and judge them, against the champion's where there is one.
+    config: Config,
+    warehouse: Warehouse,
+    registry: Registry,
+    model: CodebookVersion,
+    champion: CodebookVersion | None,
+    run_date: date,
+    pictures: Path,
+) -> EvaluateResult:
+    """Compute the metrics of the IDs of `model`, compared with those of the champion, and the verdict of the gate.
+
+    A report of the same tables, codebook and settings is reused.
 
     Raises:
-        SchemaError: the version has no IDs yet, or not for the whole catalogue, or was fitted on vectors of another recipe.
+        SchemaError: some item has no ID of the version, or the version was fitted on vectors of another recipe.
         RegistryMismatch: the version has IDs of another codebook, or its files are gone.
         CodebookError: its files are damaged.
     """
     began = time.monotonic()
     check_rows(warehouse.root, model)
-    versions = versions_to_judge(warehouse, model.number)
-    rival = champion if champion is not None and champion.number != model.number else None
+    versions = versions_to_evaluate(warehouse, model.number)
+    other = champion if champion is not None and champion.number != model.number else None
     run_id = fingerprint([RECIPE, versions, model.hash, config.digest("gate", "evaluate")])[:16]
-    # A champion was judged against its predecessor when it was promoted; that report stands.
-    judged_against = rival.number if rival else None
-    found = report(warehouse.root, model.number, run_id)
-    if found is not None and (rival is None or found.judged_against == judged_against):
+    # The report of a champion compares it with its predecessor, from before its promotion; it is reused.
+    judged_against = other.number if other else None
+    stored = report(warehouse.root, model.number, run_id)
+    if stored is not None and (other is None or stored.judged_against == judged_against):
+        values = {field.name: getattr(stored, field.name) for field in fields(stored)}
         drawn = tuple(sorted(pictures.glob(f"*-{model.hash[:12]}.png")))
-        stored = {field.name: getattr(found, field.name) for field in fields(found)}
-        return EvaluateResult(**stored, pictures=drawn, seconds=time.monotonic() - began, nothing_to_do=True)
+        return EvaluateResult(**values, pictures=drawn, seconds=time.monotonic() - began, nothing_to_do=True)
 
     embeddings = warehouse.read(ITEM_EMBEDDINGS, versions[ITEM_EMBEDDINGS.name])
     published = warehouse.read(SEMANTIC_IDS, versions[SEMANTIC_IDS.name])
@@ -78,24 +86,22 @@ def run(
     missing = embeddings.join(ids, ["item_id", "content_hash"], how="left_anti").count()
     if missing or ids.isEmpty():
         raise SchemaError(
-            f"{missing} items of item_embeddings have no semantic ID of codebook version {model.number}; the report is over the "
-            "whole catalogue. Run `sid encode` first"
+            f"{missing} items of item_embeddings have no semantic ID of codebook version {model.number}; the report is "
+            "over the whole catalogue. Run `sid encode` first"
         )
-    rivals = published.where(F.col("codebook_version") == (rival.number if rival else -1))
+    champion_ids = published.where(F.col("codebook_version") == (other.number if other else -1))
     counts = code_counts(ids, model.levels, model.components)
     rqgmm = load_files(usable_files(warehouse, registry, model), model.hash).rqgmm
     metrics = {
         **_usage_metrics(counts),
         **collision_metrics(ids),
-        **catalogue_metrics(ids, rivals, model.dim),
+        **catalogue_metrics(ids, champion_ids, model.dim),
         "neighbour_recall": _sampled_recall(embeddings, ids, rqgmm, config.evaluate.neighbour_sample),
     }
-    least_certain = tuple(
-        UncertainItem(**row.asDict())
-        # Held ones last: their codes are an earlier codebook's, so that of this one's the posterior is near 0 by intent.
-        for row in ids.orderBy("held", "confidence", "item_id").limit(LEAST_CERTAIN)
-        .select("item_id", "semantic_id", "confidence", "log_likelihood").collect()
-    )  # fmt: skip
+    # Held items last: they keep the codes of an earlier codebook, whose posterior under this one is low on purpose.
+    uncertain = ids.orderBy("held", "confidence", "item_id").limit(LEAST_CERTAIN)
+    columns = [field.name for field in fields(UncertainItem)]
+    least_certain = tuple(UncertainItem(**row.asDict()) for row in uncertain.select(columns).collect())
     baseline = {"rmse": metrics["champion_rmse"]} if "champion_rmse" in metrics else None
     verdict = check_gate(
         {**metrics, "rmse": metrics.get("common_rmse", metrics["rmse"])}, _thresholds(config), baseline
@@ -111,11 +117,11 @@ def run(
         "codebook_hash": model.hash,
         "table_versions": json.dumps(versions),
     }
-    with registry.run("evaluate", config, {**tags, "verdict": "passed" if verdict.passed else "failed"}) as run_:
+    with registry.run("evaluate", config, {**tags, "verdict": "passed" if verdict.passed else "failed"}) as mlflow_run:
         for name, value in metrics.items():
-            registry.client.log_metric(run_.info.run_id, name, value)
+            registry.client.log_metric(mlflow_run.info.run_id, name, value)
         for picture in (usage, likelihood):
-            registry.client.log_artifact(run_.info.run_id, str(picture), "pictures")
+            registry.client.log_artifact(mlflow_run.info.run_id, str(picture), "pictures")
     row = {
         "codebook_version": model.number,
         "run_id": run_id,
@@ -130,21 +136,21 @@ def run(
     }
     warehouse.merge(QUALITY_REPORTS, warehouse.rows(QUALITY_REPORTS, [row]), update=True)
     return EvaluateResult(
-        model.number,
-        run_id,
-        verdict.passed,
-        tuple(verdict.reasons),
-        metrics,
-        least_certain,
-        versions,
-        judged_against,
-        (usage, likelihood),
-        time.monotonic() - began,
+        codebook_version=model.number,
+        run_id=run_id,
+        passed=verdict.passed,
+        reasons=tuple(verdict.reasons),
+        metrics=metrics,
+        least_certain=least_certain,
+        table_versions=versions,
+        judged_against=judged_against,
+        pictures=(usage, likelihood),
+        seconds=time.monotonic() - began,
     )
 
 
 def code_counts(ids: DataFrame, levels: int, components: int) -> npt.NDArray[np.int64]:
-    """Items per component of each level, (L, K)."""
+    """(L, K): number of items per level and component."""
     counts = np.zeros((levels, components), np.int64)
     for row in ids.select(F.posexplode("codes").alias("level", "code")).groupBy("level", "code").count().collect():
         counts[row["level"], row["code"]] = row["count"]
@@ -168,7 +174,10 @@ def _usage_metrics(counts: npt.NDArray[np.int64]) -> dict[str, float]:
 
 
 def collision_metrics(ids: DataFrame) -> dict[str, float]:
-    """Distinct code tuples, and how many items share one. No ID can separate items with equal vectors: they are counted too."""
+    """Counts of items, of distinct code tuples and of the largest group of items with equal codes.
+
+    `items_with_a_twin` counts items beyond the first with the same vector, which no codes can tell apart.
+    """
     groups = ids.groupBy("codes").count()
     largest = groups.agg(F.count(F.lit(1)).alias("distinct"), F.max("count").alias("largest")).first()
     total = ids.agg(F.count(F.lit(1)).alias("items"), F.countDistinct("content_hash").alias("vectors")).first()
@@ -185,10 +194,10 @@ def collision_metrics(ids: DataFrame) -> dict[str, float]:
 
 
 def catalogue_metrics(ids: DataFrame, champion_ids: DataFrame, dim: int) -> dict[str, float]:
-    """Means over the IDs of a version, and its comparison with the champion's.
+    """Means over the IDs of a version, and a comparison with those of the champion.
 
-    RMSE is over the whole catalogue, `common_rmse` and `champion_rmse` over items that both encoded from the same vector, and
-    churn is the share of the champion's items whose codes differ.
+    `rmse` is over the whole catalogue, per component of a vector. `common_rmse` and `champion_rmse` are over the items
+    that both encoded from the same vector. `churn` is the share of the champion's items whose codes differ.
 
     Raises:
         SchemaError: rows have no squared error, as an earlier release of this software wrote them.
@@ -226,8 +235,9 @@ def catalogue_metrics(ids: DataFrame, champion_ids: DataFrame, dim: int) -> dict
     for version in (row["incomplete"], row["champion_incomplete"]):
         if version is not None:
             raise SchemaError(
-                f"semantic_ids of codebook version {version} have rows without squared_error, which an earlier release of this "
-                f"software wrote; expected it in every row. Run `sid encode --codebook {version}`, which computes it; no ID changes"
+                f"semantic_ids of codebook version {version} have rows without squared_error, which an earlier release "
+                f"of this software wrote; expected it in every row. Run `sid encode --codebook {version}`, which "
+                "computes it; no ID changes"
             )
     names = ("mean_confidence", "mean_log_likelihood", "std_log_likelihood", "held")
     metrics = {name: float(row[name]) for name in names}
@@ -241,10 +251,10 @@ def catalogue_metrics(ids: DataFrame, champion_ids: DataFrame, dim: int) -> dict
 
 
 def _sampled_recall(embeddings: DataFrame, ids: DataFrame, rqgmm: RQGMM, sample: int) -> float:
-    """Neighbour recall@10 of the code space, over the `sample` items with the least hash of their id."""
-    chosen = ids.orderBy(F.xxhash64("item_id"), "item_id").limit(sample).select("item_id", "codes").toArrow()
-    some = ids.sparkSession.createDataFrame(chosen)
-    rows = embeddings.select("item_id", "embedding").join(F.broadcast(some), "item_id", how="inner").toArrow()
+    """Neighbour recall@10 of the decoded codes over `sample` items, those with the smallest hash of their id."""
+    sampled = ids.orderBy(F.xxhash64("item_id"), "item_id").limit(sample).select("item_id", "codes").toArrow()
+    sampled_ids = ids.sparkSession.createDataFrame(sampled)
+    rows = embeddings.select("item_id", "embedding").join(F.broadcast(sampled_ids), "item_id", how="inner").toArrow()
     rows = rows.sort_by("item_id")
     x = torch.tensor(unpack(rows.column("embedding").combine_chunks(), rqgmm.dim))
     codes = torch.tensor(np.stack(rows.column("codes").to_pylist()).astype(np.int32))
@@ -254,6 +264,7 @@ def _sampled_recall(embeddings: DataFrame, ids: DataFrame, rqgmm: RQGMM, sample:
 def _likelihoods(
     ids: DataFrame, embeddings: DataFrame, run_date: date
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Log-likelihoods of earlier items and of items first seen on `run_date`, of LIKELIHOOD_SAMPLE items at most."""
     first = embeddings.select("item_id", (F.col("first_seen") == F.lit(run_date)).alias("new"))
     rows = (
         ids.join(first, "item_id", how="inner")

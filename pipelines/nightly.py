@@ -30,7 +30,7 @@ from jobs.models.versions import CodebookVersion
 from jobs.train import TrainResult
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.queries import likelihood_drop
-from jobs.warehouse.releases import ROLLED_BACK, Release, current_release, releases, versions_to_judge
+from jobs.warehouse.releases import ROLLED_BACK, Release, current_release, releases, versions_to_evaluate
 from pipelines.promote import GateFailed, PromoteResult, promote
 from tokenizer import Iteration
 
@@ -219,7 +219,7 @@ class _Stages:
         current = current_release(self.warehouse.root)
         if refit_because is None:
             return self.publish(champion, champion)
-        if current and versions_to_judge(self.warehouse, champion.number) == current.table_versions:
+        if current and versions_to_evaluate(self.warehouse, champion.number) == current.table_versions:
             return _Publication(champion, promoted=PromoteResult(current, nothing_to_do=True))
         published = self.publish(champion, champion)
         if published.gate_message is not None:

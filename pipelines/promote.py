@@ -21,7 +21,7 @@ from jobs.warehouse.releases import (
     Release,
     releases,
     rolled_back,
-    versions_to_judge,
+    versions_to_evaluate,
     write_release,
 )
 from jobs.warehouse.reports import QualityReport
@@ -86,7 +86,7 @@ def promote(
             f"codebook version {model.number} did not pass the gate: {'; '.join(verdict.reasons)}. The champion stays; "
             "change the data or the fit, or the limits under gate.* if they are wrong for your catalogue"
         )
-    present = versions_to_judge(warehouse, model.number)
+    present = versions_to_evaluate(warehouse, model.number)
     if dict(verdict.table_versions) != present:
         raise PromotionConflict(
             f"the verdict is about table versions {dict(verdict.table_versions)}, the tables are at {present}; "

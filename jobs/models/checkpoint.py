@@ -1,6 +1,7 @@
-"""The folder under the warehouse where driver and workers of a fit meet: levels done so far, where it is, last words.
+"""The checkpoint of a fit: a folder in the warehouse with finished levels, progress, and errors of workers.
 
-It lies beside the tables, so on a cluster every worker reaches it; a fit that was killed goes on from it.
+A killed fit goes on from it. Driver and workers of a distributed fit exchange data through it: it is beside the tables,
+so every worker on a cluster can read and write it.
 """
 
 from __future__ import annotations
@@ -19,47 +20,52 @@ from tokenizer import RQGMM, Iteration, RQGMMFit, load_codebook, save_codebook
 from tokenizer.codebook import MANIFEST, TENSORS
 
 FOLDER = "_fits"
+LOCAL = fs.LocalFileSystem()
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Of the fit named `key` in the warehouse at `root` (absolute folder or URI)."""
+    """The checkpoint of the fit with this key in the warehouse at `root` (absolute folder or URI)."""
 
     root: str
     key: str
 
     @cached_property
-    def _place(self) -> tuple[fs.FileSystem, str]:
+    def _location(self) -> tuple[fs.FileSystem, str]:
+        """The file system, and the folder of all fits in it."""
         filesystem, root = filesystem_of(self.root)
         return filesystem, f"{root}/{FOLDER}"
 
     def open(self) -> None:
-        """Make the folder, without last words of an earlier try and without other fits: there is one writer, so those
-        were given up."""
-        filesystem, place = self._place
-        filesystem.create_dir(f"{place}/{self.key}", recursive=True)
-        for other in filesystem.get_file_info(fs.FileSelector(place)):
+        """Create the folder, without the errors of an earlier attempt.
+
+        Checkpoints of other fits are removed: there is one writer at a time, so those fits were abandoned.
+        """
+        filesystem, folder = self._location
+        filesystem.create_dir(f"{folder}/{self.key}", recursive=True)
+        for other in filesystem.get_file_info(fs.FileSelector(folder)):
             if other.base_name != self.key:
                 filesystem.delete_dir(other.path)
         for name in self._names():
             if name.startswith("error-"):
-                filesystem.delete_file(f"{place}/{self.key}/{name}")
+                filesystem.delete_file(f"{folder}/{self.key}/{name}")
 
     def close(self) -> None:
-        filesystem, place = self._place
-        filesystem.delete_dir(place)
+        """Remove the folder."""
+        filesystem, folder = self._location
+        filesystem.delete_dir(folder)
 
     def save(self, fit: RQGMMFit) -> None:
-        """Keep the levels done so far."""
+        """Store the levels that are finished."""
         self._save_fit(f"level-{fit.rqgmm.n_levels}", fit)
 
     def latest(self) -> RQGMMFit | None:
-        """The levels done so far, checked against their hash."""
+        """The finished levels, verified by their hash; None if there are none."""
         levels = [int(name[6:-5]) for name in self._names() if name.startswith("level-") and name.endswith(".json")]
         return self._load_fit(f"level-{max(levels)}") if levels else None
 
     def save_result(self, fit: RQGMMFit) -> None:
-        """Keep what workers fitted for the driver."""
+        """Store what the workers fitted, for the driver."""
         self._save_fit("result", fit)
 
     def result(self) -> RQGMMFit:
@@ -82,26 +88,26 @@ class Checkpoint:
         self._write(f"error-{rank}.txt", text)
 
     def error(self) -> tuple[int, str] | None:
-        """Rank and last words of a worker that failed by itself, not for want of another."""
-        told = sorted(name for name in self._names() if name.startswith("error-"))
-        return (int(told[0][6:-4]), self._read(told[0])) if told else None
+        """Rank and trace of a worker that raised; workers that lost another worker store none."""
+        names = sorted(name for name in self._names() if name.startswith("error-"))
+        return (int(names[0][6:-4]), self._read(names[0])) if names else None
 
     def _names(self) -> list[str]:
-        filesystem, place = self._place
-        found: list[Any] = filesystem.get_file_info(fs.FileSelector(f"{place}/{self.key}", allow_not_found=True))
-        return [entry.base_name for entry in found]
+        filesystem, folder = self._location
+        entries: list[Any] = filesystem.get_file_info(fs.FileSelector(f"{folder}/{self.key}", allow_not_found=True))
+        return [entry.base_name for entry in entries]
 
     def _write(self, name: str, text: str) -> None:
-        filesystem, place = self._place
-        write_file(filesystem, f"{place}/{self.key}/{name}", text.encode())
+        filesystem, folder = self._location
+        write_file(filesystem, f"{folder}/{self.key}/{name}", text.encode())
 
     def _read(self, name: str) -> str:
-        filesystem, place = self._place
-        with filesystem.open_input_stream(f"{place}/{self.key}/{name}") as stream:
+        filesystem, folder = self._location
+        with filesystem.open_input_stream(f"{folder}/{self.key}/{name}") as stream:
             return str(stream.read().decode())
 
     def _save_fit(self, name: str, fit: RQGMMFit) -> None:
-        """The trace is written last: without it the codebook does not count."""
+        """The trace is written last; a codebook without one is incomplete and is not read."""
         self._save_codebook(name, fit.rqgmm)
         self._write(f"{name}.json", json.dumps([asdict(step) for step in fit.trace]))
 
@@ -110,21 +116,18 @@ class Checkpoint:
         return RQGMMFit(self._load_codebook(name), trace)
 
     def _save_codebook(self, name: str, rqgmm: RQGMM) -> None:
-        filesystem, place = self._place
-        target = f"{place}/{self.key}/{name}"
-        filesystem.create_dir(target)
+        filesystem, folder = self._location
+        filesystem.create_dir(f"{folder}/{self.key}/{name}")
         with tempfile.TemporaryDirectory() as scratch:
             save_codebook(Path(scratch), rqgmm, {})
             for file in (TENSORS, MANIFEST):
-                fs.copy_files(
-                    f"{scratch}/{file}", f"{target}/{file}", source_filesystem=fs.LocalFileSystem(), destination_filesystem=filesystem
-                )  # fmt: skip
+                source, target = f"{scratch}/{file}", f"{folder}/{self.key}/{name}/{file}"
+                fs.copy_files(source, target, source_filesystem=LOCAL, destination_filesystem=filesystem)
 
     def _load_codebook(self, name: str) -> RQGMM:
-        filesystem, place = self._place
+        filesystem, folder = self._location
         with tempfile.TemporaryDirectory() as scratch:
             for file in (TENSORS, MANIFEST):
-                fs.copy_files(
-                    f"{place}/{self.key}/{name}/{file}", f"{scratch}/{file}", source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem()
-                )  # fmt: skip
+                source, target = f"{folder}/{self.key}/{name}/{file}", f"{scratch}/{file}"
+                fs.copy_files(source, target, source_filesystem=filesystem, destination_filesystem=LOCAL)
             return load_codebook(Path(scratch)).rqgmm

@@ -1,4 +1,4 @@
-"""Small reads of tables by delta-rs, without Spark, which takes seconds for each and many to start."""
+"""Small reads of tables by delta-rs. Spark takes seconds for each and many more to start."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HASH_DIGITS = 32  # Delta's statistics keep this many characters of the least an
 
 
 def read_rows(root: str, table: Table) -> list[dict[str, Any]]:
-    """Every row of a table of few rows, read by delta-rs: Spark takes seconds for it, and many to start. No rows where it is absent.
+    """Every row of a small table; no rows if the table does not exist.
 
     Raises:
         SchemaError: its columns are not the declared ones.
@@ -31,53 +31,57 @@ def read_rows(root: str, table: Table) -> list[dict[str, Any]]:
     with open_table(root, table) as log:
         if log is None:
             return []
-        found = log.to_pyarrow_table()
-    if found.schema.names != table.schema.names:
+        content = log.to_pyarrow_table()
+    if content.schema.names != table.schema.names:
         raise SchemaError(
-            f"columns of {table.name} are {found.schema.names}; expected {table.schema.names}. Was the table written by another version?"
+            f"columns of {table.name} are {content.schema.names}; expected {table.schema.names}. Was the table written "
+            "by another version?"
         )
-    rows: list[dict[str, Any]] = found.to_pylist(maps_as_pydicts="strict")
+    rows: list[dict[str, Any]] = content.to_pylist(maps_as_pydicts="strict")
     return rows
 
 
 def count_and_version(root: str, table: Table) -> tuple[int, int] | None:
-    """Rows and version of a table, from its log; None where it is absent."""
+    """Number of rows and version of a table, from its log; None if it does not exist."""
     with open_table(root, table) as log:
         return None if log is None else (log.count(), log.version())
 
 
 def data_files(root: str, table: Table, version: int, codebook_version: int) -> set[str] | None:
-    """The data files of a version by its log, of `semantic_ids` those of one codebook version; None where its log is gone."""
+    """The data files of a table version, from its log; of `semantic_ids` only those of one codebook version.
+
+    None if the log no longer has the version.
+    """
     from deltalake.exceptions import DeltaError
 
-    part = f"/codebook_version={codebook_version}/" if table is SEMANTIC_IDS else ""
+    partition = f"/codebook_version={codebook_version}/" if table is SEMANTIC_IDS else ""
     with open_table(root, table) as log:
         try:
             if log is not None:
                 log.load_as_version(version)
         except DeltaError:
             return None
-        return None if log is None else {file for file in log.file_uris() if part in file}
+        return None if log is None else {file for file in log.file_uris() if partition in file}
 
 
 def hashes_by_codebook_version(root: str) -> dict[int, set[str]]:
-    """By codebook version the first HASH_DIGITS digits of the hashes that its rows of `semantic_ids` carry.
+    """Codebook version -> the codebook hashes of its rows in `semantic_ids`, cut to HASH_DIGITS digits.
 
-    From the statistics in the table's log; the rows of a version are read only where a file has none.
+    From the statistics in the table's log; the rows of a version are read only if one of its files has no statistics.
     """
-    found: dict[int, set[str]] = {}
+    hashes: dict[int, set[str]] = {}
     with open_table(root, SEMANTIC_IDS) as log:
         if log is None:
-            return found
+            return hashes
         for file in pa.table(log.get_add_actions(flatten=True)).to_pylist():
             version = int(file["partition.codebook_version"])
             ends = [file.get(f"{end}.codebook_hash") for end in ("min", "max")]
             if None in ends:
-                own = pc.field("codebook_version") == version
-                read = log.to_pyarrow_dataset().to_table(columns=["codebook_hash"], filter=own)
-                ends = pc.unique(read["codebook_hash"]).to_pylist()
-            found.setdefault(version, set()).update(end[:HASH_DIGITS] for end in ends)
-    return found
+                of_version = pc.field("codebook_version") == version
+                rows = log.to_pyarrow_dataset().to_table(columns=["codebook_hash"], filter=of_version)
+                ends = pc.unique(rows["codebook_hash"]).to_pylist()
+            hashes.setdefault(version, set()).update(end[:HASH_DIGITS] for end in ends)
+    return hashes
 
 
 def may_have_nulls(root: str, codebook_version: int, column: str) -> bool:
@@ -97,7 +101,7 @@ def may_have_nulls(root: str, codebook_version: int, column: str) -> bool:
 
 @contextmanager
 def open_table(root: str, table: Table) -> Iterator[deltalake.DeltaTable | None]:
-    """The table as delta-rs sees it, None where it is absent."""
+    """The table as delta-rs reads it; None if it does not exist."""
     import deltalake
     from deltalake.exceptions import TableNotFoundError
 
@@ -105,12 +109,12 @@ def open_table(root: str, table: Table) -> Iterator[deltalake.DeltaTable | None]
         until_read.enter_context(about(f"{root}/{table.name}"))
         location = f"{root}/{table.name}"
         if "://" not in root and re.search(r"%[0-9a-fA-F]{2}|\\", root) and Path(location).is_dir():
-            # delta-rs takes `%20` in a path for a space: it reads the table through links from a folder without it.
+            # delta-rs decodes `%20` in a path to a space, so it reads the table through links in a folder without it.
             location = until_read.enter_context(TemporaryDirectory())
             for entry in Path(root, table.name).iterdir():
                 Path(location, entry.name).symlink_to(entry)
         try:
-            found = deltalake.DeltaTable(location)
+            opened = deltalake.DeltaTable(location)
         except TableNotFoundError:
-            found = None
-        yield found
+            opened = None
+        yield opened

@@ -1,7 +1,7 @@
-"""Reading and writing of tables through Spark.
+"""Reading and writing tables with Spark.
 
-Reads and writes are checked against the declared schema. Every write is one Delta commit: a job that is killed
-leaves the table as it was before or as it is after, never in between.
+Reads and writes are checked against the declared schema. Every write is one Delta commit, so a kill leaves the table
+either as it was before or as it is after the write.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from jobs.warehouse.tables import Table
 if TYPE_CHECKING:
     from delta import DeltaTable
 
-# A release pins versions of tables for as long as someone may go back to it. VACUUM, Spark's or delta-rs's, goes by these,
-# and its default of a week would remove what a release older than that needs.
-KEPT = {
+# A release pins table versions, and someone may go back to it years later. VACUUM of Spark and of delta-rs reads these
+# properties; its default of a week would remove files that older releases need.
+RETENTION = {
     "delta.logRetentionDuration": "interval 3650 days",
     "delta.deletedFileRetentionDuration": "interval 3650 days",
 }
@@ -34,14 +34,14 @@ KEPT = {
 
 @dataclass(frozen=True)
 class Warehouse:
-    """The tables under one root, seen through one Spark session."""
+    """The tables under one root, read and written with one Spark session."""
 
     spark: SparkSession
     root: str
 
     @property
     def cores(self) -> int:
-        """Tasks that run at once."""
+        """Number of tasks that run at the same time."""
         return int(self.spark.sparkContext.defaultParallelism)
 
     def path(self, table: Table) -> str:
@@ -53,22 +53,22 @@ class Warehouse:
         return bool(DeltaTable.isDeltaTable(self.spark, self.path(table)))
 
     def create(self, table: Table) -> DeltaTable:
-        """The table, created empty where it is absent."""
+        """The table; an empty one is created if it does not exist."""
         from delta import DeltaTable
 
         if not self.exists(table):
-            self._clear_half_made(table)
+            self._remove_incomplete(table)
             builder = (
                 DeltaTable.createIfNotExists(self.spark)
                 .tableName(self._identifier(table))
                 .location(self.path(table))
                 .addColumns(table.schema)
-                # Without these two, delta-rs (and DuckDB and polars through it) can read the files.
+                # Both off, so that delta-rs can read the files, and DuckDB and polars through it.
                 .property("delta.enableDeletionVectors", "false")
                 .property("delta.columnMapping.mode", "none")
                 .property("delta.enableChangeDataFeed", str(table.change_feed).lower())
             )
-            for name, value in KEPT.items():
+            for name, value in RETENTION.items():
                 builder = builder.property(name, value)
             for name, condition in table.checks.items():
                 builder = builder.property(f"delta.constraints.{name}", condition)
@@ -77,32 +77,33 @@ class Warehouse:
             builder.execute()
         return DeltaTable.forPath(self.spark, self.path(table))
 
-    def _clear_half_made(self, table: Table) -> None:
-        """A kill before the first entry of the log leaves a folder in which Spark neither finds nor makes a table."""
+    def _remove_incomplete(self, table: Table) -> None:
+        """Remove the folder of a table whose creation was killed before its first log entry; Spark refuses it."""
         folder = Path(self.path(table))
         files = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
         if "://" not in self.root and folder.is_dir() and next(files, None) is None:
             shutil.rmtree(folder)
 
     def _to_write(self, table: Table) -> DeltaTable:
-        """The table; one that was made before KEPT or before an optional column was declared gets them, with the next write
-        so that an idle night adds no version.
+        """The table to write to, with retention and optional columns that older tables lack.
+
+        They are added only before a write, so a night without work adds no table version.
         """
         target = self.create(table)
         with open_table(self.root, table) as log:
-            present = log.metadata().configuration if log is not None else KEPT
+            properties = log.metadata().configuration if log is not None else RETENTION
             columns = [] if log is None else [field.name for field in log.schema().fields]
         added = [field for field in table.schema if columns and field.nullable and field.name not in columns]
         if added:
             types = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in added)
             self.spark.sql(f"ALTER TABLE {self._identifier(table)} ADD COLUMNS ({types})")
             target = self.create(table)
-        if not set(KEPT) <= set(present):
-            self._set_properties(table, KEPT)  # in one statement: Delta checks one retention against the other
+        if not set(RETENTION) <= set(properties):
+            self._set_properties(table, RETENTION)  # in one statement: Delta compares the two
         return target
 
     def version(self, table: Table) -> int:
-        """The newest version of the table; -1 where it does not exist."""
+        """The newest version of the table; -1 if it does not exist."""
         from delta import DeltaTable
 
         if not self.exists(table):
@@ -112,10 +113,10 @@ class Warehouse:
         return int(latest["version"])
 
     def read(self, table: Table, version: int | None = None) -> DataFrame:
-        """The table at `version` (newest by default), its schema checked.
+        """The table at `version` (newest by default), with its schema checked.
 
         Raises:
-            SchemaError: the table is absent, or its columns are not the declared ones.
+            SchemaError: the table does not exist, or its columns are not the declared ones.
         """
         if not self.exists(table):
             raise SchemaError(
@@ -125,19 +126,19 @@ class Warehouse:
         if version is not None:
             reader = reader.option("versionAsOf", version)
         frame = reader.load(self.path(table))
-        if len(frame.columns) < len(table.schema):  # made before an optional column was declared: null in every row
+        if len(frame.columns) < len(table.schema):  # written before an optional column was declared
             absent = [field for field in table.schema if field.nullable and field.name not in frame.columns]
             frame = frame.withColumns({field.name: F.lit(None).cast(field.dataType) for field in absent})
         check_columns(frame, table)
         return frame
 
     def files(self, table: Table, version: int) -> list[str]:
-        """Parquet files that make up a version, in a fixed order; whole files, since deletion vectors are off."""
-        # Spark gives Hadoop paths, which are not encoded as those who read URIs expect.
+        """The Parquet files of a version as URIs, sorted. Every row in them counts, as deletion vectors are off."""
+        # Spark gives Hadoop paths, which are not percent-encoded.
         return sorted(quote(path, safe="/:") for path in self.read(table, version).inputFiles())
 
     def merge(self, table: Table, rows: DataFrame, *, update: bool) -> int:
-        """Insert rows whose key is new; with `update`, also replace rows whose key exists. Returns the version after."""
+        """Insert rows whose key is new; with `update` also replace rows whose key exists. Returns the new version."""
         target = self._to_write(table)
         check_columns(rows, table)
         on = " AND ".join(f"stored.{column} <=> new.{column}" for column in table.key)
@@ -148,19 +149,19 @@ class Warehouse:
         return self.version(table)
 
     def replace(self, table: Table, rows: DataFrame, where: str) -> int:
-        """Replace the rows that satisfy `where` (all, if empty) by `rows` in one commit. Returns the version after."""
+        """Replace the rows that satisfy `where` (all if empty) by `rows` in one commit. Returns the new version."""
         self._to_write(table)
         check_columns(rows, table)
         writer = rows.write.format("delta").mode("overwrite")
         if where:
             writer = writer.option("replaceWhere", where)
-        elif self._columns(table) != table.schema.simpleString():  # an earlier layout, of which no row is left
+        elif self._columns(table) != table.schema.simpleString():  # an earlier layout; no row of it remains
             writer = writer.option("overwriteSchema", "true").partitionBy(*table.partition_by)
         writer.save(self.path(table))
         return self.version(table)
 
     def update(self, table: Table, rows: DataFrame, columns: Sequence[str]) -> int:
-        """Set `columns` in the stored rows whose key is among `rows`, which have key and columns. Returns the version after."""
+        """Set `columns` in the rows whose key is in `rows`, which has key and columns. Returns the new version."""
         target = self._to_write(table)
         on = " AND ".join(f"stored.{column} <=> new.{column}" for column in table.key)
         merge = target.alias("stored").merge(rows.alias("new"), on)
@@ -171,19 +172,20 @@ class Warehouse:
         return self.spark.read.format("delta").load(self.path(table)).schema.simpleString()
 
     def append(self, table: Table, rows: DataFrame) -> int:
+        """Append rows, whose keys must be new. Returns the new version."""
         self._to_write(table)
         check_columns(rows, table)
         rows.write.format("delta").mode("append").save(self.path(table))
         return self.version(table)
 
     def rows(self, table: Table, values: list[dict[str, Any]]) -> DataFrame:
-        """A frame of a few rows with the table's schema."""
+        """A DataFrame of a few rows, given as values by column, with the table's schema."""
         return self.spark.createDataFrame(
             [tuple(value[name] for name in table.schema.names) for value in values], table.schema
         )
 
     def property(self, table: Table, name: str) -> str | None:
-        """A `sid.*` property of the table, such as the recipe its embeddings were fused with."""
+        """A `sid.*` property of the table, such as the fusion of its embeddings; None if it is not set."""
         if not self.exists(table):
             return None
         detail = self.create(table).detail().select("properties").first()
@@ -200,12 +202,12 @@ class Warehouse:
         self.spark.sql(f"ALTER TABLE {self._identifier(table)} SET TBLPROPERTIES ({pairs})")
 
     def _identifier(self, table: Table) -> str:
-        """The table in SQL, which knows it by its path."""
+        """The table as SQL names it, by its path."""
         return "delta.`" + self.path(table).replace("`", "``") + "`"
 
     @contextmanager
     def staging(self, name: str) -> Iterator[str]:
-        """A folder for the duration."""
+        """The path of a folder in the staging area, which is removed at the end of the block."""
         folder = f"{self.root}/_staging/{name}"
         try:
             yield folder
@@ -215,20 +217,24 @@ class Warehouse:
 
     @contextmanager
     def staged(self, rows: DataFrame, name: str) -> Iterator[DataFrame]:
-        """`rows` computed once and kept as Parquet for the duration: MERGE reads its source twice, counts read it again."""
+        """`rows`, computed once and stored as Parquet for the block: MERGE reads its source twice, a count again."""
         with self.staging(name) as folder:
             rows.write.mode("overwrite").parquet(folder)
-            # Without the option Spark takes brackets, stars and the like in the path for a pattern.
+            # Without the option Spark reads brackets and stars in the path as a pattern.
             yield self.spark.read.schema(rows.schema).option("__globPaths__", "false").parquet(folder)
 
 
 def check_columns(frame: DataFrame, table: Table) -> None:
-    """Names, order and types of `frame` are those of `table` (a column may be less nullable than declared)."""
-    wanted = [(f.name, f.dataType.simpleString()) for f in table.schema]
+    """Check that names, order and types of `frame` are those of `table`; nullability may differ.
+
+    Raises:
+        SchemaError: they are not.
+    """
+    declared = [(f.name, f.dataType.simpleString()) for f in table.schema]
     present = [(f.name, f.dataType.simpleString()) for f in frame.schema]
-    if wanted != present:
-        missing = [f"{name} {kind}" for name, kind in wanted if (name, kind) not in present]
-        surplus = [f"{name} {kind}" for name, kind in present if (name, kind) not in wanted]
+    if declared != present:
+        missing = [f"{name} {kind}" for name, kind in declared if (name, kind) not in present]
+        surplus = [f"{name} {kind}" for name, kind in present if (name, kind) not in declared]
         raise SchemaError(
             f"columns of {table.name} differ from the declared ones; missing: {', '.join(missing) or 'none'}; "
             f"not expected: {', '.join(surplus) or 'none'} (order matters). Was the table written by another version?"
@@ -236,6 +242,6 @@ def check_columns(frame: DataFrame, table: Table) -> None:
 
 
 def clear_staging(root: str) -> None:
-    """Remove what a killed command left in the staging area of a local warehouse. Call with the lock held."""
+    """Remove the files of killed commands from the staging area of a local warehouse. Call with the lock held."""
     if "://" not in root:
         shutil.rmtree(Path(root) / "_staging", ignore_errors=True)

@@ -15,10 +15,14 @@ from jobs.errors import WarehouseError
 
 @contextmanager
 def writer_lock(root: str, command: str = "another command", run_date: date | None = None) -> Iterator[None]:
-    """One writing command per local warehouse; the system frees the lock when its holder dies, however it dies.
+    """Hold the lock of a local warehouse, which only one process can. The system releases it when the process ends.
 
-    The file names the holder for whoever comes second. Local file systems give Delta no mutual exclusion between
-    processes. Object stores with conditional writes do, so a warehouse with a URI takes no lock.
+    The file names the process that holds the lock, for the error message of others. On local file systems Delta does
+    not keep two processes from writing at once. Object stores with conditional writes do, so a warehouse with a URI has
+    no lock.
+
+    Raises:
+        WarehouseError: another process holds the lock.
     """
     if "://" in root:
         yield
@@ -46,5 +50,5 @@ def _holder(text: str) -> str:
         facts = json.loads(text)
         day = f" for {facts['date']}" if facts["date"] else ""
         return f"{facts['command']}{day} (process {facts['pid']}, since {facts['since']})"
-    except (ValueError, KeyError, TypeError):  # it was killed, or is only now, writing this
+    except (ValueError, KeyError, TypeError):  # the file is empty or incomplete
         return "another command"

@@ -1,4 +1,4 @@
-"""The current release: the one row that readers of the warehouse follow."""
+"""Releases: the rows of `releases`, of which readers follow the newest."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from jobs.warehouse.delta_rs import data_files, read_rows
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, RELEASES, SEMANTIC_IDS
 
-PROMOTED, ROLLED_BACK = "promoted", "rolled back"  # how a release came about
+PROMOTED, ROLLED_BACK = "promoted", "rolled back"  # status of a release
 
 
 @dataclass(frozen=True)
 class Release:
-    """One promoted state: a codebook and the table versions it was judged on. `previous` is what readers followed before."""
+    """A codebook and the table versions that belong to it; `previous` is the release that was current before."""
 
     release_id: int
     codebook_version: int
@@ -28,9 +28,9 @@ class Release:
 
 
 def releases(root: str) -> list[Release]:
-    """Every release of the warehouse there, the current one first; none before the first promotion."""
-    found = [Release(**row) for row in read_rows(root, RELEASES)]
-    return sorted(found, key=lambda release: release.release_id, reverse=True)
+    """Every release of the warehouse at `root`, newest first."""
+    rows = [Release(**row) for row in read_rows(root, RELEASES)]
+    return sorted(rows, key=lambda release: release.release_id, reverse=True)
 
 
 def current_release(root: str) -> Release | None:
@@ -38,28 +38,32 @@ def current_release(root: str) -> Release | None:
     return next(iter(releases(root)), None)
 
 
-def rolled_back(every: Sequence[Release]) -> dict[int, int]:
-    """Codebook versions that were rolled back and not released since, each with the release that was rolled back."""
+def rolled_back(history: Sequence[Release]) -> dict[int, int]:
+    """Codebook versions that were rolled back and not released again -> the release that was rolled back."""
     versions: dict[int, int] = {}
-    for before, release in pairwise(sorted(every, key=lambda release: release.release_id)):
+    for before, release in pairwise(sorted(history, key=lambda release: release.release_id)):
         if release.status == ROLLED_BACK and release.codebook_version != before.codebook_version:
             versions[before.codebook_version] = before.release_id
         versions.pop(release.codebook_version, None)
     return versions
 
 
-def versions_to_judge(warehouse: Warehouse, codebook_version: int) -> dict[str, int]:
-    """The table versions that a verdict on a codebook is about: those that the current release pins if it is of this codebook and
-    no vector and no ID of it was written since (another codebook's IDs may have been), else the newest."""
+def versions_to_evaluate(warehouse: Warehouse, codebook_version: int) -> dict[str, int]:
+    """The table versions to evaluate a codebook on: the newest ones.
+
+    If the current release is of this codebook and no vector and none of its IDs was written since, they are the
+    versions that the release pins: IDs of another codebook give the table a new version, but the verdict need not be
+    repeated.
+    """
     newest = {table.name: warehouse.version(table) for table in (ITEM_EMBEDDINGS, SEMANTIC_IDS)}
     current = current_release(warehouse.root)
     if current is None or current.codebook_version != codebook_version:
         return newest
     for table in (ITEM_EMBEDDINGS, SEMANTIC_IDS):
-        now, then = newest[table.name], current.table_versions[table.name]
-        if now == then:
+        versions = newest[table.name], current.table_versions[table.name]
+        if versions[0] == versions[1]:
             continue
-        files = [data_files(warehouse.root, table, version, codebook_version) for version in (now, then)]
+        files = [data_files(warehouse.root, table, version, codebook_version) for version in versions]
         if None in files or files[0] != files[1]:
             return newest
     return dict(current.table_versions)
@@ -73,7 +77,7 @@ def write_release(
     table_versions: Mapping[str, int],
     status: str,
 ) -> Release:
-    """Append the release that readers follow from now on."""
+    """Append a release, which readers follow from then on."""
     release = Release(
         release_id=current.release_id + 1 if current else 1,
         codebook_version=codebook_version,

@@ -1,4 +1,4 @@
-"""The stored verdicts on codebook versions: what `evaluate` finds and `promote` goes by."""
+"""Quality reports: the rows of `quality_reports`, which `evaluate` writes and `promote` reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jobs.warehouse.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS
 
 @dataclass(frozen=True)
 class UncertainItem:
-    """An item whose codes are nearly not the most probable ones; `confidence` is their posterior."""
+    """An item with a low confidence, which is the posterior probability of its codes."""
 
     item_id: str
     semantic_id: str
@@ -34,16 +34,22 @@ class QualityReport:
 
 
 def report(root: str, codebook_version: int, run_id: str | None = None) -> QualityReport | None:
-    """A stored report of a codebook version: the named one, or the newest."""
+    """A stored report of a codebook version: that of `run_id`, or the newest; None if there is none."""
     rows = [row for row in read_rows(root, QUALITY_REPORTS) if row["codebook_version"] == codebook_version]
-    found = max(
+    newest = max(
         (row for row in rows if run_id in (None, row["run_id"])),
         key=lambda row: [row["table_versions"][table.name] for table in (SEMANTIC_IDS, ITEM_EMBEDDINGS)],
         default=None,
     )
-    if found is None:
+    if newest is None:
         return None
     return QualityReport(
-        codebook_version, found["run_id"], found["passed"], tuple(found["reasons"]), found["metrics"],
-        tuple(UncertainItem(**item) for item in found["least_certain"]), found["table_versions"], found["judged_against"],
-    )  # fmt: skip
+        codebook_version=codebook_version,
+        run_id=newest["run_id"],
+        passed=newest["passed"],
+        reasons=tuple(newest["reasons"]),
+        metrics=newest["metrics"],
+        least_certain=tuple(UncertainItem(**item) for item in newest["least_certain"]),
+        table_versions=newest["table_versions"],
+        judged_against=newest["judged_against"],
+    )

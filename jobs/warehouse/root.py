@@ -12,30 +12,32 @@ from jobs.errors import WarehouseError
 
 
 def warehouse_root(location: str, *, write: bool = True) -> str:
-    """Absolute folder or URI of the warehouse; a local folder is created if it is to be written.
+    """Absolute folder or URI of the warehouse. With `write` a local folder is created if it does not exist.
 
     Raises:
-        ConfigError: a local folder that is not there and is only to be read, or another host's.
-        WarehouseError: a local folder that cannot be written.
+        ConfigError: the location is on another host or no path, or without `write` it does not exist.
+        WarehouseError: with `write`, the folder cannot be written.
     """
     if re.match(r"file:/", location, re.IGNORECASE):
         parts = urlsplit(location, allow_fragments=False)
         if parts.netloc not in ("", "localhost"):
             raise ConfigError(
-                f"warehouse {location} names the host {parts.netloc}; expected a folder of this machine: file:///path, or the path alone"
+                f"warehouse {location} names the host {parts.netloc}; expected a folder of this machine: file:///path, "
+                "or the path alone"
             )
         location = unquote(location.split(":", 1)[1].removeprefix(f"//{parts.netloc}"))
     elif "://" in location:
         return location.rstrip("/")
     try:
         folder = Path(location).expanduser().resolve()
-    except (RuntimeError, OSError) as error:  # ~nobody, or links in a circle
+    except (RuntimeError, OSError) as error:  # an unknown user after ~, or a loop of links
         raise ConfigError(f"warehouse {location} is no folder ({error}); expected the path of one") from error
     if not write:
         if not folder.is_dir():
-            found = "is a file" if folder.exists() else "does not exist"
+            problem = "is a file" if folder.exists() else "does not exist"
             raise ConfigError(
-                f"warehouse {location} {found}; expected the folder that `sid nightly` or `sid load` wrote. Check --warehouse"
+                f"warehouse {location} {problem}; expected the folder that `sid nightly` or `sid load` wrote. Check "
+                "--warehouse"
             )
         return str(folder)
     try:
@@ -45,7 +47,7 @@ def warehouse_root(location: str, *, write: bool = True) -> str:
         probe.unlink()
     except OSError as error:
         raise WarehouseError(
-            f"warehouse {location} cannot be written ({error.strerror}); expected a folder this user may create files in. "
-            "Choose another with --warehouse DIR"
+            f"warehouse {location} cannot be written ({error.strerror}); expected a folder this user may create files "
+            "in. Choose another with --warehouse DIR"
         ) from error
     return str(folder)

@@ -1,4 +1,4 @@
-"""Every Delta table of the warehouse: name, key, columns, partitions and checks."""
+"""The declared tables of the warehouse: name, key, columns, partitions and checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pyspark.sql import types as T
 
 @dataclass(frozen=True)
 class Table:
-    """A declared table. `key` identifies a row; `checks` are Delta CHECK constraints by name; docs/tables.md is generated from it."""
+    """A declared table, from which docs/tables.md is generated.
+
+    `key` identifies a row; `checks` are Delta CHECK constraints by name; `meaning` describes each column.
+    """
 
     name: str
     key: tuple[str, ...]
@@ -19,17 +22,16 @@ class Table:
     checks: Mapping[str, str] = field(default_factory=dict)
     change_feed: bool = False
     description: str = ""
-    meaning: Mapping[str, str] = field(default_factory=dict)  # of each column
+    meaning: Mapping[str, str] = field(default_factory=dict)
 
 
-SHORT, STRING, BINARY, INT, LONG, FLOAT, BOOLEAN, DATE = (
-    T.ShortType(),
-    T.StringType(), T.BinaryType(), T.IntegerType(), T.LongType(), T.FloatType(), T.BooleanType(), T.DateType(),
-)  # fmt: skip
+SHORT, INT, LONG, FLOAT, BOOLEAN = T.ShortType(), T.IntegerType(), T.LongType(), T.FloatType(), T.BooleanType()
+STRING, BINARY, DATE = T.StringType(), T.BinaryType(), T.DateType()
 VERSIONS = T.MapType(STRING, LONG)
 
 
 def _columns(optional: tuple[str, ...] = (), /, **types: T.DataType) -> T.StructType:
+    """A schema; columns named in `optional` are nullable."""
     return T.StructType([T.StructField(name, kind, name in optional) for name, kind in types.items()])
 
 
@@ -80,14 +82,25 @@ SEMANTIC_IDS = Table(
     ("codebook_version", "item_id"),
     _columns(
         ("alternates", "squared_error"),
-        codebook_version=INT, item_id=STRING, codes=T.ArrayType(INT), suffix=INT, semantic_id=STRING, confidence=FLOAT,
-        log_likelihood=FLOAT, codebook_hash=STRING, content_hash=STRING, held=BOOLEAN, run_date=DATE,
-        alternates=T.ArrayType(ALTERNATE), squared_error=FLOAT,
+        codebook_version=INT,
+        item_id=STRING,
+        codes=T.ArrayType(INT),
+        suffix=INT,
+        semantic_id=STRING,
+        confidence=FLOAT,
+        log_likelihood=FLOAT,
+        codebook_hash=STRING,
+        content_hash=STRING,
+        held=BOOLEAN,
+        run_date=DATE,
+        alternates=T.ArrayType(ALTERNATE),
+        squared_error=FLOAT,
     ),
     partition_by=("codebook_version",),
     checks={"suffix_counts_from_zero": "suffix >= 0", "confidence_is_a_probability": "confidence BETWEEN 0 AND 1"},
     change_feed=True,
-    description="The semantic ID of every item under every codebook version. IDs of a version that was released never change.",
+    description="The semantic ID of every item under every codebook version. IDs of a version that was released never "
+    "change.",
     meaning={
         "codebook_version": "version in the MLflow registry",
         "item_id": "the item",
@@ -100,11 +113,12 @@ SEMANTIC_IDS = Table(
         "content_hash": "of the vector that was encoded",
         "held": "whether the item keeps the codes of an earlier codebook that are not the most probable ones",
         "run_date": "day of the run that wrote the row",
-        "alternates": "the soft ID: per level the code and the most probable other codes with weights in 1/255; null in rows that an "
-        "earlier version wrote",
-        "squared_error": "squared distance of the vector to the sum of its components' means; null until the next encode in rows of earlier releases",
+        "alternates": "the soft ID: per level the code and the most probable other codes with weights in 1/255; null "
+        "in rows that an earlier version wrote",
+        "squared_error": "squared distance of the vector to the sum of its components' means; null until the next "
+        "encode in rows of earlier releases",
     },
-)  # fmt: skip
+)
 # Nullable, as Delta cannot hold a column inside an array to NOT NULL.
 UNCERTAIN_ITEM = (
     T.StructType()
@@ -118,8 +132,15 @@ QUALITY_REPORTS = Table(
     ("codebook_version", "run_id"),
     _columns(
         ("judged_against",),
-        codebook_version=INT, run_id=STRING, codebook_hash=STRING, metrics=T.MapType(STRING, T.DoubleType()), passed=BOOLEAN,
-        reasons=T.ArrayType(STRING), least_certain=T.ArrayType(UNCERTAIN_ITEM), judged_against=INT, table_versions=VERSIONS,
+        codebook_version=INT,
+        run_id=STRING,
+        codebook_hash=STRING,
+        metrics=T.MapType(STRING, T.DoubleType()),
+        passed=BOOLEAN,
+        reasons=T.ArrayType(STRING),
+        least_certain=T.ArrayType(UNCERTAIN_ITEM),
+        judged_against=INT,
+        table_versions=VERSIONS,
         run_date=DATE,
     ),
     description="The evaluation of a codebook version on given table versions, with the verdict of the gate.",
@@ -135,13 +156,18 @@ QUALITY_REPORTS = Table(
         "table_versions": "versions of the tables that were evaluated",
         "run_date": "day of the run",
     },
-)  # fmt: skip
+)
 RELEASES = Table(
     "releases",
     ("release_id",),
     _columns(
         ("previous",),
-        release_id=LONG, codebook_version=INT, codebook_hash=STRING, table_versions=VERSIONS, previous=LONG, status=STRING,
+        release_id=LONG,
+        codebook_version=INT,
+        codebook_hash=STRING,
+        table_versions=VERSIONS,
+        previous=LONG,
+        status=STRING,
         at=T.TimestampType(),
     ),
     description="One row per release, only appended. Readers follow the row with the highest release_id.",
@@ -154,7 +180,7 @@ RELEASES = Table(
         "status": "promoted or rolled back",
         "at": "time of the release, UTC",
     },
-)  # fmt: skip
+)
 CODES = T.StructType().add("codes", T.ArrayType(INT)).add("weights", T.ArrayType(T.ShortType()))
 BEHAVIOUR = T.StructType([*T.StructType().add("item_id", STRING).add("ts", LONG), *CODES])
 IMPRESSION = T.StructType(
@@ -168,19 +194,23 @@ CTR_EXAMPLES = Table(
     "ctr_examples",
     ("user_id", "part"),
     _columns(
-        user_id=STRING, part=INT, length_bucket=INT, behaviours=T.ArrayType(BEHAVIOUR), impressions=T.ArrayType(IMPRESSION)
+        user_id=STRING,
+        part=INT,
+        length_bucket=INT,
+        behaviours=T.ArrayType(BEHAVIOUR),
+        impressions=T.ArrayType(IMPRESSION),
     ),
     partition_by=("length_bucket",),
-    description="Training examples of the CTR model, one row per user and part: a user with very many impressions has several. "
-    "The history of an impression is `behaviours[max(0, known - train.history) : known]`.",
+    description="Training examples of the CTR model, one row per user and part: a user with very many impressions has "
+    "several. The history of an impression is `behaviours[max(0, known - train.history) : known]`.",
     meaning={
         "user_id": "the user",
         "part": "counts from 0; each part has the behaviours that its impressions need",
         "length_bucket": "floor of log2(1 + behaviours + impressions)",
-        "behaviours": "clicks in order of time; `codes` and `weights` (in 1/255) are the alternates of the item's semantic ID, level by "
-        "level, empty without one",
-        "impressions": "what to learn from, in order of time; `known` behaviours happened strictly before, `features` are as of then, "
-        "`shown` counts the item's rows in the training split",
+        "behaviours": "clicks in order of time; `codes` and `weights` (in 1/255) are the alternates of the item's "
+        "semantic ID, level by level, empty without one",
+        "impressions": "what to learn from, in order of time; `known` behaviours happened strictly before, `features` "
+        "are as of then, `shown` counts the item's rows in the training split",
     },
-)  # fmt: skip
+)
 TABLES = (ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, QUALITY_REPORTS, RELEASES, CTR_EXAMPLES)
