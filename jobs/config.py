@@ -1,7 +1,8 @@
 """Every setting of the pipeline: one frozen model per stage, with type, default, bounds and description.
 
-`jobs/read_config.py` reads them from TOML files and `--set`; `docs/configuration.md` is generated from them. Numbers are
-bounded on both sides, since a value beyond the bounds is a typing error. The tokenizer library never sees a Config: jobs pass it plain numbers.
+`jobs/read_config.py` reads them from TOML files and `--set`; `docs/configuration.md` is generated from them. Numbers
+are bounded on both sides, since a value beyond the bounds is a typing error. The library `tokenizer` gets plain
+numbers, no Config.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ class SparkConfig(Section):
     @field_validator("driver_memory")
     @classmethod
     def _memory(cls, value: str) -> str:
-        found = re.fullmatch(r"(\d{1,9})([kmgt])b?", value, re.IGNORECASE | re.ASCII)
-        mib = int(found[1]) * {"k": 1 / 1024, "m": 1, "g": 1024, "t": 1024**2}[found[2].lower()] if found else 0
+        match = re.fullmatch(r"(\d{1,9})([kmgt])b?", value, re.IGNORECASE | re.ASCII)
+        mib = int(match[1]) * {"k": 1 / 1024, "m": 1, "g": 1024, "t": 1024**2}[match[2].lower()] if match else 0
         if not 512 <= mib <= 16 * 1024**2:  # Spark itself refuses to start with less than 450 MiB
             raise ValueError("expected a number with its unit, such as 4g or 4096m, from 512m to 16t")
         return value
@@ -85,7 +86,8 @@ class MlflowConfig(Section):
     catalogue: Text = Field(
         "",
         pattern=r"^[A-Za-z0-9._-]*$",
-        description="ends the registered names where several catalogues share an MLflow server; the default store needs none",
+        description="ends the registered names where several catalogues share an MLflow server; the default store "
+        "needs none",
     )
 
 
@@ -114,7 +116,8 @@ class LoadConfig(Section):
         for name, weight in value.items():
             if not 0 < weight <= 1e6:
                 raise ValueError(
-                    f"weight of {name} is {weight}; expected a number above 0 and at most 1e6 (leave a modality out instead of 0)"
+                    f"weight of {name} is {weight}; expected a number above 0 and at most 1e6 (leave a modality out "
+                    "instead of 0)"
                 )
         return value
 
@@ -154,7 +157,7 @@ class FitConfig(Section):
     )
 
 
-HOW_TO_FIT = {"workers", "device", "batch_rows", "memory_mib"}  # the codebook is the same
+HOW_TO_FIT = {"workers", "device", "batch_rows", "memory_mib"}  # settings that do not change the codebook
 
 
 class EncodeConfig(Section):
@@ -169,7 +172,8 @@ class EncodeConfig(Section):
         1.1,
         ge=1,
         le=1000,
-        description="after a refit an unchanged item keeps its codes while their squared error is within this ratio of the best",
+        description="after a refit an unchanged item keeps its codes while their squared error is within this ratio of "
+        "the best",
     )
 
 
@@ -200,8 +204,8 @@ class TrainConfig(Section):
         0.5,
         ge=0,
         le=1,
-        description="largest share of interactions with items that have no semantic ID; above it the ids of the log are taken "
-        "for those of another catalogue, 1 allows all",
+        description="largest share of interactions with items that have no semantic ID; above it the ids of the log "
+        "are taken for those of another catalogue, 1 allows all",
     )
     history: Whole = Field(200, ge=1, le=100_000, description="most recent behaviours kept per example")
     click_rating: float = Field(4.0, ge=-1e9, le=1e9, description="a rating at or above it is a click")

@@ -15,8 +15,8 @@ def tables_page() -> str:
     """docs/tables.md: every table with its key, partitions, checks and columns."""
     parts = [
         "# Tables",
-        "*Generated from `jobs/warehouse/tables.py` by `python -m jobs.documents`.* Plain Delta tables under the warehouse; "
-        "any Delta reader reads them. A column is NOT NULL unless its type says nullable.",
+        "*Generated from `jobs/warehouse/tables.py` by `python -m jobs.documents`.* Plain Delta tables under the "
+        "warehouse; any Delta reader reads them. A column is NOT NULL unless its type says nullable.",
     ]
     for table in TABLES:
         facts = [f"Key: {_names(table.key)}."]
@@ -45,8 +45,8 @@ def configuration_page() -> str:
     """docs/configuration.md: every setting with its type, default, bounds and description."""
     parts = [
         "# Configuration",
-        "*Generated from `jobs/config.py` by `python -m jobs.documents`.* Give settings as `--set section.key=value`, or in TOML "
-        "files with `--config`; later ones win. `warehouse` is `--warehouse DIR`.",
+        "*Generated from `jobs/config.py` by `python -m jobs.documents`.* Give settings as `--set section.key=value`, "
+        "or in TOML files with `--config`; later ones win. `warehouse` is `--warehouse DIR`.",
     ]
     section: list[str] = []
     for name, setting in all_settings().items():
@@ -73,7 +73,12 @@ def _type(kind: Any, metadata: list[Any]) -> str:
         return "table"
     words = {bool: "true or false", int: "whole number", float: "number", str: "text"}[kind]
     signs = (("ge", "from "), ("gt", "above "), ("le", "to "))
-    bounds = [f"{sign}{value}" for name, sign in signs for bound in metadata if (value := getattr(bound, name, None)) is not None]  # fmt: skip
+    bounds = [
+        f"{sign}{value}"
+        for name, sign in signs
+        for bound in metadata
+        if (value := getattr(bound, name, None)) is not None
+    ]
     return " ".join([words, *bounds])
 
 

@@ -1,4 +1,4 @@
-"""Exceptions as names and text: those of this process, of Spark's tasks and of the fit's workers. Standard library only."""
+"""Exceptions of this process, of Spark tasks and of workers of the fit as names and text. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from urllib.parse import quote, unquote
 
 OURS = ("jobs", "tokenizer", "pipelines", "benchmarks")
 
-# The last line of Python's trace, which may go on over several, in the message of an exception of Spark or of a worker of the fit.
+# A Python trace in the message of an exception of Spark or of a worker of the fit; its last part may have several
+# lines.
 _TRACE = re.compile(
     r"Traceback \(most recent call last\):\n(?:[ \t]+[^\n]*\n)+(?P<name>[A-Za-z_][\w.]*)(?:: (?P<text>.*?))?"
     r"(?=\s*\n\s*SQLSTATE|\s*\n\s+at |\n\nThe above exception|\n\nDuring handling|\s*\Z)",
@@ -24,7 +25,7 @@ _JAVA_FRAME = re.compile(r"\n\s+(?:at |\.\.\. \d+ more|\d+: )[^\n]*")
 class ExceptionText:
     """An exception of this process, or one that ended a task of Spark or a worker of the fit."""
 
-    names: tuple[str, ...]  # of its class and the parents of that, qualified
+    names: tuple[str, ...]  # qualified names of its class and parent classes
     text: str
     raised_in: str = ""  # module of the frame that raised it
     task: bool = False
@@ -39,7 +40,7 @@ class ExceptionText:
         return ExceptionText(names or ("BaseException",), "\n".join([str(error), *notes]), where)
 
     def in_task(self) -> ExceptionText | None:
-        """The exception of the task whose trace is part of the text, if there is one."""
+        """The exception of the task whose trace is in the text; None without a trace."""
         traces = list(_TRACE.finditer(self.text))
         if not traces:
             return None
@@ -56,7 +57,7 @@ class ExceptionText:
 
 
 def _parents(name: str) -> tuple[str, ...]:
-    """The qualified names of a class of ours and its parents; of others only the name itself."""
+    """The qualified names of a class of this project and its parent classes; of other classes only the name."""
     module, _, kind = name.rpartition(".")
     loaded = sys.modules.get(module)
     if loaded is None and module.split(".")[0] in OURS:
@@ -70,7 +71,7 @@ def _parents(name: str) -> tuple[str, ...]:
 
 
 def chain(error: BaseException) -> list[BaseException]:
-    """The exception, what caused it, what it came on top of."""
+    """The exception, its cause, and so on; without a cause the exception during whose handling it was raised."""
     links: list[BaseException] = []
     following: BaseException | None = error
     while following is not None and following not in links:
@@ -80,7 +81,7 @@ def chain(error: BaseException) -> list[BaseException]:
 
 
 def detail(error: ExceptionText) -> str:
-    """The first line that says something, without Java's class names and Spark's advice."""
+    """The first line of the text, without Java class names and Spark's advice."""
     text = _JAVA_FRAME.sub("", error.text).removeprefix("An error occurred while calling").strip()
     text = re.sub(r"^\S+\.\n:\s*", "", text)
     text = re.sub(r"^(?:[\w$]+\.)+[\w$]*(?:Exception|Error): ", "", text)
@@ -90,13 +91,13 @@ def detail(error: ExceptionText) -> str:
 
 
 def store_name(root: str) -> str:
-    """Where MLflow keeps its data, as a person calls it."""
+    """The name of the MLflow store for a message."""
     own = Path(root, "mlflow.db")
     return str(own) if root and "://" not in root and own.exists() else "(mlflow.tracking_uri)"
 
 
 def location(text: str, root: str) -> str:
-    """The table or file that an exception is about, as a person calls it."""
+    """The name of the table or file that an exception is about, for a message."""
     text = text.replace("\\/", "/")
     if root:
         for form in dict.fromkeys((root, quote(root, safe="/:"))):

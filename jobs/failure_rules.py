@@ -24,13 +24,19 @@ EXIT_CODES = {
     "FitFailed": UNUSABLE,
     "IntruderError": UNUSABLE,
 }
-SAFE = "Every table is as its last commit left it: a commit is there whole or not at all, and readers follow the last release."
+SAFE = (
+    "Every table is as its last commit left it: a commit is there whole or not at all, and readers follow the last "
+    "release."
+)
 AGAIN = f"{SAFE} Then run the same command again."
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Exceptions whose names, text and module match `pattern`. `sentence` may use {where}, {store}, {detail} and the pattern's groups."""
+    """What to say about exceptions whose names, text and module match `pattern`.
+
+    `sentence` may use {where}, {store}, {detail} and the groups of the pattern.
+    """
 
     pattern: re.Pattern[str]
     sentence: str
@@ -41,7 +47,7 @@ def rule(pattern: str, sentence: str, code: int = UNUSABLE) -> Rule:
     return Rule(re.compile(pattern, re.DOTALL | re.IGNORECASE), sentence, code)
 
 
-# The first that matches counts, so causes (a full disk) stand before what they bring about (a failed write).
+# The first rule that matches counts, so causes (a full disk) come before their consequences (a failed write).
 RULES = (
     rule(
         r"no space left on device|disk quota exceeded|database or disk is full|file too large|\berrno 28\b",
@@ -50,16 +56,18 @@ RULES = (
     rule(
         r"\bMemoryError\b|OutOfMemoryError|cannot allocate memory|can't allocate memory|GC overhead limit",
         f"memory ran out. {SAFE} Give Spark's Java more (--set spark.driver_memory=8g), let each step hold less "
-        "(fit.memory_mib, fit.batch_rows, encode.rows_per_batch, fewer cores in spark.master), or take a larger machine.",
+        "(fit.memory_mib, fit.batch_rows, encode.rows_per_batch, fewer cores in spark.master), or take a larger "
+        "machine.",
     ),
     rule(
         r"python worker exited unexpectedly|python worker failed to connect back|ExecutorLostFailure",
-        f"a worker process of Spark died: it was killed, or memory ran out. {SAFE} Look for the reason in the system's log, "
-        "then run the same command again, with fewer cores in spark.master if it was memory.",
+        f"a worker process of Spark died: it was killed, or memory ran out. {SAFE} Look for the reason in the system's "
+        "log, then run the same command again, with fewer cores in spark.master if it was memory.",
     ),
     rule(
         r"Py4JNetworkError|answer from java side is empty|JAVA_GATEWAY_EXITED"
-        r"|\b(?:ConnectionRefusedError|ConnectionResetError|BrokenPipeError|EOFError)\b.*\nraised in \S*(?:py4j|pyspark)",
+        r"|\b(?:ConnectionRefusedError|ConnectionResetError|BrokenPipeError|EOFError)\b"
+        r".*\nraised in \S*(?:py4j|pyspark)",
         f"Spark's Java process is gone: it was killed, or it ended by itself (too little memory?). {SAFE} "
         "Look for the reason in the system's log, then run the same command again.",
     ),
@@ -74,18 +82,18 @@ RULES = (
     ),
     rule(
         r"unable to open database file|attempt to write a readonly database|disk i/o error",
-        f"MLflow's store {{store}} cannot be opened for writing. {SAFE} Check that it is a file, that this user may write it and "
-        "its folder, and that the disk is not mounted read-only.",
+        f"MLflow's store {{store}} cannot be opened for writing. {SAFE} Check that it is a file, that this user may "
+        "write it and its folder, and that the disk is not mounted read-only.",
     ),
     rule(
         r"\b(?:sqlalchemy|alembic)\.|sqlite3\.\w*Error",
-        f"MLflow's store {{store}} cannot be used: {{detail}}. {SAFE} If its tables are incomplete or of another MLflow, put back a copy "
-        "of it, or run the version of MLflow that made it.",
+        f"MLflow's store {{store}} cannot be used: {{detail}}. {SAFE} If its tables are incomplete or of another "
+        "MLflow, put back a copy of it, or run the version of MLflow that made it.",
     ),
     rule(
         r"\bmlflow\.exceptions\.|\b(?:requests|urllib3)\.exceptions\.|\nraised in mlflow",
-        f"MLflow does not do what it was asked: {{detail}}. {SAFE} Check mlflow.tracking_uri (or MLFLOW_TRACKING_URI) and that the server "
-        "and its artefact store can be reached, then run the same command again.",
+        f"MLflow does not do what it was asked: {{detail}}. {SAFE} Check mlflow.tracking_uri (or MLFLOW_TRACKING_URI) "
+        "and that the server and its artefact store can be reached, then run the same command again.",
     ),
     rule(
         r"DELTA_VERSION_NOT_FOUND|VersionNotFoundException|DELTA_TIMESTAMP_EARLIER|Invalid table version",
@@ -95,12 +103,13 @@ RULES = (
     rule(
         r"DELTA_CONCURRENT|ConcurrentAppend|ConcurrentModification|ConcurrentWrite|ConcurrentDelete|CommitFailedError"
         r"|DELTA_PROTOCOL_CHANGED|DELTA_METADATA_CHANGED",
-        f"another writer changed {{where}} at the same time, so this write was not made. {SAFE} One command writes to a warehouse at a "
-        "time: end the other one, then run the same command again.",
+        f"another writer changed {{where}} at the same time, so this write was not made. {SAFE} One command writes to "
+        "a warehouse at a time: end the other one, then run the same command again.",
     ),
     rule(
         r"DELTA_VIOLATE_CONSTRAINT|DELTA_NOT_NULL_CONSTRAINT|DELTA_REPLACE_WHERE|InvariantViolation",
-        f"rows break a rule of {{where}}, so none of them was written: {{detail}}. {SAFE} Was the table written by another version?",
+        f"rows break a rule of {{where}}, so none of them was written: {{detail}}. {SAFE} Was the table written by "
+        "another version?",
         WRONG_DATA,
     ),
     rule(
@@ -120,7 +129,8 @@ RULES = (
         "Put back a copy of the file or of the whole folder.",
     ),
     rule(
-        r"FAILED_READ_FILE|parquet magic bytes|not a parquet file|deserialize thrift|ParquetError|CANNOT_READ_FILE_FOOTER"
+        r"FAILED_READ_FILE|parquet magic bytes|not a parquet file|deserialize thrift|ParquetError"
+        r"|CANNOT_READ_FILE_FOOTER"
         r"|pyarrow\.lib\.\w+.*\.parquet|Unexpected end of stream",
         f"{{where}} cannot be read: a file is damaged or no Parquet. {SAFE} Put back a copy of it.",
     ),
@@ -130,12 +140,15 @@ RULES = (
         'Name its package under spark.conf: "spark.jars.packages" (infra/conf/cluster.toml has an example).',
     ),
     rule(
-        r"PermissionError|permission denied|AccessControlException|AccessDenied|operation not permitted|\b403 forbidden",
-        f"this user may not read or write {{where}}. {SAFE} Change its owner or mode, or run as the user who owns the warehouse.",
+        r"PermissionError|permission denied|AccessControlException|AccessDenied|operation not permitted"
+        r"|\b403 forbidden",
+        f"this user may not read or write {{where}}. {SAFE} Change its owner or mode, or run as the user who owns the "
+        "warehouse.",
     ),
     rule(
         r"read-only file system",
-        f"{{where}} lies on a file system that is mounted read-only. {SAFE} Mount it for writing, or choose another --warehouse.",
+        f"{{where}} lies on a file system that is mounted read-only. {SAFE} Mount it for writing, or choose another "
+        "--warehouse.",
     ),
     rule(
         r"IsADirectoryError|is a directory",
@@ -151,12 +164,13 @@ RULES = (
     ),
     rule(
         r"\b(?:ModuleNotFoundError|ImportError)\b: (?P<what>[^\n]*)",
-        "a package of the environment is missing or does not fit: {what}. Run `make setup`, or install semantic-id-pipeline "
-        "with its dependencies again.",
+        "a package of the environment is missing or does not fit: {what}. Run `make setup`, or install "
+        "semantic-id-pipeline with its dependencies again.",
     ),
     rule(
         r"BrokenPipeError",
-        f"whoever read the output of this command stopped reading it. {SAFE} Run it again without a pipe, or write facts by --json.",
+        f"whoever read the output of this command stopped reading it. {SAFE} Run it again without a pipe, or write "
+        "facts by --json.",
     ),
     rule(
         r"\b(?:OSError|TimeoutError|ConnectionError|ConnectionRefusedError|ConnectionResetError|gaierror)\b",
@@ -165,5 +179,6 @@ RULES = (
 )
 SPARK_RULE = rule(
     r"\b(?:pyspark|py4j)\.",
-    f"Spark stopped: {{detail}}. {SAFE} If the settings under spark.* are right, this is a fault of the program: please report it.",
+    f"Spark stopped: {{detail}}. {SAFE} If the settings under spark.* are right, this is a fault of the program: "
+    "please report it.",
 )

@@ -1,4 +1,4 @@
-"""Every exception that reaches the command line becomes a sentence and an exit code; its trace goes to a file.
+"""From an exception that reaches the command line to a sentence and an exit code; the trace goes to a file.
 
 The sentence says what happened, to which table or file, what is safe and what to do.
 """
@@ -26,7 +26,7 @@ LOGS = "_logs"
 
 @dataclass(frozen=True)
 class Failure:
-    """What a person reads, the exit code, and whether a trace would tell more."""
+    """The sentence for the user, the exit code, and whether the trace is worth keeping."""
 
     sentence: str
     code: int
@@ -34,13 +34,13 @@ class Failure:
 
 
 def failure(error: BaseException, root: str = "") -> Failure:
-    """What to say about an exception that ended a command on the warehouse at `root` (absolute folder or URI)."""
+    """The failure for an exception that ended a command on the warehouse at `root` (absolute folder or URI)."""
     links = chain(error)
     if any(isinstance(link, KeyboardInterrupt) for link in links):
         return Failure(f"stopped by Ctrl-C. {SAFE} The same command again goes on.", INTERRUPTED, traced=False)
-    live = [ExceptionText.of(link) for link in links]
-    tasks = [task for link in live if (task := link.in_task()) is not None]
-    exceptions = [*tasks, *live]  # the exception of a task explains more than the one that Spark raises for it
+    own = [ExceptionText.of(link) for link in links]
+    tasks = [task for error in own if (task := error.in_task()) is not None]
+    exceptions = [*tasks, *own]  # the exception of a task says more than the one that Spark raises for it
     for candidate in exceptions:
         code = _own_exit_code(candidate)
         if code is not None and not candidate.carries_a_trace:
@@ -54,20 +54,21 @@ def failure(error: BaseException, root: str = "") -> Failure:
                 return Failure(sentence, rule.code)
     name = exceptions[0].names[0].rsplit(".", 1)[-1]
     return Failure(
-        f"this is a fault of the program ({name}: {detail(exceptions[0])}), not of yours. {SAFE} Please report it with the trace.",
+        f"this is a fault of the program ({name}: {detail(exceptions[0])}), not of yours. {SAFE} Please report it with "
+        "the trace.",
         UNUSABLE,
     )
 
 
 def _own_exit_code(error: ExceptionText) -> int | None:
-    """The exit code of an exception class of ours, or of its nearest parent that has one."""
+    """The exit code of an exception class of this project, or of its nearest parent class that has one."""
     own = [name.rsplit(".", 1)[-1] for name in error.names if name.split(".")[0] in OURS]
     return next((EXIT_CODES[name] for name in own if name in EXIT_CODES), None)
 
 
 @contextmanager
 def about(path: str) -> Iterator[None]:
-    """Exceptions of the block that do not name a file themselves carry `path` as a note."""
+    """Add `path` as a note to exceptions of the block that do not name it."""
     try:
         yield
     except Exception as error:
@@ -78,7 +79,7 @@ def about(path: str) -> Iterator[None]:
 
 @contextmanager
 def on_warehouse(root: str, *, write: bool = True) -> Iterator[None]:
-    """Exceptions of the block remember which warehouse they are about, and whether its folder may take their trace."""
+    """Record in exceptions of the block which warehouse they are about, and whether the command may write to it."""
     try:
         yield
     except BaseException as error:
@@ -87,14 +88,14 @@ def on_warehouse(root: str, *, write: bool = True) -> Iterator[None]:
 
 
 def report(error: BaseException, command: str = "") -> int:
-    """Print what happened on standard error, keep the trace, and return the exit code."""
+    """Print the sentence on standard error, store the trace, and return the exit code."""
     root, write = next(
         (link.__dict__["warehouse"] for link in chain(error) if "warehouse" in link.__dict__), ("", False)
     )
     result = failure(error, root)
     lines = [f"sid: {redact(result.sentence)}"]
     if result.traced:
-        path = _keep_trace(error, root if write else "", command)
+        path = _store_trace(error, root if write else "", command)
         lines.append(f"The full trace is in {path}" if path else "The full trace could not be written anywhere")
     print("\n".join(lines), file=sys.stderr, flush=True)
     return result.code
@@ -104,7 +105,7 @@ def report(error: BaseException, command: str = "") -> int:
 
 _log_lines: deque[str] = deque(maxlen=500)
 _log_files: list[Path] = []
-LOG_FILE_BYTES = 200_000  # of the end of a log file
+LOG_FILE_BYTES = 200_000  # of the end of a log file that go into the trace file
 
 
 class _LogCollector(logging.Handler):
@@ -114,19 +115,19 @@ class _LogCollector(logging.Handler):
 
 def keep_library_logs() -> None:
     """Collect the warnings of libraries for the trace file of a failure instead of printing them."""
-    os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")  # else it gives its loggers handlers of their own
+    os.environ.setdefault("MLFLOW_CONFIGURE_LOGGING", "false")  # without it MLflow adds handlers that print
     handler = _LogCollector(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
 
 
 def include_log_file(path: Path) -> None:
-    """The trace file of a failure ends with what this file has by then: the log of Spark's Java process."""
+    """Append the end of this file, the log of Spark's Java process, to the trace file of a failure."""
     _log_files.append(path)
 
 
-def _keep_trace(error: BaseException, root: str, command: str) -> Path | None:
-    """Write the trace below the warehouse, or else to the folder of temporary files."""
+def _store_trace(error: BaseException, root: str, command: str) -> Path | None:
+    """Write the trace to `_logs` in the warehouse, or else to the folder for temporary files; returns the file."""
     now = datetime.now(UTC)
     text = "\n".join(
         [
@@ -151,7 +152,7 @@ def _keep_trace(error: BaseException, root: str, command: str) -> Path | None:
 
 
 def _end_of(path: Path) -> str:
-    """The last LOG_FILE_BYTES of a file; empty where it is gone."""
+    """The last LOG_FILE_BYTES of a file; empty if it cannot be read."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - LOG_FILE_BYTES))

@@ -1,4 +1,4 @@
-"""Our packages have plain names; another distribution with one of them would be imported instead, or merged with it."""
+"""A check that no other distribution installs a package named `jobs`, `tokenizer` or `pipelines`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class IntruderError(RuntimeError):
 
 
 def check_packages() -> None:
-    """Stop with the intruder's name if `tokenizer`, `jobs` or `pipelines` is not ours.
+    """Check that `tokenizer`, `jobs` and `pipelines` are the packages of this project.
 
     Raises:
         IntruderError: another distribution installs one of the names, or the import finds another folder.
@@ -26,12 +26,14 @@ def check_packages() -> None:
         others = sorted(set(owners.get(package, [])) - {OURS})
         if others:
             raise IntruderError(
-                f"distribution {others[0]!r} installs a package named {package!r}, which is ours ({OURS}); expected one owner. "
-                f"Uninstall it (pip uninstall {others[0]}), then install {OURS} again, or use an environment of its own"
+                f"distribution {others[0]!r} installs a package named {package!r}, which is ours ({OURS}); expected "
+                f"one owner. Uninstall it (pip uninstall {others[0]}), then install {OURS} again, or use an "
+                "environment of its own"
             )
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.origin or Path(spec.origin).parent.parent != home:
-            found = "nothing" if spec is None else spec.origin
+            origin = "nothing" if spec is None else spec.origin
             raise IntruderError(
-                f"package {package!r} is found at {found}; expected it beside `jobs`. Check PYTHONPATH and the current folder"
+                f"package {package!r} is found at {origin}; expected it beside `jobs`. Check PYTHONPATH and the "
+                "current folder"
             )

@@ -1,4 +1,4 @@
-"""The pictures people look at: drawn once, saved as PNG, logged to MLflow by the stage that draws them."""
+"""Pictures of the stages: saved as PNG, and logged to MLflow by the stage that draws them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def draw_ctr(
     theirs: Sequence[float],
     path: Path,
 ) -> None:
-    """Validation AUC by epoch, and test AUC by how often an item was shown in training, with semantic IDs and without."""
+    """Validation AUC by epoch, and test AUC by how often an item was shown in training, with and without IDs."""
     figure = _figure(8.6, 3.4)
     left, right = figure.subplots(1, 2)
     for values, label, colour in (
@@ -96,14 +96,18 @@ def draw_ctr(
         left.plot(range(1, len(values) + 1), values, marker="o", color=colour, label=label)
     left.set(title="validation", xlabel="epoch", ylabel="AUC", xticks=range(1, max(len(with_ids), len(control)) + 1))
     left.legend(frameon=False)
-    place = np.arange(len(rarity))
-    right.bar(place - 0.2, ours, 0.4, color="tab:blue", label="semantic IDs")
-    right.bar(place + 0.2, theirs, 0.4, color="tab:gray", label="codes dealt at random")
+    position = np.arange(len(rarity))
+    right.bar(position - 0.2, ours, 0.4, color="tab:blue", label="semantic IDs")
+    right.bar(position + 0.2, theirs, 0.4, color="tab:gray", label="codes dealt at random")
     lowest = min([*ours, *theirs], default=0.5)
     right.set(
-        title="test, by rarity of the item", xlabel="times shown in training", ylabel="AUC", xticks=place, xticklabels=rarity,
+        title="test, by rarity of the item",
+        xlabel="times shown in training",
+        ylabel="AUC",
+        xticks=position,
+        xticklabels=rarity,
         ylim=(max(0.0, min(0.5, lowest) - 0.02), None),
-    )  # fmt: skip
+    )
     _save(figure, path)
 
 

@@ -1,4 +1,4 @@
-"""Reading the configuration: TOML files and `--set section.key=value` over the defaults, all mistakes reported at once.
+"""Reading the configuration: TOML files and `--set section.key=value` over the defaults. All mistakes are reported.
 
 Mistakes come in the order of `jobs/config.py`, each with the value, what was expected and the nearest known name.
 """
@@ -22,7 +22,7 @@ from jobs.redaction import redact, redact_config, redact_setting
 
 T = TypeVar("T")
 FIRST_DAY, LAST_DAY = date(1970, 1, 1), date(2999, 12, 31)
-SHOWN_CHARACTERS = 80  # of a wrong value
+SHOWN_CHARACTERS = 80  # of a wrong value in a message
 
 
 def load_config(files: Iterable[Path] = (), overrides: Iterable[str] = (), **top: str) -> Config:
@@ -42,12 +42,12 @@ def load_config(files: Iterable[Path] = (), overrides: Iterable[str] = (), **top
         name, equals, text = override.partition("=")
         if not equals or not name.strip():
             missing = "no name before its '='" if equals else "no '='"
-            shown = (override.split() or [override])[0].partition("=")[0]  # a value may be a credential
+            shown = (override.split() or [override])[0].partition("=")[0]  # without the value: it may be a credential
             mistakes.append(f"--set {shown} has {missing}; expected section.key=value, such as fit.components=256")
             continue
         _merge(values, _set(name.strip(), text))
     _merge(values, {name: value for name, value in top.items() if value})
-    redact_config(os.environ)  # from here on `redact` masks the credentials of the environment and the settings
+    redact_config(os.environ)  # `redact` then masks the credentials of the environment and the settings
     redact_config(values)
     try:
         config = Config(**values)
@@ -62,10 +62,10 @@ def load_config(files: Iterable[Path] = (), overrides: Iterable[str] = (), **top
 
 
 def all_mistakes(*checks: Callable[[], T]) -> list[T]:
-    """The results of all checks.
+    """Run all checks and return their results.
 
     Raises:
-        ConfigError: the mistakes that any of them found, together.
+        ConfigError: the mistakes of all checks together.
     """
     results: list[T] = []
     mistakes: list[str] = []
@@ -112,7 +112,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 
 def _set(name: str, text: str) -> dict[str, Any]:
-    """`section.key=value` as nested tables. What follows a setting that is a table is one key of it, with or without dots."""
+    """`section.key=value` as nested tables. After a setting that is a table the rest of the name is one key in it."""
     parts = name.split(".")
     setting = all_settings().get(".".join(parts[:2]))
     kind: Any = setting.annotation if setting else None
@@ -123,7 +123,7 @@ def _set(name: str, text: str) -> dict[str, Any]:
         )
     nested: Any = _toml_value(text)
     if kind in (str, (str,)) and not isinstance(nested, str | dict | list):
-        nested = text.strip()  # as typed: 1e5 may be a folder
+        nested = text.strip()  # as typed: 1e5 may be the name of a folder
     for part in reversed(parts):
         nested = {part: nested}
     return dict(nested)
@@ -165,13 +165,13 @@ def _sentence(error: Any, known: Mapping[str, FieldInfo]) -> str:
 
 
 def _name(error: Any, known: Mapping[str, FieldInfo]) -> str:
-    """The setting, or else the section, that a mistake is in."""
+    """The name of the setting that a mistake is in, or of its section."""
     path = [str(part) for part in error["loc"]]
     return next((name for name in (".".join(path[:2]), path[0]) if name in known), "")
 
 
 def _expected(setting: FieldInfo, *, inside: bool) -> str:
-    """What a setting takes, in words; `inside` a table, what one of its keys takes."""
+    """The values that a setting takes, in words; with `inside` those of a key of a setting that is a table."""
     kind = setting.annotation
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
@@ -197,9 +197,9 @@ def _expected(setting: FieldInfo, *, inside: bool) -> str:
 
 def all_settings() -> dict[str, FieldInfo]:
     """Every section and setting by its dotted name, in the order of jobs/config.py."""
-    found: dict[str, FieldInfo] = {}
+    settings: dict[str, FieldInfo] = {}
     for section, field in Config.model_fields.items():
-        found[section] = field
+        settings[section] = field
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found |= {f"{section}.{key}": setting for key, setting in field.annotation.model_fields.items()}
-    return found
+            settings |= {f"{section}.{key}": setting for key, setting in field.annotation.model_fields.items()}
+    return settings

@@ -1,7 +1,7 @@
 """Keeps credentials out of what is printed and written: logs, error messages, JSON files and the config.json of runs.
 
 A credential is recognised in three ways: by the name it is set under (`...password`, `...secret.key`), by its shape
-(`user:password@` in a URI, a bearer token, an AWS key id), and by its value once `redact_config` has met it.
+(`user:password@` in a URI, a bearer token, an AWS key id), and by its value after `redact_config` has read it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 MASK = "***"
-SHORTEST = 6  # characters; a shorter value is too likely to occur in ordinary text to be masked wherever it occurs
+SHORTEST = 6  # characters; shorter values are not masked by value, as they occur in ordinary text
 
 _EVERYWHERE = r"password|passwd|passphrase|secret|credential"  # a name with one of these in it holds a credential
 _AS_WORD = r"pass|pwd|token|sas|sig|signature|auth|authorization|apikey|accesskey|cookie"  # only as a word of the name
-_KEY = r"(?:access|account|api|auth|client|encryption|master|private|service|shared|signing|ssh|storage|subscription)[._-]?key"
+_KEY = (
+    r"(?:access|account|api|auth|client|encryption|master|private|service|shared|signing|ssh|storage|subscription)"
+    r"[._-]?key"
+)
 # In a configuration `...key` is enough; in text the word is too common ("key: value").
 _SECRET_NAME = re.compile(rf"{_EVERYWHERE}|(?<![a-z])(?:{_AS_WORD}|key)(?![a-z])", re.IGNORECASE)
 _PAIR = re.compile(
@@ -23,13 +26,17 @@ _PAIR = re.compile(
     r"""(?P<between>\\?["']?\s*(?:[=:]|=>)\s*)(?P<value>\\?"[^"]*"|\\?'[^']*'|[^\s"'&]+(?<![,;)}\]]))""",
     re.IGNORECASE,
 )
-# A port ("http://host:5000/") is no password. What follows the last @ of the word is the host, since passwords may contain one.
-_PASSWORD_IN_URI = re.compile(r"""(?P<scheme>[a-z][\w+.\-]*://)[^\s:/?#@'"]*:(?!\d{1,5}(?:[/?#\s'"]|$))[^\s'"]*@""", re.IGNORECASE)  # fmt: skip
+# A port ("http://host:5000/") is no password. The host follows the last @ of the word, since a password may contain
+# one.
+_PASSWORD_IN_URI = re.compile(
+    r"""(?P<scheme>[a-z][\w+.\-]*://)[^\s:/?#@'"]*:(?!\d{1,5}(?:[/?#\s'"]|$))[^\s'"]*@""", re.IGNORECASE
+)
 _USER_IN_URI = re.compile(r"""(?P<scheme>https?://)[^\s/?#@'"]+@""", re.IGNORECASE)
 _SHAPES = re.compile(
     r"""\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"""
     r"""|\beyJ[\w\-]{6,}\.[\w\-]{6,}(?:\.[\w\-]*)?"""
-    r"""|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w\-]{16,}|\bdapi[0-9a-f]{32}|\bhf_[A-Za-z0-9]{20,}"""
+    r"""|\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_\w{20,}|\bglpat-[\w\-]{16,}"""
+    r"""|\bdapi[0-9a-f]{32}|\bhf_[A-Za-z0-9]{20,}"""
     r"""|\bxox[abprs]-[\w\-]{10,}|\bAIza[\w\-]{35}|\bsk-[\w\-]{20,}"""
     r"""|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)""",
     re.DOTALL,
@@ -37,7 +44,7 @@ _SHAPES = re.compile(
 _SCHEME_AND_TOKEN = re.compile(r"\b(?P<kind>Bearer|Basic)\s+[\w.~+/\-]{8,}=*", re.IGNORECASE)
 
 FOLDERS = ("PWD", "OLDPWD")  # variables of a shell: the folder it is in, no password
-_met: set[str] = set()  # credentials of this process's configuration
+_credentials: set[str] = set()  # values that this process masks
 
 
 def is_secret(name: str) -> bool:
@@ -47,7 +54,7 @@ def is_secret(name: str) -> bool:
 
 def redact(text: str) -> str:
     """`text` with every credential replaced by `***`."""
-    for value in sorted(_met, key=len, reverse=True):
+    for value in sorted(_credentials, key=len, reverse=True):
         text = text.replace(value, MASK)
     text = _PASSWORD_IN_URI.sub(rf"\g<scheme>{MASK}@", text)
     text = _USER_IN_URI.sub(rf"\g<scheme>{MASK}@", text)
@@ -57,7 +64,7 @@ def redact(text: str) -> str:
 
 
 def redact_config(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A copy of nested settings without credentials; `redact` masks from now on what was one here.
+    """A copy of nested settings with credentials masked, which `redact` then masks everywhere.
 
     Numbers and truth values stay (`load.dims.token_embedding = 12`): no setting that holds a credential is one.
     """
@@ -65,7 +72,7 @@ def redact_config(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 
 
 def redact_setting(name: str, value: Any) -> Any:
-    """The value of the setting `name` (dotted), or `***` where it is a credential."""
+    """The value of the setting `name` (dotted), or `***` if it is a credential."""
     if isinstance(value, Mapping):
         return redact_config(value, f"{name}.")
     if isinstance(value, list | tuple):
@@ -82,9 +89,9 @@ def redact_setting(name: str, value: Any) -> Any:
 
 
 def remember(value: str) -> None:
-    """`redact` masks this value from now on, wherever it occurs."""
+    """Let `redact` mask this value wherever it occurs."""
     if len(value) >= SHORTEST:
-        _met.add(value)
+        _credentials.add(value)
 
 
 def _masked_pair(match: re.Match[str]) -> str:

@@ -20,15 +20,16 @@ from tokenizer.packed import unpack
 class CodebookModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
     """`predict` takes a matrix (N, D), or a frame whose column `embedding` holds packed bytes or lists of floats."""
 
-    _skip_type_hint_validation = True  # else MLflow warns everyone who loads it; the input is checked here, in words
+    _skip_type_hint_validation = True  # without it MLflow warns on loading; the input is checked here
 
     def load_context(self, context: Any) -> None:
         self.codebook = load_codebook(context.artifacts["artefact"])
 
     # Without annotations: MLflow reads those of `predict` as a schema.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """Codes (a list of L ints), soft semantic ID (of each level its codes and their weights in 1/255), confidence and
-        log-likelihood of each row.
+        """A frame with codes (a list of L ints), alternates, confidence and log-likelihood of each row.
+
+        The alternates have per level the most probable codes and their weights in 1/255.
         """
         x = torch.from_numpy(_matrix(model_input, self.codebook.rqgmm.dim))
         assignment = self.codebook.encode(x, alternates=ALTERNATES)

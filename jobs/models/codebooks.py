@@ -1,7 +1,7 @@
-"""Codebooks in the warehouse, by content: `codebooks/<hash>/` holds a codebook's two files and the tags of its versions.
+"""Codebooks in the warehouse: `codebooks/<hash>/` has the two files of a codebook and the tags of its versions.
 
-The files are written before any row or registered version names them, so that tasks, rollback, a moved or copied warehouse and a
-new registry need nothing else. The manifest is written last: a folder without it does not count.
+The files are written before any row or registered version refers to them. So tasks, a rollback, a moved or copied
+warehouse and a new registry need nothing else. The manifest is written last; a folder without it is ignored.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tokenizer import RQGMM, Codebook, CodebookError, load_codebook
 from tokenizer.codebook import MANIFEST, TENSORS
 
 FOLDER = "codebooks"
-VERSIONS = "versions.json"  # number -> tags of each version registered with this content
+VERSIONS = "versions.json"  # version number -> tags of each version that has this content
 
 Files = Mapping[str, bytes]
 
@@ -40,10 +40,10 @@ _loaded: dict[str, RQGMM] = {}  # one codebook per worker process, by content ha
 def codebook_files(registry: Registry, model: CodebookVersion) -> Files:
     """The verified files of a registered codebook, from the warehouse.
 
-    Files that only the registry has are copied into the warehouse first: versions of earlier releases of this software.
+    Files that only the registry has, as of earlier releases of this software, are copied into the warehouse first.
 
     Raises:
-        CodebookError: they are damaged.
+        CodebookError: the files are damaged.
         RegistryMismatch: neither the warehouse nor the registry has them.
     """
     files = read_codebook(registry.root, model.hash)
@@ -58,7 +58,7 @@ def codebook_files(registry: Registry, model: CodebookVersion) -> Files:
 
 
 def usable_files(warehouse: Warehouse, registry: Registry, model: CodebookVersion) -> Files:
-    """The verified files of a codebook that was fitted on vectors like those of this warehouse.
+    """The verified files of a codebook, after a check that its fusion is that of this warehouse's vectors.
 
     Raises:
         CodebookError, RegistryMismatch: see `codebook_files`.
@@ -70,15 +70,16 @@ def usable_files(warehouse: Warehouse, registry: Registry, model: CodebookVersio
 
 
 def worker_codebook(files: Files, codebook_hash: str) -> RQGMM:
-    """The codebook in these files, loaded once per process."""
+    """The codebook in these files; a worker process loads it once."""
     if codebook_hash not in _loaded:
-        gc.freeze()  # Spark runs the garbage collector after every task: 0.1 s over all objects that torch's import made
+        # Spark collects garbage after every task, which takes 0.1 s over all objects that importing torch created.
+        gc.freeze()
         _loaded[codebook_hash] = load_files(files, codebook_hash).rqgmm
     return _loaded[codebook_hash]
 
 
 def check_recipe(manifest: Mapping[str, Any], model: CodebookVersion, table_recipe: str | None) -> None:
-    """The table has vectors of the recipe that the codebook was fitted on: modalities, dimensions, weights, scaling, order.
+    """Check that table and codebook have the same recipe: modalities, dimensions, weights, scaling, order.
 
     Raises:
         SchemaError: `item_embeddings` has another recipe.
@@ -86,8 +87,8 @@ def check_recipe(manifest: Mapping[str, Any], model: CodebookVersion, table_reci
     fitted, stored = manifest.get("fusion"), json.loads(table_recipe) if table_recipe else None
     if fitted is None or stored is None:
         return
-    parts = ["dims", "weights", "normalize"]  # the column of ids and the stored width do not change what a code means
-    if fitted.get("order") and stored.get("order"):  # older recipes do not say it
+    parts = ["dims", "weights", "normalize"]  # the name of the id column and the dtype do not change codes
+    if fitted.get("order") and stored.get("order"):  # older recipes have no order
         parts.append("order")
     if [fitted.get(part) for part in parts] != [stored.get(part) for part in parts]:
         of = [json.dumps({part: recipe.get(part) for part in parts}, sort_keys=True) for recipe in (fitted, stored)]
@@ -101,7 +102,7 @@ def check_recipe(manifest: Mapping[str, Any], model: CodebookVersion, table_reci
 
 
 def register_codebook(registry: Registry, folder: Path, tags: Mapping[str, str]) -> CodebookVersion:
-    """Store the codebook in the local `folder` in the warehouse and register it. Call inside `Registry.run`."""
+    """Copy the codebook from a local folder into the warehouse and register it. Call inside `Registry.run`."""
     store_codebook(registry.root, folder, tags["codebook_hash"])
     code = Path(__file__).with_name("codebook_model.py")
     model = CodebookVersion.of(register(registry, CODEBOOK_MODEL, code, folder, tags))
@@ -110,7 +111,7 @@ def register_codebook(registry: Registry, folder: Path, tags: Mapping[str, str])
 
 
 def tags_of_manifest(content: bytes, codebook_hash: str, versions: Mapping[int, str]) -> dict[str, str]:
-    """The tags to register a codebook with that has only its files; `versions` are the hashes of known versions.
+    """The tags of a codebook, from the content of its manifest; `versions` is version number -> hash.
 
     Raises:
         CodebookError: the manifest lacks an entry.
@@ -132,8 +133,8 @@ def tags_of_manifest(content: bytes, codebook_hash: str, versions: Mapping[int, 
         )
     except KeyError as error:
         raise CodebookError(
-            f"{MANIFEST} in {FOLDER}/{codebook_hash} has no {error}; expected the manifest of a codebook that `sid fit` wrote. Restore "
-            "that folder from a backup, or remove it"
+            f"{MANIFEST} in {FOLDER}/{codebook_hash} has no {error}; expected the manifest of a codebook that "
+            "`sid fit` wrote. Restore that folder from a backup, or remove it"
         ) from error
 
 
@@ -141,9 +142,9 @@ def tags_of_manifest(content: bytes, codebook_hash: str, versions: Mapping[int, 
 
 
 def store_codebook(root: str, folder: Path, codebook_hash: str) -> None:
-    """Copy the codebook in the local `folder` into the warehouse, unless it is there and whole."""
+    """Copy the codebook from a local folder into the warehouse, unless it is there and undamaged."""
     stored = read_codebook(root, codebook_hash)
-    if stored is not None and _is_whole(stored, codebook_hash):
+    if stored is not None and _is_undamaged(stored, codebook_hash):
         return
     filesystem, path = _path(root, codebook_hash)
     for name in (TENSORS, MANIFEST):
@@ -151,7 +152,7 @@ def store_codebook(root: str, folder: Path, codebook_hash: str) -> None:
 
 
 def read_codebook(root: str, codebook_hash: str) -> Files | None:
-    """The two files in the warehouse, not verified; None if one is missing."""
+    """The two files in the warehouse, unverified; None if one is missing."""
     filesystem, path = _path(root, codebook_hash)
     contents = {name: read_file(filesystem, f"{path}/{name}") for name in (MANIFEST, TENSORS)}
     files = {name: content for name, content in contents.items() if content is not None}
@@ -159,10 +160,10 @@ def read_codebook(root: str, codebook_hash: str) -> Files | None:
 
 
 def load_files(files: Files, codebook_hash: str) -> Codebook:
-    """The codebook in these files.
+    """Load the codebook from the content of its files.
 
     Raises:
-        CodebookError: they are damaged, or of another codebook.
+        CodebookError: the files are damaged, or of another codebook.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / codebook_hash
@@ -173,13 +174,13 @@ def load_files(files: Files, codebook_hash: str) -> Codebook:
             return load_codebook(folder, expect_hash=codebook_hash)
         except CodebookError as error:
             raise CodebookError(
-                f"{FOLDER}/{codebook_hash} in the warehouse cannot be used: {error}. Restore that folder from a backup, or remove it: "
-                "the next command copies it from the MLflow registry if that still has it"
+                f"{FOLDER}/{codebook_hash} in the warehouse cannot be used: {error}. Restore that folder from a "
+                "backup, or remove it: the next command copies it from the MLflow registry if that still has it"
             ) from error
 
 
 def store_tags(root: str, model: CodebookVersion) -> None:
-    """Write the tags of a version beside its codebook, so that `sid register` can register it again."""
+    """Store the tags of a version with its codebook, so that `sid register` can register it again."""
     filesystem, path = _path(root, model.hash)
     known = _read_tags(filesystem, path)
     if str(model.number) not in known:
@@ -188,7 +189,7 @@ def store_tags(root: str, model: CodebookVersion) -> None:
 
 
 def stored_tags(root: str) -> list[tuple[int, dict[str, str]]]:
-    """Number and tags of every version whose tags were written beside its codebook."""
+    """Number and tags of every version whose tags are stored with its codebook."""
     filesystem, path = _path(root)
     return [
         (int(number), tags)
@@ -198,7 +199,7 @@ def stored_tags(root: str) -> list[tuple[int, dict[str, str]]]:
 
 
 def stored_hashes(root: str) -> list[str]:
-    """The codebooks that the warehouse has a folder of."""
+    """The hashes of the codebooks that have a folder in the warehouse."""
     filesystem, path = _path(root)
     entries: list[Any] = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
     return sorted(entry.base_name for entry in entries if entry.type == fs.FileType.Directory)
@@ -209,13 +210,13 @@ def _read_tags(filesystem: fs.FileSystem, path: str) -> dict[str, dict[str, str]
         tags: dict[str, dict[str, str]] = json.loads(read_file(filesystem, f"{path}/{VERSIONS}") or b"{}")
     except ValueError as error:
         raise CodebookError(
-            f"{VERSIONS} in {FOLDER}/{path.rsplit('/', 1)[1]} of the warehouse is damaged ({error}); expected JSON. Restore it from a "
-            "backup, or remove it: the next command that uses the codebook writes it again"
+            f"{VERSIONS} in {FOLDER}/{path.rsplit('/', 1)[1]} of the warehouse is damaged ({error}); expected JSON. "
+            "Restore it from a backup, or remove it: the next command that uses the codebook writes it again"
         ) from error
     return tags
 
 
-def _is_whole(files: Files, codebook_hash: str) -> bool:
+def _is_undamaged(files: Files, codebook_hash: str) -> bool:
     try:
         load_files(files, codebook_hash)
     except CodebookError:
@@ -224,7 +225,11 @@ def _is_whole(files: Files, codebook_hash: str) -> bool:
 
 
 def _download(registry: Registry, model: CodebookVersion, scratch: Path) -> Path:
-    """A folder with the codebook out of the registry's artefacts, verified."""
+    """Download a codebook from the registry's artefacts and verify it; returns its folder.
+
+    Raises:
+        RegistryMismatch: the registry does not have it, or it is damaged.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
@@ -232,9 +237,9 @@ def _download(registry: Registry, model: CodebookVersion, scratch: Path) -> Path
         load_codebook(folder, expect_hash=model.hash)
     except (OSError, MlflowException, CodebookError) as error:
         raise RegistryMismatch(
-            f"codebook version {model.number} has its files neither in {FOLDER}/{model.hash} of the warehouse nor, whole, among the "
-            f"artefacts of the MLflow registry ({type(error).__name__}); expected them in one of the two. Restore that folder from a backup, or "
-            "go back to another release with `sid rollback --to RELEASE`"
+            f"codebook version {model.number} has its files neither in {FOLDER}/{model.hash} of the warehouse nor, "
+            f"whole, among the artefacts of the MLflow registry ({type(error).__name__}); expected them in one of the "
+            "two. Restore that folder from a backup, or go back to another release with `sid rollback --to RELEASE`"
         ) from error
     return folder
 

@@ -1,7 +1,7 @@
-"""The MLflow store that runs and models are tracked in: which one, whether it can be used, and the default one's upkeep.
+"""The MLflow store of a warehouse: which one it is, a check that it can be used, and care of the default one.
 
-The store is `mlflow.tracking_uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` (sqlite) in a local warehouse with its artefacts
-beside it in `mlflow_artifacts`. What can be wrong with a store is found here, before any work, and is said in a sentence.
+The store is `mlflow.tracking_uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` (sqlite) in a local warehouse with its
+artefacts beside it in `mlflow_artifacts`. An unusable store is an error of one sentence, before any work.
 """
 
 from __future__ import annotations
@@ -27,23 +27,25 @@ DATABASE = "mlflow.db"
 
 @dataclass(frozen=True)
 class Store:
-    """An open store. `shared` unless it is the default one of this warehouse."""
+    """An open store."""
 
     client: MlflowClient
-    experiment_id: str  # empty where there is none and none was to be made
+    experiment_id: str  # empty if it does not exist and was not to be created
     uri: str
-    shared: bool
+    shared: bool  # not the default store of this warehouse, so others may use it too
 
 
 def open_store(config: Config, root: str, *, create: bool) -> Store:
-    """The store of the warehouse at `root`. `create` makes what is absent, and needs the writer lock; without it nothing
-    is written, and a store that is absent holds nothing.
+    """Open the store of the warehouse at `root`.
+
+    With `create`, which needs the writer lock, the store and the experiment are created if they do not exist. Without
+    it nothing is written, and a store that does not exist is an empty one.
 
     Raises:
-        ConfigError: no store can be meant by the tracking URI.
-        WarehouseError: the store cannot be used: it does not answer, is locked, damaged or of another version.
+        ConfigError: the tracking URI is not that of a store.
+        WarehouseError: the store does not answer, or is locked, damaged or of another version.
     """
-    # Three tries within 15 seconds: by MLflow's own defaults every call to a server that is down takes four minutes.
+    # Three attempts within 15 seconds: with MLflow's defaults a call to a server that is down takes four minutes.
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -56,7 +58,7 @@ def open_store(config: Config, root: str, *, create: bool) -> Store:
     database = sqlite_file(uri)
     own = database is not None and database == Path(root) / DATABASE
     if own:
-        os.environ.pop("MLFLOW_REGISTRY_URI", None)  # the models are in the default store too
+        os.environ.pop("MLFLOW_REGISTRY_URI", None)  # the default store has the models as well
     artefacts = location(Path(root) / ARTEFACTS) if own else None
     if database is None:
         check_answers(uri)
@@ -67,13 +69,13 @@ def open_store(config: Config, root: str, *, create: bool) -> Store:
     from mlflow.exceptions import MlflowException
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # what it logs it raises too
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it also raises what it logs
     if database is not None:
         check_sqlite(database, uri, artefacts, create=create)
         if artefacts and create:
             relocate(database, artefacts)
     mlflow.set_tracking_uri(uri)
-    if given is None:  # MLflow has put it there, and the next warehouse of this process would take it for the user's
+    if given is None:  # MLflow has set it; for the next warehouse of this process it would look like the user's
         os.environ.pop("MLFLOW_TRACKING_URI", None)
     try:
         client = mlflow.MlflowClient(tracking_uri=uri)
@@ -101,26 +103,27 @@ def default_uri(root: str) -> str:
 def _experiment(client: MlflowClient, name: str, artefacts: str | None, create: bool) -> str:
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(name)
-    if found is None and create:
+    """The id of an experiment; with `create` it is created if it does not exist, else empty."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None and create:
         try:
             return str(client.create_experiment(name, artifact_location=artefacts))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-            found = client.get_experiment_by_name(name)  # another first command was faster
-    if found is None:
+            experiment = client.get_experiment_by_name(name)  # another process created it in between
+    if experiment is None:
         return ""
-    if create and found.lifecycle_stage != "active":
+    if create and experiment.lifecycle_stage != "active":
         raise WarehouseError(
-            f"the MLflow experiment {name!r} was deleted; expected an active one. Restore it (mlflow experiments restore "
-            f"--experiment-id {found.experiment_id}), or choose another with mlflow.experiment"
+            f"the MLflow experiment {name!r} was deleted; expected an active one. Restore it (mlflow experiments "
+            f"restore --experiment-id {experiment.experiment_id}), or choose another with mlflow.experiment"
         )
-    return str(found.experiment_id)
+    return str(experiment.experiment_id)
 
 
 class _AbsentStore:
-    """The client of a store that is not there: nothing is registered in it."""
+    """The client of a store that does not exist: every search is empty, everything else is not found."""
 
     def search_model_versions(self, *_: Any, **__: Any) -> list[Any]:
         return []

@@ -1,4 +1,4 @@
-"""The MLflow registry of a warehouse: its two registered models with their versions and aliases, and the runs of the stages."""
+"""The MLflow registry of a warehouse: two registered models with versions and aliases, and the runs of the stages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CODEBOOK_MODEL = "semantic-id-codebook"
 CTR_MODEL = "dmqn-ctr"
 PACKAGES = Path(__file__).parents[2]
-CARRIED = {CODEBOOK_MODEL: "tokenizer", CTR_MODEL: "jobs/ctr/padded_dmqn.py"}  # our code that a model travels with
+CARRIED = {CODEBOOK_MODEL: "tokenizer", CTR_MODEL: "jobs/ctr/padded_dmqn.py"}  # our code that is logged with a model
 CANDIDATE, CHAMPION = "candidate", "champion"
 IDENTITY = "warehouse.json"
 
@@ -36,14 +36,14 @@ Version = TypeVar("Version")
 
 @dataclass(frozen=True)
 class RegisteredModel(Generic[Version]):
-    """One registered model and its versions. An alias is resolved once per command; later steps use the version."""
+    """A registered model and its versions. Commands resolve an alias once and then use the version."""
 
     client: MlflowClient
     name: str
-    of: Callable[[RegisteredVersion], Version]  # gives a version its type
+    of: Callable[[RegisteredVersion], Version]  # makes the typed version
 
     def registered(self) -> dict[int, RegisteredVersion]:
-        """Every version by number, also those that only reserve their number."""
+        """Every version by number, including those that only reserve their number."""
         versions = map(_registered, self.client.search_model_versions(f"name = '{self.name}'"))
         return {version.number: version for version in sorted(versions, key=lambda version: version.number)}
 
@@ -52,6 +52,7 @@ class RegisteredModel(Generic[Version]):
         return {number: self.of(version) for number, version in self.registered().items() if not version.lost}
 
     def version(self, number: int) -> Version | None:
+        """The version with this number, or None."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -62,7 +63,7 @@ class RegisteredModel(Generic[Version]):
             raise
 
     def newest(self, where: Callable[[Version], bool]) -> Version | None:
-        """The newest of the versions that satisfy `where`."""
+        """The newest version that satisfies `where`, or None."""
         return next((version for version in reversed(list(self.versions().values())) if where(version)), None)
 
     def alias(self, alias: str) -> int | None:
@@ -94,7 +95,7 @@ class Registry:
     tracking_uri: str
     root: str
     shared: bool  # other warehouses may use the store too; false for the default store beside the tables
-    catalogue: str = ""  # suffix of the registered names of this warehouse on a shared store
+    catalogue: str = ""  # suffix of the registered names on a shared store
 
     @property
     def codebooks(self) -> RegisteredModel[CodebookVersion]:
@@ -109,7 +110,7 @@ class Registry:
         return f"{model}-{self.catalogue}" if self.shared and self.catalogue else model
 
     def download(self, model: CodebookVersion, folder: Path) -> Path:
-        """The artefacts of a version as a local folder."""
+        """Download the artefacts of a version; returns their folder."""
         import mlflow
 
         return Path(
@@ -122,7 +123,7 @@ class Registry:
 
     @contextmanager
     def run(self, stage: str, config: Config, tags: Mapping[str, str]) -> Iterator[Any]:
-        """An MLflow run that carries the stage, the resolved configuration and the git commit."""
+        """Open an MLflow run with the stage, the resolved configuration and the git commit."""
         import mlflow
 
         commit = _git_commit()
@@ -139,9 +140,9 @@ def open_registry(config: Config, root: str, *, create: bool = True) -> Registry
 
 
 def register(registry: Registry, model: str, code: Path, artefacts: Path, tags: Mapping[str, str]) -> RegisteredVersion:
-    """Log `artefacts` with the pyfunc in the file `code` (models from code, no pickle) and register a version with `tags`.
+    """Log `artefacts` with the pyfunc in the file `code` (models from code, no pickle) and register a version.
 
-    Call inside `Registry.run`. The version is created with its tags and that of the warehouse in one request.
+    Call inside `Registry.run`. One request creates the version with its tags and that of the warehouse.
     """
     import mlflow
 
@@ -177,8 +178,10 @@ def _create(
 
 
 def requirements() -> list[str]:
-    """What loading a model needs beside the code that it carries, at the installed versions. Our own distribution is not
-    on the package index, where anybody could register its name."""
+    """The packages that loading a model needs besides the code logged with it, at the installed versions.
+
+    Our own distribution is not among them: it is not on the package index, where anybody could register its name.
+    """
     return [
         f"{name}=={installed_version(name).partition('+')[0]}"
         for name in ("mlflow", "numpy", "pandas", "safetensors", "torch")
@@ -186,7 +189,7 @@ def requirements() -> list[str]:
 
 
 def warehouse_id(root: str) -> str:
-    """The id of the warehouse at `root`, which is made where there is none. Call with the writer lock held."""
+    """The id of the warehouse at `root`; a new one is written if it has none. Call with the writer lock held."""
     known = known_warehouse_id(root)
     if known is None:
         known = uuid.uuid4().hex
@@ -196,7 +199,7 @@ def warehouse_id(root: str) -> str:
 
 
 def known_warehouse_id(root: str) -> str | None:
-    """The id of the warehouse at `root`; None before the first writing command.
+    """The id of the warehouse at `root`; None before the first command that writes.
 
     Raises:
         WarehouseError: warehouse.json is damaged.
@@ -209,8 +212,8 @@ def known_warehouse_id(root: str) -> str | None:
         return str(json.loads(content)["id"])
     except (ValueError, KeyError, TypeError) as error:
         raise WarehouseError(
-            f"{IDENTITY} of the warehouse is damaged ({type(error).__name__}: {error}); expected its id. Restore it: the id is the "
-            f"tag {WAREHOUSE_TAG} of the models that this warehouse registered"
+            f"{IDENTITY} of the warehouse is damaged ({type(error).__name__}: {error}); expected its id. Restore it: "
+            f"the id is the tag {WAREHOUSE_TAG} of the models that this warehouse registered"
         ) from error
 
 
@@ -219,7 +222,7 @@ def _registered(version: Any) -> RegisteredVersion:
 
 
 def _git_commit() -> str:
-    """The commit that the code runs from; empty where it runs from no checkout of this project."""
+    """The commit of the running code; empty if it does not run from a checkout of this project."""
     here = Path(__file__).resolve()
 
     def git(*arguments: str) -> str:
@@ -231,7 +234,7 @@ def _git_commit() -> str:
             return ""
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    # An installed package may lie inside someone else's repository, as an environment in a project folder does.
+    # An installed package may be inside another repository, for example in the environment of a project folder.
     if not git("ls-files", "--error-unmatch", here.name):
         return ""
     about = ConfigParser()

@@ -1,4 +1,4 @@
-"""Whether the server or database of an MLflow tracking URI answers, in seconds and before any work."""
+"""A check that the server or database of an MLflow tracking URI answers, in seconds and before any work."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from jobs.redaction import redact
 
 DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 EXPECTED = (
-    "expected http(s)://server, sqlite:///file or the URL of a database that MLflow supports (see mlflow.tracking_uri and "
-    "MLFLOW_TRACKING_URI)"
+    "expected http(s)://server, sqlite:///file or the URL of a database that MLflow supports (see mlflow.tracking_uri "
+    "and MLFLOW_TRACKING_URI)"
 )
 
 
 def check_answers(uri: str) -> None:
-    """That a server or database answers, in seconds."""
+    """Check that the server or database of a tracking URI answers; other schemes are not checked.
+
+    Raises:
+        ConfigError: the URI is no URI of a server or database.
+        WarehouseError: nothing answers, or with an error.
+    """
     try:
         parts = urlsplit(uri)
         host, port = parts.hostname, parts.port
@@ -40,7 +45,7 @@ def _check_server(uri: str) -> None:
     try:
         status = requests.get(f"{uri.rstrip('/')}/health", timeout=(5, 10)).status_code
     except requests.exceptions.SSLError:
-        return  # it answers; MLflow has settings for certificates
+        return  # the server answers; certificates are a setting of MLflow
     except requests.RequestException as error:
         why = "timed out" if isinstance(error, requests.Timeout) else type(error).__name__
         raise WarehouseError(_does_not_answer(uri, why)) from error
@@ -60,7 +65,8 @@ def _check_database(uri: str, host: str | None, port: int) -> None:
         engine.dispose()
     except ImportError as error:
         raise ConfigError(
-            f"the tracking store {redact(uri)} needs the Python module {error.name}; expected it to be installed (pip install it)"
+            f"the tracking store {redact(uri)} needs the Python module {error.name}; expected it to be installed (pip "
+            "install it)"
         ) from error
     except sqlalchemy.exc.ArgumentError as error:
         raise ConfigError(
@@ -72,10 +78,11 @@ def _check_database(uri: str, host: str | None, port: int) -> None:
 
 def _does_not_answer(uri: str, why: str) -> str:
     return (
-        f"the MLflow tracking store {redact(uri)} does not answer ({why}); expected it to be up before anything is changed. "
-        "Start it, or correct mlflow.tracking_uri or MLFLOW_TRACKING_URI; then run the command again"
+        f"the MLflow tracking store {redact(uri)} does not answer ({why}); expected it to be up before anything is "
+        "changed. Start it, or correct mlflow.tracking_uri or MLFLOW_TRACKING_URI; then run the command again"
     )
 
 
 def first_line(error: Any) -> str:
+    """The first line of an exception's message, or the name of its class; credentials are masked."""
     return redact((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -16,12 +16,12 @@ LOST_TAG = "lost"  # on a version that only reserves its number: its files are g
 
 
 class RegistryMismatch(RuntimeError):
-    """The registry, the releases, the codebooks and the rows of a warehouse do not agree about a codebook."""
+    """Registry, releases, codebook files and rows of a warehouse differ about a codebook."""
 
 
 @dataclass(frozen=True)
 class RegisteredVersion:
-    """A version of either model as MLflow has it."""
+    """A version of either model as it is stored in MLflow."""
 
     name: str  # registered name
     number: int
@@ -30,28 +30,30 @@ class RegisteredVersion:
 
     @property
     def codebook_hash(self) -> str:
-        """Hash of the codebook that this version is, or was trained on; empty where no tag says it."""
+        """Hash of the codebook that the version is or was trained on; empty without the tag."""
         return self.tags.get("codebook_hash", "")
 
     @property
     def warehouse(self) -> str | None:
-        """Id of the warehouse that registered it; None for versions of earlier releases of this software."""
+        """Id of the warehouse that registered the version; None if an earlier release of this software did."""
         return self.tags.get(WAREHOUSE_TAG)
 
     @property
     def lost(self) -> bool:
+        """Whether the version only reserves its number."""
         return LOST_TAG in self.tags
 
     def required(self, tag: str) -> str:
         """The text of a tag.
 
         Raises:
-            RegistryMismatch: the version lacks it.
+            RegistryMismatch: the version does not have it.
         """
         if not self.tags.get(tag):
             raise RegistryMismatch(
-                f"{self.name} version {self.number} in the MLflow registry has no tag {tag!r}; expected a version that `sid fit`, "
-                "`sid train` or `sid register` registered. Set mlflow.catalogue=NAME if the name is used by other software too"
+                f"{self.name} version {self.number} in the MLflow registry has no tag {tag!r}; expected a version that "
+                "`sid fit`, `sid train` or `sid register` registered. Set mlflow.catalogue=NAME if the name is used "
+                "by other software too"
             )
         return self.tags[tag]
 
@@ -66,7 +68,7 @@ class CodebookVersion:
     components: int
     dim: int
     method: str
-    fit_key: str  # names the inputs of the fit: equal keys, equal codebooks
+    fit_key: str  # identifies the inputs of the fit: equal keys, equal codebooks
     started_from: str | None  # hash of the codebook that the fit started from
     started_from_version: int | None
     table_versions: Mapping[str, int]  # of the tables that it was fitted on
@@ -76,15 +78,15 @@ class CodebookVersion:
 
     @classmethod
     def of(cls, registered: RegisteredVersion) -> CodebookVersion:
-        """The codebook with these tags, also with those that earlier versions of this software wrote.
+        """The codebook with these tags, in their present form or in that of earlier releases of this software.
 
         Raises:
             RegistryMismatch: its files are gone, or a tag is missing.
         """
         if registered.lost:
             raise RegistryMismatch(
-                f"codebook version {registered.number} only reserves its number in the registry, its files are gone; expected a "
-                "version with a codebook. See `sid status`"
+                f"codebook version {registered.number} only reserves its number in the registry, its files are gone; "
+                "expected a version with a codebook. See `sid status`"
             )
         tags = registered.tags
         if "levels" in tags:
@@ -109,7 +111,7 @@ class CodebookVersion:
         )
 
     def tags(self) -> dict[str, str]:
-        """The tags to register the same codebook with again."""
+        """The tags with which the same codebook can be registered again."""
         return codebook_tags(
             codebook_hash=self.hash,
             levels=self.levels,
@@ -137,7 +139,7 @@ def codebook_tags(
     table_versions: Mapping[str, int],
     run_date: date,
 ) -> dict[str, str]:
-    """The tags to register a codebook with; `CodebookVersion.of` reads them."""
+    """The tags of a registered codebook, which `CodebookVersion.of` reads."""
     return {
         "codebook_hash": codebook_hash,
         "levels": str(levels),
@@ -159,7 +161,7 @@ class CtrVersion:
     number: int
     codebook_hash: str
     codebook_version: int
-    train_key: str  # names the inputs of the training: equal keys, equal models
+    train_key: str  # identifies the inputs of the training: equal keys, equal models
     table_versions: Mapping[str, int]
     run_date: date
     result: Mapping[str, Any]  # metrics and counts of the training
@@ -194,7 +196,7 @@ def ctr_tags(
     run_date: date,
     result: Mapping[str, Any],
 ) -> dict[str, str]:
-    """The tags to register a CTR model with; `CtrVersion.of` reads them."""
+    """The tags of a registered CTR model, which `CtrVersion.of` reads."""
     return {
         "codebook_version": str(codebook.number),
         "codebook_hash": codebook.hash,
