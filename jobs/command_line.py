@@ -35,7 +35,7 @@ LONGEST_VERSION = 9  # digits; stores keep version numbers in 32 bits
 
 @dataclass(frozen=True)
 class Options:
-    """The options that commands share, each declared here once. A command takes those that `command` names for it."""
+    """The options that commands share, each declared here once. `command` gives a command some of them."""
 
     config: Annotated[
         list[Path] | None, typer.Option("--config", help="TOML file; may be given again, later ones win.")
@@ -98,7 +98,7 @@ def command_group(help: str | None = None) -> typer.Typer:
 def command(group: typer.Typer, shared: tuple[str, ...] = OF_A_RUN) -> Callable[[Callable[..., None]], None]:
     """Register a function as a command of `group`.
 
-    Its first parameter is an `Options`; on the command line stand its other parameters, then the shared options named.
+    Its first parameter is an `Options`; its other parameters and the options in `shared` are those of the command line.
     """
     types = get_type_hints(Options, include_extras=True)
     kind = inspect.Parameter.KEYWORD_ONLY

@@ -189,15 +189,18 @@ def _pending(
     ).where("rank = 1")
     unchanged = F.col("own") | (F.col("published_hash") == F.col("content_hash"))
     return (
-        items.join(own, ["item_id", "content_hash"], how="left_anti").join(latest, "item_id", how="left")
+        items.join(own, ["item_id", "content_hash"], how="left_anti")
+        .join(latest, "item_id", how="left")
         .select(
-            "file", "item_id",
+            "file",
+            "item_id",
             F.when(unchanged, F.col("published_codes")).alias("codes"),
             F.when(unchanged, F.col("published_suffix")).alias("suffix"),
             F.coalesce("own", F.lit(False)).alias("final"),
         )
-        .groupBy("file").agg(F.collect_list(F.struct("item_id", "codes", "suffix", "final")).alias("pending"))
-    )  # fmt: skip
+        .groupBy("file")
+        .agg(F.collect_list(F.struct("item_id", "codes", "suffix", "final")).alias("pending"))
+    )
 
 
 def _incomplete(embeddings: DataFrame, own: DataFrame) -> DataFrame:

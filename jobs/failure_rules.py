@@ -115,7 +115,7 @@ RULES = (
     rule(
         r"DELTA_MISSING_DELTA_TABLE|DELTA_TABLE_NOT_FOUND|DELTA_CREATE_TABLE_WITH_NON_EMPTY|DELTA_PATH_DOES_NOT_EXIST",
         f"the folder of {{where}} is there, but the log that makes it a table (_delta_log) is not. {SAFE} "
-        "Put back a copy of the folder, or move it away to begin the table anew.",
+        "Put back a copy of the folder, or move it away to start the table again.",
     ),
     rule(
         r"_delta_log|DELTA_TRUNCATED|DELTA_VERSIONS_NOT_CONTIGUOUS|DELTA_STATE_RECOVER|DELTA_LOG"

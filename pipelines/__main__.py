@@ -235,7 +235,7 @@ bench = typer.Typer(
 
 
 def _add_bench() -> None:
-    """The benchmarks need the packages of the `dev` extra, which a production image lacks: loaded only when called."""
+    """Add the benchmarks, which need packages of the `dev` extra that a production image does not have."""
     try:
         from benchmarks.ctr.harness import ctr
         from benchmarks.encode import encode

@@ -202,9 +202,15 @@ class _Stages:
     def fit(self, champion: CodebookVersion | None, why: str) -> FitResult:
         def stage() -> FitResult:
             return fit.run(
-                self.config, self.warehouse, self.registry, self.run_date, self.pictures, champion,
-                self.reporter.iteration, self.reporter.note,
-            )  # fmt: skip
+                self.config,
+                self.warehouse,
+                self.registry,
+                self.run_date,
+                self.pictures,
+                champion,
+                self.reporter.iteration,
+                self.reporter.note,
+            )
 
         return self._run("fit", why, stage)
 
@@ -248,9 +254,16 @@ class _Stages:
     def train(self, codebook: CodebookVersion, release: Release, log: Log) -> TrainResult:
         def stage() -> TrainResult:
             return train.run(
-                self.config, self.warehouse, self.registry, codebook, release.table_versions, self.run_date,
-                self.pictures, self.reporter.note, log,
-            )  # fmt: skip
+                self.config,
+                self.warehouse,
+                self.registry,
+                codebook,
+                release.table_versions,
+                self.run_date,
+                self.pictures,
+                self.reporter.note,
+                log,
+            )
 
         return self._run("train", self.config.train.interactions, stage)
 

@@ -52,7 +52,7 @@ class PromoteResult:
 
 @dataclass(frozen=True)
 class RollbackResult:
-    """The release that a rollback wrote, and what it means for whoever runs it."""
+    """The release that a rollback wrote, and its consequences."""
 
     release: Release
     left_version: int | None  # codebook version that was champion before, if another; no night promotes it again
@@ -172,7 +172,7 @@ def _check_target(warehouse: Warehouse, registry: Registry, release: Release) ->
     """The codebook of a release, after a check that the codebook and the pinned tables are there."""
     version, wanted = release.codebook_version, release.codebook_hash
     again = (
-        f"Encode and release anew instead: `sid backfill --codebook {version} --all`, "
+        f"Encode and release again instead: `sid backfill --codebook {version} --all`, "
         f"`sid evaluate --codebook {version}`, `sid promote {version}`"
     )
     model = registry.codebooks.version(version)

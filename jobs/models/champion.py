@@ -15,8 +15,8 @@ from jobs.warehouse.delta_rs import HASH_DIGITS, hashes_by_codebook_version
 from jobs.warehouse.releases import Release, current_release, releases
 
 OTHER_REGISTRY = (
-    "This registry is not the one that these IDs were made with, or it was started anew. Point mlflow.tracking_uri at "
-    "the right one; if that is lost, give this warehouse an empty one (mlflow.catalogue=NAME on a server, mlflow.db "
+    "This registry is not the one that these IDs were made with, or a new one was started. Point mlflow.tracking_uri "
+    "at the right one; if that is lost, give this warehouse an empty one (mlflow.catalogue=NAME on a server, mlflow.db "
     "moved away for the default store) and run `sid register`"
 )
 
@@ -40,7 +40,7 @@ def current_champion(registry: Registry) -> CodebookVersion | None:
             raise RegistryMismatch(
                 f"semantic_ids has IDs of codebook versions {sorted(rows)}, the MLflow registry has no codebook of "
                 "this warehouse; expected those versions. Point mlflow.tracking_uri at the registry that has them, or "
-                "run `sid register`, which registers them anew"
+                "run `sid register`, which registers them again"
             )
         alias = registry.codebooks.with_alias(CHAMPION)
         if alias is None:
@@ -130,7 +130,7 @@ def _released(versions: Mapping[int, RegisteredVersion], release: Release) -> Co
             f"{released}, the MLflow registry has "
             f"{f'versions {sorted(versions)}' if versions else 'no codebook of this warehouse'}; expected that "
             "version. Point mlflow.tracking_uri at the registry that has it; if that is lost, `sid register` "
-            "registers this warehouse's codebooks anew"
+            "registers this warehouse's codebooks again"
         )
     if version.codebook_hash != release.codebook_hash:
         raise RegistryMismatch(

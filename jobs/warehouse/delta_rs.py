@@ -114,7 +114,7 @@ def open_table(root: str, table: Table) -> Iterator[deltalake.DeltaTable | None]
             for entry in Path(root, table.name).iterdir():
                 Path(location, entry.name).symlink_to(entry)
         try:
-            opened = deltalake.DeltaTable(location)
+            delta_table = deltalake.DeltaTable(location)
         except TableNotFoundError:
-            opened = None
-        yield opened
+            delta_table = None
+        yield delta_table
