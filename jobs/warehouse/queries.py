@@ -35,6 +35,10 @@ class Selection:
     ids: pa.StringArray | None = None
     since: date | None = None
 
+    def __post_init__(self) -> None:
+        if (self.ids is None) == (self.since is None):
+            raise ValueError(f"a selection of ids {self.ids} since {self.since}; expected one of the two")
+
     def items(self, warehouse: Warehouse) -> DataFrame:
         """The selected ids, each once, in the column `item_id`. Listed ids may be unknown to the warehouse."""
         if self.ids is not None:
