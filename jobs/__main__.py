@@ -84,10 +84,11 @@ def evaluate(options: Options, name: Codebook = "candidate") -> None:
 def train(options: Options) -> None:
     """Interactions + semantic_ids of the current release -> ctr_examples and the CTR model (DMQN)."""
     from jobs import train as stage
+    from jobs.ctr.example_table import check_interactions
     from jobs.warehouse.releases import current_release
 
     with open_workspace(options.resolve(), options.run_date) as work:
-        log = stage.check_interactions(work.config, work.warehouse)
+        log = check_interactions(work.config, work.warehouse)
         codebook = restored_champion(work.registry)
         release = current_release(work.warehouse.root)
         if release is None or codebook is None:
@@ -105,6 +106,19 @@ def train(options: Options) -> None:
             typer.echo,
             log,
         )
+        print_result(result, options.json_file)
+
+
+@command(app)
+def cache(options: Options) -> None:
+    """ctr_examples + the CTR champion -> user_interests, from which a user is scored without their history."""
+    from jobs import cache as stage
+
+    with open_workspace(options.resolve(), options.run_date) as work:
+        codebook = restored_champion(work.registry)
+        if codebook is None:
+            raise ConfigError("this warehouse has no release; expected one with a CTR model. Run `sid nightly` first")
+        result = stage.run(work.config, work.warehouse, work.registry, codebook, typer.echo)
         print_result(result, options.json_file)
 
 

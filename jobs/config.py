@@ -196,6 +196,20 @@ class GateConfig(Section):
     )
 
 
+class CtrGateConfig(Section):
+    """By how much a new CTR model may be worse than the champion on the same impressions."""
+
+    max_auc_drop: float = Field(
+        0.002, ge=0, le=1, description="AUC, GAUC or AUC of cold items below the champion's, for certain"
+    )
+    max_log_loss_rise: float = Field(
+        0.002, ge=0, le=100, description="log-loss above the champion's in nats, for certain"
+    )
+    max_calibration_drift: float = Field(
+        0.1, ge=0, le=100, description="how much further from 1 than the champion's the calibration may be (logarithm)"
+    )
+
+
 class TrainConfig(Section):
     interactions: Text = Field(
         "", description="Parquet or Delta table of user_id, item_id and label | rating, timestamp | order"
@@ -216,11 +230,25 @@ class TrainConfig(Section):
         "uniform",
         description="how negatives are drawn from the items that are as new to the user and to the log as the positive",
     )
+    tokens: Literal["soft", "level", "prefix", "soft-prefix"] = Field(
+        "soft",
+        description="how codes become tokens: one a level with the code's alternates weighted (soft) or without them (level), or "
+        "one a prefix of the codes",
+    )
+    token_rows: Whole = Field(
+        2**16, ge=2, le=2**31, description="rows of the token table; tuples and prefixes of codes are hashed to it"
+    )
+    item_rows: Whole = Field(2**16, ge=2, le=2**31, description="rows of the item table; item ids are hashed to it")
+    control: bool = Field(
+        False, description="also train the same model without semantic IDs, to see what they are worth (twice the time)"
+    )
     interest_codebooks: Whole = Field(4, ge=1, le=1024, description="N of DMQN")
     codewords: Whole = Field(25, ge=1, le=65536, description="W of DMQN; N x W is about 100 in the paper")
     width: Whole = Field(32, ge=4, le=8192, description="D, width of behaviour and cluster vectors")
     epochs: Whole = Field(3, ge=1, le=10_000, description="at most; training stops when the validation AUC falls")
-    batch_size: Whole = Field(256, ge=1, le=10**6, description="examples of one step")
+    batch_positions: Whole = Field(
+        1024, ge=1, le=10**8, description="behaviours (with padding) and impressions of one step; a user is never cut"
+    )
     learning_rate: float = Field(3e-3, gt=0, le=10, description="of the optimizer")
     seed: Seed = 0
 
@@ -249,6 +277,7 @@ class Config(BaseSettings):
     evaluate: EvaluateConfig = EvaluateConfig()
     gate: GateConfig = GateConfig()
     train: TrainConfig = TrainConfig()
+    ctr_gate: CtrGateConfig = CtrGateConfig()
     nightly: NightlyConfig = NightlyConfig()
 
     @classmethod

@@ -7,15 +7,17 @@ the prediction: what semantic IDs are for.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-EXPECTED_LIFT = (
-    "an AUC lift of +0.03 or more: clicks follow topics, which only the semantic IDs tell of rarely shown items"
-)
+from jobs.ctr.metrics import auc
+from jobs.ctr.splits import TEST_SHARE
+
+TRUTH = "truth.json"
 DAY_SECONDS = 86_400
 START = 1_750_000_000
 
@@ -44,9 +46,16 @@ def write_demo_data(
         f"topic {t}, sub-topic {s % subtopics}, item {n}" for n, (t, s) in enumerate(zip(topic, subtopic, strict=True))
     ]
     pq.write_table(pa.table({"item_id": ids, "title": titles}), folder / "items.parquet")
-    pq.write_table(
-        _clicks(generator, ids, topic, subtopic, users, impressions, topics, subtopics), folder / "interactions.parquet"
-    )
+    clicks, probability = _clicks(generator, ids, subtopic, users, impressions, topics, subtopics)
+    late = np.arange(len(clicks)) >= (1 - TEST_SHARE) * len(clicks)
+    best = auc(clicks["label"].to_numpy()[late].astype(np.float32), probability[late])
+    (folder / TRUTH).write_text(json.dumps({"best_auc": best}) + "\n")
+    pq.write_table(clicks, folder / "interactions.parquet")
+
+
+def best_auc(folder: Path) -> float:
+    """AUC of the probabilities that the clicks were drawn with, on the test split: no model can be expected to do better."""
+    return float(json.loads((folder / TRUTH).read_text())["best_auc"])
 
 
 def _vectors(generator: np.random.Generator, topic: np.ndarray, subtopic: np.ndarray, dim: int) -> np.ndarray:
@@ -83,9 +92,15 @@ def _write_embeddings(path: Path, ids: list[str], text: np.ndarray, image: np.nd
 
 
 def _clicks(
-    generator: np.random.Generator, ids: list[str], topic: np.ndarray, subtopic: np.ndarray, users: int, impressions: int,
-    topics: int, subtopics: int,
-) -> pa.Table:  # fmt: skip
+    generator: np.random.Generator,
+    ids: list[str],
+    subtopic: np.ndarray,
+    users: int,
+    impressions: int,
+    topics: int,
+    subtopics: int,
+) -> tuple[pa.Table, np.ndarray]:
+    """Impressions in order of time, and the probability of a click of each."""
     n = users * impressions
     user = np.repeat(np.arange(users), impressions)
     taste = 1.3 * generator.normal(size=(users, topics))[:, :, None] + 1.0 * generator.normal(
@@ -94,10 +109,11 @@ def _clicks(
     taste = taste.reshape(users, -1)
     item = generator.integers(len(ids), size=n)  # every item about equally rare
     logit = -1.0 + 1.2 * taste[user, subtopic[item]] + 0.3 * generator.normal(size=len(ids))[item]
-    label = (generator.random(n) < 1 / (1 + np.exp(-logit))).astype(np.int32)
+    probability = 1 / (1 + np.exp(-logit))
+    label = (generator.random(n) < probability).astype(np.int32)
     timestamp = START + generator.integers(90 * DAY_SECONDS, size=n)
     order = np.argsort(timestamp, kind="stable")
-    return pa.table(
+    table = pa.table(
         {
             "user_id": pa.array([f"user-{u:04d}" for u in user[order]]),
             "item_id": pa.array(np.array(ids)[item[order]]),
@@ -105,3 +121,4 @@ def _clicks(
             "label": pa.array(label[order]),
         }
     )
+    return table, probability[order]

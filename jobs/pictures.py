@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,27 +79,22 @@ def draw_likelihood(known: npt.NDArray[np.float32], new: npt.NDArray[np.float32]
 
 
 def draw_ctr(
-    with_ids: Sequence[float],
-    control: Sequence[float],
-    rarity: Sequence[str],
-    ours: Sequence[float],
-    theirs: Sequence[float],
-    path: Path,
+    curves: Mapping[str, Sequence[float]], rarity: Sequence[str], aucs: Mapping[str, Sequence[float]], path: Path
 ) -> None:
-    """Validation AUC by epoch, and test AUC by how often an item was shown in training, with and without IDs."""
+    """Validation AUC by epoch, and test AUC by how often an item was shown in training, of each model by its name."""
     figure = _figure(8.6, 3.4)
     left, right = figure.subplots(1, 2)
-    for values, label, colour in (
-        (with_ids, "semantic IDs", "tab:blue"),
-        (control, "codes dealt at random", "tab:gray"),
-    ):
-        left.plot(range(1, len(values) + 1), values, marker="o", color=colour, label=label)
-    left.set(title="validation", xlabel="epoch", ylabel="AUC", xticks=range(1, max(len(with_ids), len(control)) + 1))
+    colours = dict(zip(curves, ("tab:blue", "tab:gray"), strict=False))
+    for name, values in curves.items():
+        left.plot(range(1, len(values) + 1), values, marker="o", color=colours[name], label=name)
+    epochs = max(map(len, curves.values()))
+    left.set(title="validation", xlabel="epoch", ylabel="AUC", xticks=range(1, epochs + 1))
     left.legend(frameon=False)
-    position = np.arange(len(rarity))
-    right.bar(position - 0.2, ours, 0.4, color="tab:blue", label="semantic IDs")
-    right.bar(position + 0.2, theirs, 0.4, color="tab:gray", label="codes dealt at random")
-    lowest = min([*ours, *theirs], default=0.5)
+    position, width = np.arange(len(rarity)), 0.8 / len(aucs)
+    for number, (name, values) in enumerate(aucs.items()):
+        offset = (number - (len(aucs) - 1) / 2) * width
+        right.bar(position + offset, values, width, color=colours[name], label=name)
+    lowest = min((value for values in aucs.values() for value in values), default=0.5)
     right.set(
         title="test, by rarity of the item",
         xlabel="times shown in training",

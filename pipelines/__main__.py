@@ -59,20 +59,20 @@ def demo(
     options.resolve()
     expected = ""
     if data is None:
-        from jobs.demo_data import EXPECTED_LIFT, write_demo_data
+        from jobs.demo_data import best_auc, write_demo_data
         from jobs.warehouse.root import warehouse_root
 
         data = Path(warehouse_root(warehouse)) / "demo_data"
         if not (data / "interactions.parquet").exists():
             typer.echo("writing generated items, vectors and clicks", err=True)
             write_demo_data(data)
-        expected = EXPECTED_LIFT
+        expected = f"at best AUC {best_auc(data):.4f}, that of the probabilities that the clicks were drawn with"
     if not (data / "embeddings.parquet").exists():
         raise ConfigError(f"{data} has no embeddings.parquet; expected the folder format of the README")
     interactions = data / "interactions.parquet"
     sources = [
         f"load.source={data / 'embeddings.parquet'}",
-        *([f"train.interactions={interactions}"] if interactions.exists() else []),
+        *([f"train.interactions={interactions}", "train.control=true"] if interactions.exists() else []),
     ]
     options = replace(options, settings=[*sources, *(options.settings or [])])
     _night(options.resolve(), options, expected)
@@ -101,8 +101,9 @@ def _night(config: Config, options: Options, expected: str = "") -> None:
     print_summary(night, shown, pictures, seconds, work.spark_seconds, expected=expected)
     flags = f" --warehouse {shlex.quote(shown)}" if shown != "warehouse" else ""
     typer.echo(f"\nTry next: sid status{flags} · sid explain ITEM_ID{flags}")
-    if night.gate_message is not None:
-        typer.echo(f"gate: {night.gate_message}", err=True)
+    for refusal in night.refusals:
+        typer.echo(f"gate: {refusal}", err=True)
+    if night.refusals:
         raise typer.Exit(GATE_DID_NOT_PASS)
 
 

@@ -37,7 +37,8 @@ def status_facts(root: str, registry: Registry) -> dict[str, Any]:
         "candidate_rolled_back": f"from release {rolled_back_from}" if rolled_back_from else None,
         "verdict": None if verdict is None else ("passed" if verdict.passed else "failed"),
         "reasons": [] if verdict is None else list(verdict.reasons),
-        "ctr_version": registry.ctr_models.alias(CANDIDATE),
+        "ctr_version": registry.ctr_models.alias(CHAMPION),
+        "ctr_candidate_version": registry.ctr_models.alias(CANDIDATE),
     }
     for table in TABLES:
         rows, version = count_and_version(root, table) or (None, None)
@@ -144,7 +145,7 @@ def print_item(warehouse: Warehouse, registry: Registry, item_id: str) -> bool:
                 f"fitted {model.run_date} on {json.dumps(dict(model.table_versions))}{start}; MLflow run "
                 f"{model.run_id}",
             )
-    ctr = registry.ctr_models.with_alias(CANDIDATE)
+    ctr = registry.ctr_models.with_alias(CHAMPION)
     if ctr is not None:
         grid.add_row(
             "CTR model",

@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 
 from jobs import encode, evaluate, fit, load, train
 from jobs.config import Config
+from jobs.ctr.example_table import check_ids, check_interactions
 from jobs.ctr.log import Log
 from jobs.encode import EncodeResult
 from jobs.evaluate import EvaluateResult
@@ -77,9 +78,15 @@ class Night:
         return self.promoted.release if self.promoted else None
 
     @property
+    def refusals(self) -> tuple[str, ...]:
+        """What a gate refused to promote, and why."""
+        ctr = self.trained.refusal if self.trained else None
+        return tuple(message for message in (self.gate_message, ctr) if message is not None)
+
+    @property
     def nothing_to_do(self) -> bool:
         results = (self.loaded, self.encoded, self.evaluated, self.promoted, self.trained)
-        return self.gate_message is None and all(result is None or result.nothing_to_do for result in results)
+        return not self.refusals and all(result is None or result.nothing_to_do for result in results)
 
 
 def run(
@@ -180,7 +187,7 @@ class _Stages:
         if not self.config.train.interactions:
             return None
         with self._timed("interactions", self.config.train.interactions):
-            log = train.check_interactions(self.config, self.warehouse)
+            log = check_interactions(self.config, self.warehouse)
         self.reporter.done("interactions", log.account())
         return log
 
@@ -197,7 +204,7 @@ class _Stages:
         """Check that the log is about items of the catalogue, unless neither is new."""
         if log is not None and not (log.seen_before and loaded.nothing_to_do):
             with self._timed("interactions", "their items in the catalogue"):
-                train.check_ids(self.config, self.warehouse, log)
+                check_ids(self.config, self.warehouse, log)
 
     def fit(self, champion: CodebookVersion | None, why: str) -> FitResult:
         def stage() -> FitResult:

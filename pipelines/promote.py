@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jobs.ctr.champion import restore_ctr_champion
 from jobs.models.champion import check_rows
 from jobs.models.codebooks import codebook_files
-from jobs.models.registry import CANDIDATE, CHAMPION, Registry
+from jobs.models.registry import CHAMPION, Registry
 from jobs.models.versions import CodebookVersion
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.queries import count_items_without_id, missing_data
@@ -56,7 +57,7 @@ class RollbackResult:
 
     release: Release
     left_version: int | None  # codebook version that was champion before, if another; no night promotes it again
-    ctr_version: int | None  # CTR model of this codebook, which is the candidate again
+    ctr_version: int | None  # CTR model of this codebook, which is the champion again
     items_without_id: int  # items that came after the earlier release; the next night encodes them
     nothing_to_do: bool = False
 
@@ -110,7 +111,9 @@ def promote(
     codebook_files(registry, model)
     # After a kill between these two writes, the next command restores the alias and the next night promotes again.
     registry.codebooks.set_alias(CHAMPION, model.number)
-    return PromoteResult(write_release(warehouse, current, model.number, model.hash, present, PROMOTED))
+    release = write_release(warehouse, current, model.number, model.hash, present, PROMOTED)
+    restore_ctr_champion(registry, model.hash)
+    return PromoteResult(release)
 
 
 def rollback(warehouse: Warehouse, registry: Registry, to: int | None = None) -> RollbackResult:
@@ -125,16 +128,14 @@ def rollback(warehouse: Warehouse, registry: Registry, to: int | None = None) ->
     """
     current, target = _find_target(releases(warehouse.root), to)
     model = _check_target(warehouse, registry, target)
-    ctr = registry.ctr_models.newest(lambda version: version.codebook_hash == target.codebook_hash)
     left_version = None
     if target is not current:
         # After a kill between these writes, the same command starts from the same release and repeats them.
         if current.codebook_version != target.codebook_version:
             left_version = current.codebook_version
         registry.codebooks.set_alias(CHAMPION, model.number)
-        if ctr is not None:
-            registry.ctr_models.set_alias(CANDIDATE, ctr.number)
         current = write_release(warehouse, current, model.number, model.hash, target.table_versions, ROLLED_BACK)
+    ctr = restore_ctr_champion(registry, target.codebook_hash)
     return RollbackResult(
         release=current,
         left_version=left_version,

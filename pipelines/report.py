@@ -164,8 +164,8 @@ def print_summary(
         if t.version is not None:
             grid.add_row(
                 "",
-                f"GAUC {t.shown('gauc')} against {t.shown('gauc_control')} over {t.gauc_users:,} users; "
-                f"log-loss {t.shown('log_loss')} against {t.shown('log_loss_control')}",
+                f"GAUC over {t.gauc_users:,} users; log-loss {t.shown('log_loss')}, "
+                f"calibration {t.shown('calibration')}, AUC of rarely shown items {t.shown('auc_cold')}",
             )
             grid.add_row(
                 "",

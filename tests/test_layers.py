@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "benchmarks": {"benchmarks", "jobs", "tokenizer"},
 }
 TOKENIZER_USES = {"torch", "numpy", "safetensors", "faiss", "tokenizer"}
-STAGES = ("load", "fit", "encode", "evaluate", "train")
+STAGES = ("load", "fit", "encode", "evaluate", "train", "cache")
 ROOMS = ("files", "spark", "warehouse", "embeddings", "models", "ctr")  # each may import those before it
 FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 

@@ -230,12 +230,15 @@ class DMQN(nn.Module):
 
     def forward(self, batch: UserBatch) -> Tensor:
         """Logits (n,)"""
+        return self.score(*self.interests(batch), batch.candidates, batch.features)
+
+    def interests(self, batch: UserBatch) -> tuple[Interests, Tensor]:
+        """The interests of the Q different histories in a batch, and the history (n,) of each impression."""
         used = torch.arange(batch.behaviour_time.shape[1], device=batch.length.device) < batch.length[:, None]
         start = (batch.length.cumsum(0) - batch.length)[batch.user]
         windows = torch.stack([start + batch.first, start + batch.last], dim=1)
         histories, history = torch.unique(windows, dim=0, return_inverse=True)
-        interests = self.user_interests(batch.behaviours[used], histories[:, 0], histories[:, 1])
-        return self.score(interests, history, batch.candidates, batch.features)
+        return self.user_interests(batch.behaviours[used], histories[:, 0], histories[:, 1]), history
 
     def user_interests(self, behaviours: Items, first: Tensor, last: Tensor) -> Interests:
         """MCQM and ICIM of Q histories [first, last) of the behaviours (M,) of some users."""

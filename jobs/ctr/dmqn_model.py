@@ -1,54 +1,64 @@
-"""The CTR model as an MLflow pyfunc: history and candidate in, probability of a click out, without Spark.
+"""The CTR model as an MLflow pyfunc: behaviours and a candidate in, probability of a click out, without Spark.
 
-Models from code: MLflow runs this file at load time; the artefact is a folder of safetensors + manifest.
+Models from code: MLflow runs this file at load time; the artefact is a folder as `jobs.ctr.artefact` writes it.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import mlflow
 import numpy as np
+import pyarrow as pa
 import torch
-from safetensors.torch import load_file
 
-try:
-    from jobs.ctr.padded_dmqn import DMQN, DMQNShape
-except ModuleNotFoundError:  # loaded where this project is not installed: the module travels with the model
-    from padded_dmqn import DMQN, DMQNShape  # type: ignore[import-not-found, no-redef]
+from jobs.ctr.artefact import load_model
+from jobs.ctr.batch import UserBatch
+from jobs.ctr.user_table import USERS, ModelInputs, UserTable
+
+INPUT = ("item_id", "ts", "codes", "weights", "history", "features")
 
 
 class DMQNModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
-    """`predict` takes a frame of item_id, history (list of item ids, oldest first) and features (list of floats)."""
+    """`predict` takes a frame with a row per impression and these columns:
 
-    _skip_type_hint_validation = True  # else MLflow warns everyone who loads it; the input is checked here, in words
+    item_id: text.
+    codes, weights: the item's alternates level by level, as in `ctr_examples`; empty lists without a semantic ID.
+    ts: time of the impression in microseconds since 1970, or its position in a log with `order`.
+    history: list of {"item_id", "ts", "codes", "weights"}, the user's clicks before the impression, oldest first.
+    features: list of the numeric features that the manifest names.
+
+    It returns the probability of a click per row, shape (n,).
+    """
+
+    _skip_type_hint_validation = True  # else MLflow warns everyone who loads it; the input is checked here
 
     def load_context(self, context: Any) -> None:
-        folder = Path(context.artifacts["artefact"])
-        manifest = json.loads((folder / "manifest.json").read_text())
-        tensors = load_file(str(folder / "dmqn.safetensors"))
-        self.tokens = tensors.pop("item_tokens")
-        self.row = {item: number for number, item in enumerate(manifest["items"], start=1)}
-        self.model = DMQN(DMQNShape(**manifest["shape"]))
-        self.model.load_state_dict({name.removeprefix("model."): value for name, value in tensors.items()})
-        self.model.eval()
+        self.ctr = load_model(Path(context.artifacts["artefact"]))
 
-    # Without annotations: MLflow reads those of `predict` as a schema.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
-        """Probability of a click per row. An item the model does not know is treated as padding."""
-        longest = max(1, max((len(history) for history in model_input["history"]), default=1))
-        history = torch.zeros(len(model_input), longest, dtype=torch.int64)
-        for row, items in enumerate(model_input["history"]):
-            if len(items):
-                history[row, -len(items) :] = torch.tensor([self.row.get(item, 0) for item in items])
-        item = torch.tensor([self.row.get(item, 0) for item in model_input["item_id"]])
-        features = torch.tensor(np.stack(model_input["features"].to_list()), dtype=torch.float32)
+        missing = [name for name in INPUT if name not in model_input.columns]
+        if missing:
+            raise ValueError(f"the input lacks the columns {missing}; expected {', '.join(INPUT)}")
+        if not len(model_input):
+            return np.empty(0, np.float32)
+        batch = impressions_batch(model_input, self.ctr.inputs)
         with torch.no_grad():
-            logits = self.model(history, self.tokens[history], item, self.tokens[item], features)
-        scores = logits.sigmoid().numpy()
-        return scores
+            return self.ctr.model(batch).sigmoid().numpy()
+
+
+def impressions_batch(frame: Any, inputs: ModelInputs) -> UserBatch:
+    """The rows of a frame as `predict` takes it, each as a user of its own with one impression."""
+    rows = frame.to_dict("records")
+    unused = {"label": 0, "split": "test", "shown": 0}
+    columns = {
+        "user_id": [str(number) for number in range(len(rows))],
+        "behaviours": [list(row["history"]) for row in rows],
+        "impressions": [[{**row, "known": len(row["history"]), **unused}] for row in rows],
+    }
+    users = UserTable.of(pa.table(columns, schema=USERS), "test", inputs)
+    return users.batch(np.arange(len(rows)))
 
 
 mlflow.models.set_model(DMQNModel())

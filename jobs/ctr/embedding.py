@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from jobs.ctr.batch import Items
 
+COARSEST_STD = 0.6
 STD = 0.01  # of the tables at the start: what is never trained adds nearly nothing
 
 
@@ -26,6 +27,16 @@ class ItemEmbedding(nn.Module):
         self.item, self.token = (nn.Parameter(torch.randn(rows, width) * STD) for rows in (item_rows, token_rows))
         with torch.no_grad():
             self.item[0] = self.token[0] = 0.0
+
+    @torch.no_grad()
+    def spread(self, level_rows: Sequence[slice]) -> None:
+        """Start coarse to fine (ours): the tokens of level 1 far apart, those of each further level a third as far.
+
+        From the first step, items that share coarse codes then fall into the same interest clusters, and others do not.
+        With all vectors near zero every item has the same assignment, and gradients hardly tell them apart.
+        """
+        for level, rows in enumerate(level_rows):
+            self.token[rows].normal_(std=COARSEST_STD / 3**level)
 
     def forward(self, items: Items) -> Tensor:
         """Items of shape (...) -> (..., D)"""

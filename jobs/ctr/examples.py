@@ -24,7 +24,7 @@ from jobs.ctr.users import Int64, numbers_of, ranges, starts_of, whole_users
 from jobs.warehouse.tables import BEHAVIOUR, CTR_EXAMPLES, IMPRESSION
 
 # Of what build_examples writes. With a higher number every warehouse builds its examples and trains its model anew.
-EXAMPLES_RECIPE = 3
+EXAMPLES_RECIPE = 4
 EXAMPLE_SETTINGS = frozenset(
     {"history", "click_rating", "negatives", "negative_sampling", "seed"}
 )  # that it depends on
@@ -137,6 +137,7 @@ def user_rows(events: pa.RecordBatch, history: int) -> pa.RecordBatch:
         {
             "user_id": events.column("user_id").take(pa.array(of_user[owner])),
             "part": part.astype(np.int32),
+            "last": part == parts[owner] - 1,
             "length_bucket": np.log2(1 + positions).astype(np.int32),
             "behaviours": _lists(behaviours, BEHAVIOUR.names, high - low),
             "impressions": _lists(impressions, IMPRESSION.names, last - first),

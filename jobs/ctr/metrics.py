@@ -75,22 +75,27 @@ def gauc(user: Numbers, label: Labels, score: Array) -> tuple[float, int]:
     non-clicks. NaN where there are none or a score is no number."""
     if not len(user) or np.isnan(score).any():
         return float("nan"), 0
+    _, number = np.unique(user, return_inverse=True)
+    aucs, shown = user_aucs(number, label, score), np.bincount(number)
+    both = ~np.isnan(aucs)
+    return (float(np.average(aucs[both], weights=shown[both])) if both.any() else float("nan")), int(both.sum())
+
+
+def user_aucs(user: Numbers, label: Labels, score: Array) -> Array:
+    """AUC of each user, shape (users,); users are numbered from 0. NaN without both clicks and non-clicks."""
     order = np.lexsort((score, user))
     user, label, score = user[order], label[order].astype(np.float64), score[order]
     new_user = np.concatenate([[True], user[1:] != user[:-1]])
     new_tie = new_user | np.concatenate([[True], score[1:] != score[:-1]])
-    first, group, tie = np.flatnonzero(new_user), np.cumsum(new_user) - 1, np.cumsum(new_tie) - 1
+    first, tie = np.flatnonzero(new_user), np.cumsum(new_tie) - 1
     size = np.diff(np.append(np.flatnonzero(new_tie), len(user)))
-    rank = (np.flatnonzero(new_tie) + (size + 1) / 2)[tie] - first[
-        group
-    ]  # from 1, of the user's impressions, ties shared
-    shown, clicks = np.bincount(group).astype(np.float64), np.bincount(group, label)
-    both = (clicks > 0) & (clicks < shown)
-    if not both.any():
-        return float("nan"), 0
-    above = np.bincount(group, rank * label)[both] - clicks[both] * (clicks[both] + 1) / 2
-    aucs = above / (clicks[both] * (shown[both] - clicks[both]))
-    return float(np.average(aucs, weights=shown[both])), int(both.sum())
+    # From 1 among the user's impressions; ties share the mean of their ranks.
+    rank = (np.flatnonzero(new_tie) + (size + 1) / 2)[tie] - first[user]
+    shown, clicks = np.bincount(user).astype(np.float64), np.bincount(user, label)
+    above = np.bincount(user, rank * label) - clicks * (clicks + 1) / 2
+    pairs = clicks * (shown - clicks)
+    aucs: Array = np.divide(above, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+    return aucs
 
 
 def log_loss(label: Labels, score: Array) -> float:

@@ -25,7 +25,7 @@ from jobs.ctr.training_state import TrainingCheckpoint, TrainingState
 from jobs.errors import SchemaError
 from tokenizer.collectives import gather_rows
 
-REPORT_SECONDS = 1.0
+REPORT_SECONDS = 5.0
 
 
 class TrainingDiverged(ConfigError):

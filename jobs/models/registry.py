@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CODEBOOK_MODEL = "semantic-id-codebook"
 CTR_MODEL = "dmqn-ctr"
 PACKAGES = Path(__file__).parents[2]
-CARRIED = {CODEBOOK_MODEL: "tokenizer", CTR_MODEL: "jobs/ctr/padded_dmqn.py"}  # our code that is logged with a model
+CARRIED = {CODEBOOK_MODEL: "tokenizer", CTR_MODEL: "jobs"}  # our code that is logged with a model
 CANDIDATE, CHAMPION = "candidate", "champion"
 IDENTITY = "warehouse.json"
 
@@ -85,6 +85,9 @@ class RegisteredModel(Generic[Version]):
     def set_alias(self, alias: str, number: int) -> None:
         self.client.set_registered_model_alias(self.name, alias, str(number))
 
+    def delete_alias(self, alias: str) -> None:
+        self.client.delete_registered_model_alias(self.name, alias)
+
 
 @dataclass(frozen=True)
 class Registry:
@@ -109,7 +112,7 @@ class Registry:
         """The registered name of CODEBOOK_MODEL or CTR_MODEL."""
         return f"{model}-{self.catalogue}" if self.shared and self.catalogue else model
 
-    def download(self, model: CodebookVersion, folder: Path) -> Path:
+    def download(self, model: CodebookVersion | CtrVersion, folder: Path) -> Path:
         """Download the artefacts of a version; returns their folder."""
         import mlflow
 

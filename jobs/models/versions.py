@@ -154,6 +154,9 @@ def codebook_tags(
     }
 
 
+PASSED, FAILED = "passed", "failed"  # tag `verdict` of a CTR model
+
+
 @dataclass(frozen=True)
 class CtrVersion:
     """A registered CTR model, and the codebook and tables that it was trained on."""
@@ -162,6 +165,7 @@ class CtrVersion:
     codebook_hash: str
     codebook_version: int
     train_key: str  # identifies the inputs of the training: equal keys, equal models
+    passed: bool  # the gate, against the champion of its time; false for models from before there was one
     table_versions: Mapping[str, int]
     run_date: date
     result: Mapping[str, Any]  # metrics and counts of the training
@@ -180,6 +184,7 @@ class CtrVersion:
             codebook_hash=registered.required("codebook_hash"),
             codebook_version=int(registered.required("codebook_version")),
             train_key=registered.tags.get("train_key", ""),
+            passed=registered.tags.get("verdict") == PASSED,
             table_versions=json.loads(registered.tags.get("table_versions", "{}")),
             run_date=date.fromisoformat(registered.required("run_date")),
             result=json.loads(registered.tags.get("result", "{}")),
@@ -192,6 +197,7 @@ def ctr_tags(
     *,
     codebook: CodebookVersion,
     train_key: str,
+    passed: bool,
     table_versions: Mapping[str, int],
     run_date: date,
     result: Mapping[str, Any],
@@ -201,6 +207,7 @@ def ctr_tags(
         "codebook_version": str(codebook.number),
         "codebook_hash": codebook.hash,
         "train_key": train_key,
+        "verdict": PASSED if passed else FAILED,
         "table_versions": json.dumps(dict(table_versions), sort_keys=True),
         "run_date": run_date.isoformat(),
         "result": json.dumps(dict(result)),

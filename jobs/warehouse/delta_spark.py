@@ -134,8 +134,7 @@ class Warehouse:
 
     def files(self, table: Table, version: int) -> list[str]:
         """The Parquet files of a version as URIs, sorted. Every row in them counts, as deletion vectors are off."""
-        # Spark gives Hadoop paths, which are not percent-encoded.
-        return sorted(quote(path, safe="/:") for path in self.read(table, version).inputFiles())
+        return data_files(self.read(table, version))
 
     def merge(self, table: Table, rows: DataFrame, *, update: bool) -> int:
         """Insert rows whose key is new; with `update` also replace rows whose key exists. Returns the new version."""
@@ -222,6 +221,12 @@ class Warehouse:
             rows.write.mode("overwrite").parquet(folder)
             # Without the option Spark reads brackets and stars in the path as a pattern.
             yield self.spark.read.schema(rows.schema).option("__globPaths__", "false").parquet(folder)
+
+
+def data_files(frame: DataFrame) -> list[str]:
+    """The files that a frame reads as URIs, sorted."""
+    # Spark gives Hadoop paths, which are not percent-encoded.
+    return sorted(quote(path, safe="/:") for path in frame.inputFiles())
 
 
 def check_columns(frame: DataFrame, table: Table) -> None:

@@ -196,6 +196,7 @@ CTR_EXAMPLES = Table(
     _columns(
         user_id=STRING,
         part=INT,
+        last=BOOLEAN,
         length_bucket=INT,
         behaviours=T.ArrayType(BEHAVIOUR),
         impressions=T.ArrayType(IMPRESSION),
@@ -206,6 +207,7 @@ CTR_EXAMPLES = Table(
     meaning={
         "user_id": "the user",
         "part": "counts from 0; each part has the behaviours that its impressions need",
+        "last": "whether it is the last part of the user, which also has the behaviours after the last impression",
         "length_bucket": "floor of log2(1 + behaviours + impressions)",
         "behaviours": "clicks in order of time; `codes` and `weights` (in 1/255) are the alternates of the item's "
         "semantic ID, level by level, empty without one",
@@ -213,4 +215,36 @@ CTR_EXAMPLES = Table(
         "are as of then, `shown` counts the item's rows in the training split",
     },
 )
-TABLES = (ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, SEMANTIC_IDS, QUALITY_REPORTS, RELEASES, CTR_EXAMPLES)
+USER_INTERESTS = Table(
+    "user_interests",
+    ("ctr_version", "user_id"),
+    _columns(
+        ctr_version=INT,
+        user_id=STRING,
+        codebook_hash=STRING,
+        model_digest=STRING,
+        history_hash=LONG,
+        interests=BINARY,
+        checksum=LONG,
+    ),
+    partition_by=("ctr_version",),
+    description="Cached interests of every user under the CTR champion, and under the one before it.",
+    meaning={
+        "ctr_version": "version of the CTR model in the MLflow registry",
+        "user_id": "the user",
+        "codebook_hash": "content hash of the codebook whose codes the model reads",
+        "model_digest": "SHA-256 of the model's tensors",
+        "history_hash": "xxhash64 of the behaviours that the interests were computed from",
+        "interests": "the tensors of the interests as little-endian float32, one after the other",
+        "checksum": "CRC-32 of all the other columns but `ctr_version`",
+    },
+)
+TABLES = (
+    ITEM_EMBEDDINGS,
+    REJECTED_EMBEDDINGS,
+    SEMANTIC_IDS,
+    QUALITY_REPORTS,
+    RELEASES,
+    CTR_EXAMPLES,
+    USER_INTERESTS,
+)

@@ -17,11 +17,11 @@ from pyspark.sql import functions as F
 
 from jobs.config import Config
 from jobs.ctr.coverage import coverage_of
+from jobs.ctr.example_table import EXAMPLES_OF, check_interactions, examples_key
 from jobs.ctr.log import examine, read_rows
 from jobs.errors import SchemaError
 from jobs.files.sources import open_source
 from jobs.read_config import load_config
-from jobs.train import EXAMPLES_OF, _examples_key, check_interactions
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import CTR_EXAMPLES
 
@@ -156,7 +156,7 @@ def test_examples_of_another_recipe_or_log_are_not_known(
     log = check_interactions(config, warehouse)
     assert not log.seen_before
     warehouse.create(CTR_EXAMPLES)
-    key = _examples_key(config, log.source.fingerprint)
+    key = examples_key(config, log.source.fingerprint)
     recipe, stamp = key.split("-", 1)
     for text, known in (
         (stamp, False),  # of the first recipe

@@ -19,6 +19,7 @@ from jobs.ctr.examples import user_rows
 from jobs.ctr.hashing import item_row, stable_hash
 from jobs.ctr.stream import ExampleStream, row_groups
 from jobs.ctr.tokens import TokenScheme
+from jobs.ctr.user_table import ModelInputs
 
 SCHEME = TokenScheme("soft", LEVELS, COMPONENTS, ALTERNATES, 100)
 ITEM_ROWS, HISTORY = 10_000, 3
@@ -44,7 +45,7 @@ def groups(tmp_path: Path) -> tuple[stream.ExampleRowGroup, ...]:
 
 
 def stream_of(groups: tuple[stream.ExampleRowGroup, ...], split: str = "train", **more: object) -> ExampleStream:
-    return ExampleStream(groups, split, SCHEME, HISTORY, ITEM_ROWS, batch_size=60, **more)
+    return ExampleStream(groups, split, ModelInputs(SCHEME, ITEM_ROWS, HISTORY), batch_positions=60, **more)
 
 
 def impressions_of(batch: UserBatch) -> list[tuple[object, ...]]:
@@ -126,7 +127,9 @@ def test_fewer_alternates_than_the_scheme_has_are_padded(tmp_path: Path) -> None
     rows = user_rows(events_batch([Event(0, 0, 1, 1), Event(0, 1, 2, 1)]), HISTORY)
     pq.write_table(pa.Table.from_batches([rows]), tmp_path / "a.parquet")
     scheme = TokenScheme("soft", LEVELS, COMPONENTS, 3, 100)
-    (batch,) = ExampleStream(row_groups([f"{tmp_path}/a.parquet"]), "train", scheme, HISTORY, ITEM_ROWS, 60)
+    (batch,) = ExampleStream(
+        row_groups([f"{tmp_path}/a.parquet"]), "train", ModelInputs(scheme, ITEM_ROWS, HISTORY), 60
+    )
     assert batch.candidates.weights.shape == (2, 7)
     np.testing.assert_allclose(batch.candidates.weights[0], np.array([200, 55, 0, 255, 0, 0, 255]) / 255)
 

@@ -1,0 +1,143 @@
+"""cache: `ctr_examples` + the champion of the CTR models -> `user_interests`, the interests of every user.
+
+Only users whose behaviours have changed are computed. For a new model all are, and written beside the entries of the
+previous model, which readers may still use; those of older models are deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from jobs.config import Config, ConfigError
+from jobs.ctr.artefact import CtrModel, model_of, read_files
+from jobs.ctr.champion import ARTEFACT, ctr_champion
+from jobs.ctr.example_table import EXAMPLES_OF
+from jobs.ctr.interest_cache import compute
+from jobs.errors import SchemaError
+from jobs.models.registry import Registry
+from jobs.models.versions import CodebookVersion
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.tables import CTR_EXAMPLES, USER_INTERESTS
+
+_models: dict[str, CtrModel] = {}  # one model per worker process, by the digest of its files
+
+
+@dataclass(frozen=True)
+class CacheResult:
+    """What the cache holds after the command."""
+
+    ctr_version: int
+    codebook_hash: str
+    users: int  # with an entry of this model
+    computed: int  # of these, anew
+    deleted_versions: tuple[int, ...]  # models whose entries are gone
+    seconds: float = 0.0
+
+    @property
+    def nothing_to_do(self) -> bool:
+        return not self.computed and not self.deleted_versions
+
+    def summary(self) -> str:
+        text = f"CTR model version {self.ctr_version}: interests of {self.users:,} users, {self.computed:,} computed"
+        deleted = ", ".join(map(str, self.deleted_versions))
+        return f"{text}; entries of version {deleted} deleted" if deleted else text
+
+
+def run(
+    config: Config, warehouse: Warehouse, registry: Registry, codebook: CodebookVersion, report: Callable[[str], None]
+) -> CacheResult:
+    """Bring `user_interests` up to date for the CTR model of the current codebook. Call with the writer lock held.
+
+    Raises:
+        ConfigError: no CTR model of this codebook has passed the gate.
+        SchemaError: `ctr_examples` has codes of another codebook.
+        ArtefactError: the model is damaged.
+    """
+    began = time.monotonic()
+    champion = ctr_champion(registry, codebook.hash)
+    if champion is None:
+        raise ConfigError(
+            f"no CTR model trained on codebook version {codebook.number} has passed the gate; expected one whose "
+            "interests to cache. Run `sid nightly` or `sid train`"
+        )
+    made_of = json.loads(warehouse.property(CTR_EXAMPLES, EXAMPLES_OF) or "{}").get("ids", "")
+    if not made_of.startswith(codebook.hash[:16]):
+        raise SchemaError(
+            f"ctr_examples has codes of codebook {made_of[:12] or 'unknown'}, the current one is {codebook.hash[:12]}; "
+            "expected the same. Run `sid train`"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        files = read_files(registry.download(champion, Path(scratch)) / ARTEFACT)
+    ctr = model_of(*files, codebook.hash)
+
+    users = newest_histories(warehouse.read(CTR_EXAMPLES), ctr.inputs.history)
+    warehouse.create(USER_INTERESTS)
+    own = warehouse.read(USER_INTERESTS).where(F.col("ctr_version") == champion.number)
+    current = own.where((F.col("model_digest") == ctr.digest) & (F.col("codebook_hash") == ctr.codebook_hash))
+    pending = users.join(current.select("user_id", "history_hash"), ["user_id", "history_hash"], "left_anti")
+    report("interests of users with new behaviours")
+    with warehouse.staged(_entries(pending, files, champion.number, warehouse.cores), "user_interests") as rows:
+        computed = rows.count()
+        if computed:
+            warehouse.merge(USER_INTERESTS, rows, update=True)
+    versions = sorted(row[0] for row in warehouse.read(USER_INTERESTS).select("ctr_version").distinct().collect())
+    before = [version for version in versions if version < champion.number]
+    deleted = tuple(version for version in versions if version not in (champion.number, *before[-1:]))
+    if deleted:
+        kept_none = warehouse.read(USER_INTERESTS).limit(0)
+        warehouse.replace(USER_INTERESTS, kept_none, f"ctr_version IN ({', '.join(map(str, deleted))})")
+    count = warehouse.read(USER_INTERESTS).where(F.col("ctr_version") == champion.number).count()
+    return CacheResult(champion.number, codebook.hash, count, computed, deleted, time.monotonic() - began)
+
+
+def newest_histories(examples: DataFrame, history: int) -> DataFrame:
+    """user_id, the latest `history` behaviours of each user, and their hash."""
+    first = F.greatest(F.size("behaviours") - history, F.lit(0)) + 1
+    behaviours = F.slice("behaviours", first, F.lit(history)).alias("behaviours")
+    users = examples.where("last").select("user_id", behaviours)
+    return users.withColumn("history_hash", F.xxhash64("behaviours"))
+
+
+def _entries(users: DataFrame, files: tuple[bytes, bytes], version: int, tasks: int) -> DataFrame:
+    """Rows of `user_interests`."""
+    broadcast = users.sparkSession.sparkContext.broadcast(files)
+
+    def rows(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        ctr = _worker_model(broadcast.value)
+        for batch in batches:
+            entries = compute(ctr, pa.Table.from_batches([batch]))
+            yield pa.RecordBatch.from_pylist([{"ctr_version": version, **vars(entry)} for entry in entries], ARROW)
+
+    return users.repartition(tasks).mapInArrow(rows, USER_INTERESTS.schema)
+
+
+def _worker_model(files: tuple[bytes, bytes]) -> CtrModel:
+    """The model in these files, loaded once per process."""
+    key = files[0].decode()  # the manifest has the digest of the tensors
+    if key not in _models:
+        _models.clear()
+        _models[key] = model_of(*files)
+    return _models[key]
+
+
+ARROW: Any = pa.schema(
+    [
+        ("ctr_version", pa.int32()),
+        ("user_id", pa.string()),
+        ("codebook_hash", pa.string()),
+        ("model_digest", pa.string()),
+        ("history_hash", pa.int64()),
+        ("interests", pa.binary()),
+        ("checksum", pa.int64()),
+    ]
+)

@@ -1,0 +1,128 @@
+"""A trained CTR model as a folder: `model.safetensors`, and `manifest.json` with its shape, inputs and codebook."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as tensors_of
+from safetensors.torch import save as bytes_of
+
+from jobs.ctr.dmqn import DMQN, DMQNShape
+from jobs.ctr.embedding import ItemEmbedding
+from jobs.ctr.tokens import TokenScheme
+from jobs.ctr.user_table import ModelInputs
+from jobs.errors import WarehouseError
+
+FORMAT = 2  # 1 had a token table by item, and histories as lists of item ids
+TENSORS, MANIFEST = "model.safetensors", "manifest.json"
+
+
+class ArtefactError(WarehouseError):
+    """A folder that holds no CTR model, a damaged one, or one of another codebook."""
+
+
+@dataclass(frozen=True, eq=False)
+class CtrModel:
+    """A trained model.
+
+    Attributes:
+        model: In eval mode.
+        inputs: How items and histories become what it reads.
+        codebook_hash: Of the codebook whose codes it was trained on; "" for a model without tokens.
+        digest: SHA-256 of its tensors.
+    """
+
+    model: DMQN
+    inputs: ModelInputs
+    codebook_hash: str
+    digest: str
+
+
+def new_model(inputs: ModelInputs, shape: DMQNShape) -> DMQN:
+    """An untrained model, whose items start as what their coarsest codes say (`ItemEmbedding.spread`)."""
+    token_rows = inputs.scheme.table_rows if inputs.scheme else 1
+    embed = ItemEmbedding(inputs.item_rows, token_rows, shape.width)
+    if inputs.scheme:
+        embed.spread(inputs.scheme.level_rows)
+    return DMQN(embed, shape)
+
+
+def save_model(folder: Path, model: DMQN, inputs: ModelInputs, codebook_hash: str, facts: Mapping[str, Any]) -> str:
+    """Write the folder, with further `facts` in its manifest.
+
+    Returns:
+        The SHA-256 of the tensors, which is the model's identity.
+    """
+    folder.mkdir(parents=True)
+    content = bytes_of({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()})
+    digest = hashlib.sha256(content).hexdigest()
+    manifest = {
+        "format": FORMAT,
+        "sha256": digest,
+        "codebook_hash": codebook_hash,
+        "inputs": asdict(inputs),
+        "shape": asdict(model.shape),
+        **facts,
+    }
+    (folder / TENSORS).write_bytes(content)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    return digest
+
+
+def load_model(folder: Path, codebook_hash: str | None = None) -> CtrModel:
+    """The model in `folder`, with its hash checked.
+
+    Args:
+        codebook_hash: The codebook that the codes to score with come from; None does not check it.
+
+    Raises:
+        ArtefactError: the folder is no model of this format, is damaged, or belongs to another codebook.
+    """
+    return model_of(*read_files(folder), codebook_hash)
+
+
+def read_files(folder: Path) -> tuple[bytes, bytes]:
+    """Manifest and tensors.
+
+    Raises:
+        ArtefactError: one is missing.
+    """
+    try:
+        return (folder / MANIFEST).read_bytes(), (folder / TENSORS).read_bytes()
+    except FileNotFoundError as error:
+        raise ArtefactError(
+            f"{Path(str(error.filename)).name} is missing; expected a CTR model of format {FORMAT}. Train it again"
+        ) from error
+
+
+def model_of(manifest_json: bytes, content: bytes, codebook_hash: str | None = None) -> CtrModel:
+    """The model of what `read_files` gives; see `load_model`."""
+    try:
+        manifest = json.loads(manifest_json)
+    except ValueError as error:
+        raise ArtefactError(
+            f"{MANIFEST} of the CTR model is damaged ({error}); expected JSON. Train it again"
+        ) from error
+    if manifest.get("format") != FORMAT:
+        raise ArtefactError(f"the CTR model has format {manifest.get('format')}; expected {FORMAT}. Train it again")
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != manifest["sha256"]:
+        raise ArtefactError(
+            f"{TENSORS} of the CTR model has SHA-256 {digest[:12]}; expected {manifest['sha256'][:12]}: the file was "
+            "changed or cut. Train it again"
+        )
+    if codebook_hash not in (None, manifest["codebook_hash"]):
+        raise ArtefactError(
+            f"the CTR model was trained on codebook {manifest['codebook_hash'][:12]}, the codes are of codebook "
+            f"{str(codebook_hash)[:12]}; expected one codebook. Use the model of that codebook, or train one on it"
+        )
+    scheme = manifest["inputs"].pop("scheme")
+    inputs = ModelInputs(scheme=TokenScheme(**scheme) if scheme else None, **manifest["inputs"])
+    model = new_model(inputs, DMQNShape(**manifest["shape"]))
+    model.load_state_dict(tensors_of(content))
+    return CtrModel(model.eval(), inputs, manifest["codebook_hash"], digest)

@@ -1,0 +1,46 @@
+"""The CTR model that serves beside the current codebook: the newest one trained on that codebook whose gate passed.
+
+It follows from the releases and the verdicts, so a rollback of the codebook moves it too. The alias `champion` of the
+registered CTR model shows it, and is absent where the current codebook has no model yet.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from jobs.ctr.artefact import CtrModel, load_model
+from jobs.models.registry import CHAMPION, Registry
+from jobs.models.versions import CtrVersion
+
+ARTEFACT = "artifacts/dmqn"  # where MLflow keeps the folder that `register` logged
+
+
+def ctr_champion(registry: Registry, codebook_hash: str) -> CtrVersion | None:
+    """The CTR model to use with the IDs of this codebook; None where none has passed the gate."""
+    return registry.ctr_models.newest(lambda version: version.passed and version.codebook_hash == codebook_hash)
+
+
+def last_champion(registry: Registry, codebook_hash: str) -> CtrVersion | None:
+    """What a candidate is compared with: the champion of its codebook, or of an earlier codebook if it has none."""
+    return ctr_champion(registry, codebook_hash) or registry.ctr_models.newest(lambda version: version.passed)
+
+
+def restore_ctr_champion(registry: Registry, codebook_hash: str) -> CtrVersion | None:
+    """Set the alias to `ctr_champion`, or remove it where there is none. Call with the writer lock held."""
+    champion, alias = ctr_champion(registry, codebook_hash), registry.ctr_models.alias(CHAMPION)
+    if champion is None and alias is not None:
+        registry.ctr_models.delete_alias(CHAMPION)
+    elif champion is not None and alias != champion.number:
+        registry.ctr_models.set_alias(CHAMPION, champion.number)
+    return champion
+
+
+def load_ctr(registry: Registry, version: CtrVersion) -> CtrModel:
+    """The model of a version, checked against its hash and the codebook that the registry says.
+
+    Raises:
+        ArtefactError: it is damaged, of another format, or of another codebook.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        return load_model(registry.download(version, Path(scratch)) / ARTEFACT, version.codebook_hash)

@@ -1,0 +1,89 @@
+"""`ctr_examples` as the result of a log, IDs and settings: written anew where one of these differs, and checked."""
+
+from __future__ import annotations
+
+import json
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from jobs.config import Config, ConfigError
+from jobs.ctr.coverage import coverage_of
+from jobs.ctr.examples import EXAMPLE_SETTINGS, EXAMPLES_RECIPE, build_examples, item_codes
+from jobs.ctr.log import Log, examine, read_rows
+from jobs.errors import SchemaError
+from jobs.files.sources import open_source
+from jobs.fingerprint import fingerprint
+from jobs.warehouse.delta_spark import Warehouse
+from jobs.warehouse.tables import CTR_EXAMPLES, ITEM_EMBEDDINGS
+
+SPLITS = ("train", "validation", "test")
+EXAMPLES_OF = "sid.examples"  # property of ctr_examples: what it is made of
+
+
+def check_interactions(config: Config, warehouse: Warehouse) -> Log:
+    """Examine the interactions before anything else runs, unless the examples of this warehouse are made of them.
+
+    Raises:
+        ConfigError: no interactions are named, or nothing is there.
+        SchemaError: nothing can be learned from them.
+    """
+    if not config.train.interactions:
+        raise ConfigError("train.interactions is empty; give a Parquet file of clicks: --set train.interactions=PATH")
+    source = open_source(config.train.interactions)
+    stored = warehouse.property(CTR_EXAMPLES, EXAMPLES_OF) or ""
+    if stored.startswith("{") and (of := json.loads(stored))["key"] == examples_key(config, source.fingerprint):
+        return Log.from_json(of["log"], source)
+    try:
+        return examine(source, config.train, warehouse.spark)
+    except SchemaError as error:
+        raise SchemaError(f"train.interactions {config.train.interactions}: {error}") from error
+
+
+def check_ids(config: Config, warehouse: Warehouse, log: Log) -> None:
+    """Whether the log is about the items of this catalogue, before a codebook is fitted.
+
+    Raises:
+        SchemaError: it is not.
+    """
+    if log.rows_used:
+        coverage_of(log, warehouse.read(ITEM_EMBEDDINGS).select("item_id"), config.train)
+
+
+def examples_key(config: Config, log_fingerprint: str) -> str:
+    """The same for the same examples: recipe, log, settings."""
+    settings = {name: value for name, value in config.train.model_dump(mode="json").items() if name in EXAMPLE_SETTINGS}
+    return f"{EXAMPLES_RECIPE}-{log_fingerprint[:16]}-{fingerprint(settings)[:16]}"
+
+
+def write_examples(config: Config, warehouse: Warehouse, published: DataFrame, log: Log, ids_key: str) -> int:
+    """The version of `ctr_examples` made of this log, these IDs and settings; written where it is not there already."""
+    stored = json.loads(warehouse.property(CTR_EXAMPLES, EXAMPLES_OF) or "{}") if log.seen_before else {}
+    if stored.get("ids") != ids_key:
+        if warehouse.exists(CTR_EXAMPLES):
+            # Killed before the property is set again, the next run must not take these rows for those of the old log.
+            warehouse.set_property(CTR_EXAMPLES, EXAMPLES_OF, "")
+        with warehouse.staged(read_rows(log, warehouse.spark), "interactions") as rows:
+            warehouse.replace(CTR_EXAMPLES, build_examples(rows, item_codes(published), log, config.train), "")
+        of = {"key": examples_key(config, log.source.fingerprint), "log": log.to_json(), "ids": ids_key}
+        warehouse.set_property(CTR_EXAMPLES, EXAMPLES_OF, json.dumps(of))
+    return warehouse.version(CTR_EXAMPLES)
+
+
+def check_splits(examples: DataFrame, log: Log) -> dict[str, tuple[int, int]]:
+    """Impressions and clicks of each split.
+
+    Raises:
+        SchemaError: a split has only clicks, or none.
+    """
+    impressions = examples.select(F.explode("impressions").alias("one")).groupBy("one.split")
+    counted = impressions.agg(F.count(F.lit(1)), F.sum("one.label")).collect()
+    sizes = {row[0]: (int(row[1]), int(row[2])) for row in counted}
+    for name in SPLITS:
+        rows, clicks = sizes.get(name, (0, 0))
+        if not 0 < clicks < rows:
+            raise SchemaError(
+                f"the {name} split has {clicks:,} clicks in {rows:,} examples; expected clicks and non-clicks in each "
+                f"of {', '.join(SPLITS)}, which follow each other in time ({log.note}). Give a longer log"
+            )
+    return sizes

@@ -1,0 +1,152 @@
+"""The gate of CTR models: a candidate against the champion, on the same impressions of the test split.
+
+A difference counts only if it is certain: the users are drawn with replacement DRAWS times (a paired bootstrap), and a
+metric fails where the whole 95 % interval of the difference is worse than its limit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from jobs.ctr.metrics import COLD, Array, Labels, Scores, calibration, user_aucs
+
+DRAWS = 200
+
+
+@dataclass(frozen=True)
+class CtrLimits:
+    """By how much a candidate may be worse than the champion.
+
+    Attributes:
+        max_auc_drop: Of AUC, GAUC, and AUC of the cold slice.
+        max_log_loss_rise: In nats.
+        max_calibration_drift: Of the absolute logarithm of mean prediction / click rate.
+    """
+
+    max_auc_drop: float
+    max_log_loss_rise: float
+    max_calibration_drift: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Candidate less champion, with the ends of the 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.4f} ({self.low:+.4f} to {self.high:+.4f})"
+
+
+@dataclass(frozen=True)
+class CtrVerdict:
+    """`reasons` why a candidate may not replace the champion; none if it may."""
+
+    reasons: tuple[str, ...]
+    differences: Mapping[str, Difference]
+
+    @property
+    def passed(self) -> bool:
+        return not self.reasons
+
+
+def compare(candidate: Scores, champion: Scores, limits: CtrLimits, seed: int = 0) -> CtrVerdict:
+    """The verdict on a candidate, from both models' scores of the same impressions.
+
+    Their order may differ: no metric here tells impressions of one user with equal label and count apart. A metric that
+    is undefined (a cold slice without clicks) fails nothing.
+
+    Raises:
+        ValueError: the impressions differ.
+    """
+    candidate, champion = (_in_order(scores) for scores in (candidate, champion))
+    if not all(
+        np.array_equal(getattr(candidate, name), getattr(champion, name)) for name in ("user", "label", "shown")
+    ):
+        raise ValueError("candidate and champion have scores of different impressions; expected the same")
+    differences = _differences(candidate, champion, np.random.default_rng(seed))
+    reasons = [
+        f"{name} {differences[name]} against the champion, the limit is {-limits.max_auc_drop:+g}"
+        for name in ("auc", "gauc", "auc_cold")
+        if differences[name].high < -limits.max_auc_drop
+    ]
+    if differences["log_loss"].low > limits.max_log_loss_rise:
+        reasons.append(
+            f"log_loss {differences['log_loss']} against the champion, the limit is {limits.max_log_loss_rise:+g}"
+        )
+    ours, theirs = (calibration(scores.label, scores.score) for scores in (candidate, champion))
+    if abs(np.log(ours)) > abs(np.log(theirs)) + limits.max_calibration_drift:
+        reasons.append(
+            f"calibration (mean prediction / click rate) is {ours:.3f}, the champion's {theirs:.3f}; expected at most "
+            f"{limits.max_calibration_drift:g} further from 1"
+        )
+    return CtrVerdict(tuple(reasons), differences)
+
+
+def _in_order(scores: Scores) -> Scores:
+    order = np.lexsort((scores.shown, scores.label, scores.user))
+    return Scores(scores.label[order], scores.score[order], scores.user[order], scores.shown[order])
+
+
+def _differences(candidate: Scores, champion: Scores, random: np.random.Generator) -> dict[str, Difference]:
+    _, user = np.unique(candidate.user, return_inverse=True)
+    users = int(user.max()) + 1
+    label, cold = candidate.label, candidate.shown < COLD
+    both = (candidate, champion)
+    whole = [_SortedScores(scores.label, scores.score, user) for scores in both]
+    slice_ = [_SortedScores(label[cold], scores.score[cold], user[cold]) for scores in both]
+    per_user = [user_aucs(user, label, scores.score) for scores in both]  # NaN for users of one class
+    shown = np.bincount(user, minlength=users).astype(np.float64)
+    loss = np.bincount(user, _loss(candidate) - _loss(champion), minlength=users)
+    drawn: dict[str, list[float]] = {name: [] for name in ("auc", "gauc", "auc_cold", "log_loss")}
+    exact = np.ones(users)
+    for number in range(DRAWS + 1):
+        times = np.bincount(random.integers(users, size=users), minlength=users) if number else exact
+        drawn["auc"].append(whole[0].auc(times) - whole[1].auc(times))
+        drawn["auc_cold"].append(slice_[0].auc(times) - slice_[1].auc(times))
+        difference = per_user[0] - per_user[1]
+        weight = np.where(np.isnan(difference), 0.0, times * shown)
+        total = weight.sum()
+        drawn["gauc"].append(float((np.nan_to_num(difference) * weight).sum() / total) if total else float("nan"))
+        drawn["log_loss"].append(float((times * loss).sum() / (times * shown).sum()))
+    return {name: _interval(values) for name, values in drawn.items()}
+
+
+def _interval(values: list[float]) -> Difference:
+    """The first value is of the users as they are, the others of draws."""
+    draws = np.array(values[1:])
+    if np.isnan(draws).all():
+        return Difference(values[0], float("nan"), float("nan"))
+    low, high = np.nanquantile(draws, [0.025, 0.975])
+    return Difference(values[0], float(low), float(high))
+
+
+def _loss(scores: Scores) -> Array:
+    """Negative log-likelihood of each label, in nats."""
+    p = np.clip(scores.score, 1e-7, 1 - 1e-7)
+    return np.asarray(-(scores.label * np.log(p) + (1 - scores.label) * np.log(1 - p)), np.float64)
+
+
+class _SortedScores:
+    """Impressions sorted by score once, so that each AUC with other weights takes one pass."""
+
+    def __init__(self, label: Labels, score: Array, user: npt.NDArray[np.int64]) -> None:
+        order = np.argsort(score, kind="stable")
+        score = score[order]
+        self.label, self.user = label[order] > 0, user[order]
+        self.tie = np.cumsum(np.concatenate([[0], score[1:] != score[:-1]])) if len(score) else np.zeros(0, np.int64)
+
+    def auc(self, times: npt.NDArray[np.generic]) -> float:
+        """AUC where each user's impressions count `times[user]` times; NaN where one class is absent."""
+        weight = times[self.user].astype(np.float64)
+        positive = np.bincount(self.tie, weight * self.label)
+        negative = np.bincount(self.tie, weight * ~self.label)
+        total = positive.sum() * negative.sum()
+        below = np.cumsum(negative) - negative
+        return float((positive * (below + negative / 2)).sum() / total) if total else float("nan")

@@ -1,0 +1,105 @@
+"""The cache of interests: scores from it are those of the whole model, and no entry that is not right is used."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from ctr_data import ALTERNATES, COMPONENTS, LEVELS, events_batch, random_events
+
+from jobs.ctr.artefact import CtrModel, new_model
+from jobs.ctr.dmqn import DMQNShape
+from jobs.ctr.examples import FEATURES, user_rows
+from jobs.ctr.interest_cache import DAMAGED, FOREIGN, STALE, Entry, compute, entry_bytes, newest_batch, score, usable
+from jobs.ctr.tokens import TokenScheme
+from jobs.ctr.user_table import ModelInputs
+
+HISTORY = 4
+
+
+def ctr_model(seed: int = 0) -> CtrModel:
+    inputs = ModelInputs(TokenScheme("soft", LEVELS, COMPONENTS, ALTERNATES, 100), item_rows=50, history=HISTORY)
+    torch.manual_seed(seed)
+    model = new_model(inputs, DMQNShape(len(FEATURES), width=8, interest_codebooks=2, codewords=4)).eval()
+    with torch.no_grad():
+        for table in (model.embed.item, model.embed.token):
+            table.mul_(50)
+        model.interact.out.normal_()
+    return CtrModel(model, inputs, "c" * 64, f"{seed}" * 64)
+
+
+def users(seed: int = 0, count: int = 20) -> pa.Table:
+    """Some with more behaviours than the history, some with none."""
+    rows = user_rows(events_batch(random_events(seed, users=count, longest=15)), HISTORY)
+    table = pa.Table.from_batches([rows]).select(["user_id", "behaviours"])
+    return table.append_column("history_hash", pa.array(np.arange(len(table)) * 11))
+
+
+def test_scores_from_the_cache_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.ctr.interest_cache.USERS_AT_ONCE", 7)
+    ctr, table = ctr_model(), users()
+    lookup = usable(ctr, compute(ctr, table))
+    ids = table["user_id"].to_pylist()
+    assert set(lookup.row) == set(ids)
+    assert not lookup.refused
+    batch = newest_batch(ctr, table)
+    # Candidates: the first behaviour of each user's neighbour, or padding.
+    candidates = batch.behaviours[torch.arange(len(ids)).roll(1), torch.zeros(len(ids), dtype=torch.int64)]
+    features = torch.randn(len(ids), len(FEATURES))
+    with torch.no_grad():
+        whole = ctr.model(replace(batch, candidates=candidates, features=features)).sigmoid()
+    cached = score(ctr, lookup, ids, candidates, features)
+    torch.testing.assert_close(cached, whole, rtol=1e-5, atol=1e-5)
+    assert float(whole.std()) > 1e-3
+
+
+def test_entries_of_another_model_or_codebook_are_refused() -> None:
+    ctr, other = ctr_model(), ctr_model(1)
+    entries = compute(ctr, users())
+    lookup = usable(other, entries)
+    assert not lookup.row
+    assert set(lookup.refused.values()) == {FOREIGN}
+    codebook = CtrModel(ctr.model, ctr.inputs, "d" * 64, ctr.digest)
+    assert set(usable(codebook, entries).refused.values()) == {FOREIGN}
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "flipped", "other user", "other history", "relabelled"])
+def test_damaged_entries_are_refused_and_the_others_used(damage: str) -> None:
+    ctr = ctr_model()
+    first, *others = compute(ctr, users())
+    content = first.interests
+    assert len(content) == entry_bytes(ctr)
+    bad = {
+        "cut": replace(first, interests=content[: len(content) // 2]),
+        "longer": replace(first, interests=content + b"\0\0\0\0"),
+        "flipped": replace(first, interests=bytes([content[0] ^ 1]) + content[1:]),
+        "other user": replace(first, user_id="stranger"),
+        "other history": replace(first, history_hash=first.history_hash + 1),
+        "relabelled": replace(compute(ctr_model(1), users())[0], model_digest=ctr.digest),
+    }[damage]
+    lookup = usable(ctr, [bad, *others])
+    assert lookup.refused == {bad.user_id: DAMAGED}
+    assert set(lookup.row) == {entry.user_id for entry in others}
+
+
+def test_an_entry_from_before_the_newest_behaviour_is_stale() -> None:
+    ctr = ctr_model()
+    first, second, *_ = compute(ctr, users())
+    now = {first.user_id: first.history_hash + 1, second.user_id: second.history_hash}
+    lookup = usable(ctr, [first, second], now)
+    assert lookup.refused == {first.user_id: STALE}
+    assert list(lookup.row) == [second.user_id]
+
+
+def test_no_entries_give_an_empty_look_up() -> None:
+    lookup = usable(ctr_model(), [])
+    assert not lookup.row
+    assert lookup.interests.clusters.shape[1] == 0
+
+
+def test_the_checksum_covers_every_field() -> None:
+    entry = compute(ctr_model(), users(count=2))[0]
+    assert Entry.of(ctr_model(), entry.user_id, entry.history_hash, entry.interests) == entry
