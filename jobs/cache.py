@@ -41,11 +41,8 @@ class CacheResult:
     users: int  # with an entry of this model
     computed: int  # of these, anew
     deleted_versions: tuple[int, ...]  # models whose entries are gone
-    seconds: float = 0.0
-
-    @property
-    def nothing_to_do(self) -> bool:
-        return not self.computed and not self.deleted_versions
+    seconds: float
+    nothing_to_do: bool
 
     def summary(self) -> str:
         text = f"CTR model version {self.ctr_version}: interests of {self.users:,} users, {self.computed:,} computed"
@@ -97,7 +94,15 @@ def run(
         kept_none = warehouse.read(USER_INTERESTS).limit(0)
         warehouse.replace(USER_INTERESTS, kept_none, f"ctr_version IN ({', '.join(map(str, deleted))})")
     count = warehouse.read(USER_INTERESTS).where(F.col("ctr_version") == champion.number).count()
-    return CacheResult(champion.number, codebook.hash, count, computed, deleted, time.monotonic() - began)
+    return CacheResult(
+        ctr_version=champion.number,
+        codebook_hash=codebook.hash,
+        users=count,
+        computed=computed,
+        deleted_versions=deleted,
+        seconds=time.monotonic() - began,
+        nothing_to_do=not computed and not deleted,
+    )
 
 
 def newest_histories(examples: DataFrame, history: int) -> DataFrame:
