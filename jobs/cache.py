@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from pyspark.sql import DataFrame
+from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
 
 from jobs.config import Config, ConfigError
+from jobs.ctr import interest_store
 from jobs.ctr.artefact import CtrModel, model_of, read_files
 from jobs.ctr.champion import ARTEFACT, ctr_champion
 from jobs.ctr.example_table import EXAMPLES_OF
-from jobs.ctr.interest_cache import compute
+from jobs.ctr.interest_cache import Entry, compute
 from jobs.errors import SchemaError
 from jobs.models.registry import Registry
 from jobs.models.versions import CodebookVersion
@@ -93,7 +94,11 @@ def run(
     if deleted:
         kept_none = warehouse.read(USER_INTERESTS).limit(0)
         warehouse.replace(USER_INTERESTS, kept_none, f"ctr_version IN ({', '.join(map(str, deleted))})")
-    count = warehouse.read(USER_INTERESTS).where(F.col("ctr_version") == champion.number).count()
+    own = warehouse.read(USER_INTERESTS).where(F.col("ctr_version") == champion.number)
+    if config.cache.redis:
+        report("writing to the server")
+        _write_to_server(config.cache.redis, ctr, own)
+    count = own.count()
     return CacheResult(
         ctr_version=champion.number,
         codebook_hash=codebook.hash,
@@ -124,6 +129,33 @@ def _entries(users: DataFrame, files: tuple[bytes, bytes], version: int, tasks: 
             yield pa.RecordBatch.from_pylist([{"ctr_version": version, **vars(entry)} for entry in entries], ARROW)
 
     return users.repartition(tasks).mapInArrow(rows, USER_INTERESTS.schema)
+
+
+def _write_to_server(url: str, ctr: CtrModel, rows: DataFrame) -> None:
+    """Write the entries of a model from the tasks, and make them the current ones.
+
+    Raises:
+        ConfigError: the client is not installed.
+    """
+    try:
+        from redis import Redis
+    except ModuleNotFoundError as error:
+        raise ConfigError("cache.redis needs the package redis; expected it. Install it: pip install redis") from error
+    digest = ctr.digest
+
+    def of_partition(part: Iterator[Row]) -> None:
+        with Redis.from_url(url) as server:
+            interest_store.write(server, digest, (_entry(row) for row in part))
+
+    rows.foreachPartition(of_partition)
+    with Redis.from_url(url) as server:
+        interest_store.switch(server, digest)
+
+
+def _entry(row: Row) -> Entry:
+    values = row.asDict()
+    del values["ctr_version"]
+    return Entry(**{**values, "interests": bytes(values["interests"])})
 
 
 def _worker_model(files: tuple[bytes, bytes]) -> CtrModel:

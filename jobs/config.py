@@ -253,6 +253,12 @@ class TrainConfig(Section):
     seed: Seed = 0
 
 
+class CacheConfig(Section):
+    redis: Text = Field(
+        "", description="URL of a server with the Redis protocol that gets the interests too; empty: none"
+    )
+
+
 class NightlyConfig(Section):
     refit_every_days: Whole = Field(30, ge=1, le=36500, description="a refit is due when the champion is older")
     max_likelihood_drop: float = Field(
@@ -278,6 +284,7 @@ class Config(BaseSettings):
     gate: GateConfig = GateConfig()
     train: TrainConfig = TrainConfig()
     ctr_gate: CtrGateConfig = CtrGateConfig()
+    cache: CacheConfig = CacheConfig()
     nightly: NightlyConfig = NightlyConfig()
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Events of users and rows of `ctr_examples`, small and made by hand."""
+"""Events of users, rows of `ctr_examples` and CTR models, small and made by hand."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import torch
+
+from jobs.ctr.artefact import CtrModel, new_model
+from jobs.ctr.dmqn import DMQNShape
+from jobs.ctr.examples import FEATURES, user_rows
+from jobs.ctr.tokens import TokenScheme
+from jobs.ctr.user_table import ModelInputs
 
 LEVELS, ALTERNATES, COMPONENTS = 2, 2, 8
 
@@ -66,3 +73,22 @@ def random_events(seed: int, users: int, longest: int, items: int = 40) -> list[
         for user in range(users)
         for _ in range(int(g.integers(1, longest + 1)))
     ]
+
+
+def ctr_model(seed: int = 0, history: int = 4) -> CtrModel:
+    """Untrained; every input shows in its scores."""
+    inputs = ModelInputs(TokenScheme("soft", LEVELS, COMPONENTS, ALTERNATES, 100), item_rows=50, history=history)
+    torch.manual_seed(seed)
+    model = new_model(inputs, DMQNShape(len(FEATURES), width=8, interest_codebooks=2, codewords=4)).eval()
+    with torch.no_grad():
+        for table in (model.embed.item, model.embed.token):
+            table.mul_(50)
+        model.interact.out.normal_()
+    return CtrModel(model, inputs, "c" * 64, f"{seed}" * 64)
+
+
+def users(seed: int = 0, count: int = 20) -> pa.Table:
+    """Rows of user_id, behaviours, history_hash; some have more behaviours than a history of 4, some none."""
+    rows = user_rows(events_batch(random_events(seed, users=count, longest=15)), history=4)
+    table = pa.Table.from_batches([rows]).select(["user_id", "behaviours"])
+    return table.append_column("history_hash", pa.array(np.arange(len(table)) * 11))

@@ -4,38 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from ctr_data import ALTERNATES, COMPONENTS, LEVELS, events_batch, random_events
+from ctr_data import ctr_model, users
 
-from jobs.ctr.artefact import CtrModel, new_model
-from jobs.ctr.dmqn import DMQNShape
-from jobs.ctr.examples import FEATURES, user_rows
+from jobs.ctr.artefact import CtrModel
+from jobs.ctr.examples import FEATURES
 from jobs.ctr.interest_cache import DAMAGED, FOREIGN, STALE, Entry, compute, entry_bytes, newest_batch, score, usable
-from jobs.ctr.tokens import TokenScheme
-from jobs.ctr.user_table import ModelInputs
-
-HISTORY = 4
-
-
-def ctr_model(seed: int = 0) -> CtrModel:
-    inputs = ModelInputs(TokenScheme("soft", LEVELS, COMPONENTS, ALTERNATES, 100), item_rows=50, history=HISTORY)
-    torch.manual_seed(seed)
-    model = new_model(inputs, DMQNShape(len(FEATURES), width=8, interest_codebooks=2, codewords=4)).eval()
-    with torch.no_grad():
-        for table in (model.embed.item, model.embed.token):
-            table.mul_(50)
-        model.interact.out.normal_()
-    return CtrModel(model, inputs, "c" * 64, f"{seed}" * 64)
-
-
-def users(seed: int = 0, count: int = 20) -> pa.Table:
-    """Some with more behaviours than the history, some with none."""
-    rows = user_rows(events_batch(random_events(seed, users=count, longest=15)), HISTORY)
-    table = pa.Table.from_batches([rows]).select(["user_id", "behaviours"])
-    return table.append_column("history_hash", pa.array(np.arange(len(table)) * 11))
 
 
 def test_scores_from_the_cache_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:

