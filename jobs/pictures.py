@@ -81,7 +81,7 @@ def draw_likelihood(known: npt.NDArray[np.float32], new: npt.NDArray[np.float32]
 def draw_ctr(
     curves: Mapping[str, Sequence[float]], rarity: Sequence[str], aucs: Mapping[str, Sequence[float]], path: Path
 ) -> None:
-    """Validation AUC by epoch, and test AUC by how often an item was shown in training, of each model by its name."""
+    """Validation AUC by epoch, and test AUC by how often an item was shown in training, of each model."""
     figure = _figure(8.6, 3.4)
     left, right = figure.subplots(1, 2)
     colours = dict(zip(curves, ("tab:blue", "tab:gray"), strict=False))
