@@ -232,8 +232,8 @@ class TrainConfig(Section):
     )
     tokens: Literal["soft", "level", "prefix", "soft-prefix"] = Field(
         "soft",
-        description="how codes become tokens: one a level with the code's alternates weighted (soft) or without them (level), or "
-        "one a prefix of the codes",
+        description="how codes become tokens: one a level with the code's alternates weighted (soft) or without them "
+        "(level), or one a prefix of the codes",
     )
     token_rows: Whole = Field(
         2**16, ge=2, le=2**31, description="rows of the token table; tuples and prefixes of codes are hashed to it"
