@@ -10,7 +10,6 @@ from data import topics
 
 from jobs.embeddings.packed import infer_packed, pack, unpack
 from jobs.errors import SchemaError
-from tokenizer.packed import decode
 
 X = np.random.default_rng(0).normal(size=(200, 16)).astype(np.float32)
 
@@ -90,21 +89,6 @@ def test_some_bad_rows_do_not_change_what_a_column_is() -> None:
 def test_what_does_not_fit_is_a_sentence(sample: list[bytes], dim: Any, dtype: Any, message: str) -> None:
     with pytest.raises(SchemaError, match=message):
         infer_packed(sample, "v", dim, dtype)
-
-
-@pytest.mark.parametrize(
-    ("data", "dtype", "expected"),
-    [
-        (b"\x00\x00\x80\x3f\x00\x00\x00\xc0", "float32", [1.0, -2.0]),
-        (b"\x00\x3c\x00\xc0", "float16", [1.0, -2.0]),
-        (b"\x80\x3f\x00\xc0", "bfloat16", [1.0, -2.0]),
-        (b"\x00\x00\x00\x00\x00\x00\xf0\x3f", "float64", [1.0]),
-        (b"\x01\xfe", "int8", [1.0, -2.0]),
-        (b"\x01\xfe", "uint8", [1.0, 254.0]),
-    ],
-)
-def test_each_dtype_is_read(data: bytes, dtype: str, expected: list[float]) -> None:
-    assert decode(data, dtype).tolist() == expected
 
 
 def test_a_named_dtype_is_taken_as_it_is() -> None:
