@@ -67,7 +67,7 @@ class Source:
     ) -> SourceReader:
         """Reads `columns` of single row groups of a Parquet source, at most `rows` rows at a time."""
         schema = pa.schema([self.schema.field(name) for name in columns])
-        return SourceReader(self.location, schema, rows, frozenset(as_written))
+        return SourceReader(filesystem_of(self.location)[1], schema, rows, frozenset(as_written))
 
     def batches(
         self, columns: Sequence[str], rows: int = ROWS_PER_BATCH, as_written: Sequence[str] = ()
@@ -100,13 +100,13 @@ class SourceReader:
     """Reads row groups of a Parquet source, without Spark and without the list of them: small enough to send to tasks.
 
     Attributes:
-        location: path or URI of the source.
+        root: path of the source on its file system.
         schema: the columns to read, with their types.
         rows: most rows of a batch.
         as_written: columns that keep the type of their file, such as ids, which a type common to all could round.
     """
 
-    location: str
+    root: str
     schema: pa.Schema
     rows: int
     as_written: frozenset[str]
@@ -120,7 +120,7 @@ class SourceReader:
         filesystem, path = filesystem_of(uri)
         file = open_source_file(filesystem, path)
         in_file = [name for name in self.schema.names if name in file.schema_arrow.names]
-        in_path = dict(partition_of(relative(path, filesystem_of(self.location)[1])))
+        in_path = dict(partition_of(relative(path, self.root)))
         for batch in source_batches(file, path, index, in_file, self.rows):
             arrays = []
             for name, kind in zip(self.schema.names, self.schema.types, strict=True):

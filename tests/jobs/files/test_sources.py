@@ -249,6 +249,15 @@ def test_folders_are_columns(tmp_path: Path) -> None:
     assert sorted(rows(source, "n", "lang")) == [(1, "de"), (2, "a b"), (10, None)]
 
 
+def test_a_task_reads_from_another_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "in" / "lang=de" / "part-0.parquet", x=[1])
+    monkeypatch.chdir(tmp_path)
+    source = open_source("in")
+    reader, group = source.reader(["x", "lang"]), source.row_groups[0]
+    monkeypatch.chdir("/")
+    assert [batch.to_pylist() for batch in reader.batches(group.uri, group.index)] == [[{"x": 1, "lang": "de"}]]
+
+
 def test_partition_ids_with_leading_zeros_stay_text(tmp_path: Path) -> None:
     for value in ("007", "8"):
         write(tmp_path / f"item_id={value}" / "p.parquet", x=[1])
