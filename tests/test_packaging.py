@@ -32,11 +32,11 @@ def test_another_tokenizer_is_named(tmp_path: Path) -> None:
         f"import sys; sys.path.append({str(tmp_path)!r}); sys.argv = ['sid', 'status']; "
         "from pipelines.__main__ import main; main()"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
-    assert told.returncode == 5
-    assert "distribution 'intruder' installs a package named 'tokenizer'" in told.stderr
-    assert "pip uninstall intruder" in told.stderr
-    assert "Traceback" not in told.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 5
+    assert "distribution 'intruder' installs a package named 'tokenizer'" in done.stderr
+    assert "pip uninstall intruder" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_an_installation_brings_every_package_that_is_imported() -> None:

@@ -1,4 +1,4 @@
-"""The spark-submit entry: a stage runs on the master that was submitted to; a JVM without Delta is told so."""
+"""The spark-submit entry: a stage runs on the given master; a JVM without Delta is an error."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def submitted(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_stage_runs_under_spark_submit(tmp_path: Path) -> None:
-    told = submitted(tmp_path, "--jars", ",".join(map(str, delta_jars())))
-    assert told.returncode == 0, told.stderr
+    done = submitted(tmp_path, "--jars", ",".join(map(str, delta_jars())))
+    assert done.returncode == 0, done.stderr
     assert DeltaTable(tmp_path / "w" / "item_embeddings").to_pyarrow_table().num_rows == 50
 
 
 def test_a_jvm_without_delta_is_a_sentence(tmp_path: Path) -> None:
-    told = submitted(tmp_path)
-    assert told.returncode != 0
-    assert "sid: Spark was started without the Delta jars" in told.stdout  # spark-submit joins both streams of Python
+    done = submitted(tmp_path)
+    assert done.returncode != 0
+    assert "sid: Spark was started without the Delta jars" in done.stdout  # spark-submit joins both streams of Python

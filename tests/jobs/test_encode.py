@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from data import topics
+from delta_rows import version_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ledger import version
 from pyspark.sql import SparkSession
 from pyspark.sql.pandas.types import from_arrow_schema
 
@@ -96,7 +96,7 @@ def test_an_item_gets_the_same_codes_alone_or_with_all(
 def test_who_keeps_codes_and_suffix(groups: list[RowGroup], rqgmm: RQGMM) -> None:
     best = rqgmm.encode(torch.from_numpy(X)).tolist()
     far = [[(code + 1) % 6 for code in codes] for codes in best]
-    found = encoded(
+    result = encoded(
         groups,
         rqgmm,
         [
@@ -106,27 +106,27 @@ def test_who_keeps_codes_and_suffix(groups: list[RowGroup], rqgmm: RQGMM) -> Non
             incumbent(61, None),
         ],
     )
-    assert set(found) == {"i0", "i1", "i60", "i61"}
-    kept = {item: (row["codes"], row["kept_suffix"], row["held"]) for item, row in found.items()}
+    assert set(result) == {"i0", "i1", "i60", "i61"}
+    kept = {item: (row["codes"], row["kept_suffix"], row["held"]) for item, row in result.items()}
     assert kept == {
         "i0": (best[0], 3, False),  # its codes are still the best
         "i1": (best[1], None, False),  # they served it far worse: it moves, and is a newcomer among its new codes
         "i60": (far[60], 5, True),  # published under this version: kept whatever happens
         "i61": (best[61], None, False),
     }
-    for item in found:
+    for item in result:
         row = X[int(item[1:])].astype(np.float64)
-        means = [rqgmm.levels[level].means[code].double().numpy() for level, code in enumerate(found[item]["codes"])]
-        assert found[item]["squared_error"] == pytest.approx(((row - sum(means)) ** 2).sum(), rel=1e-5)
+        means = [rqgmm.levels[level].means[code].double().numpy() for level, code in enumerate(result[item]["codes"])]
+        assert result[item]["squared_error"] == pytest.approx(((row - sum(means)) ** 2).sum(), rel=1e-5)
     given_codes = rqgmm.assign(torch.from_numpy(X[60:61]), torch.tensor([far[60]]))
-    assert found["i60"]["confidence"] == pytest.approx(float(given_codes.confidence[0]))
+    assert result["i60"]["confidence"] == pytest.approx(float(given_codes.confidence[0]))
     expected = rqgmm.alternates(torch.from_numpy(X[60:62]), torch.tensor([far[60], best[61]]), 3)
     for item, codes, weights in zip(("i60", "i61"), expected.codes.tolist(), expected.weights.tolist(), strict=True):
-        assert found[item]["alternates"] == [
+        assert result[item]["alternates"] == [
             {"codes": c, "weights": w} for c, w in zip(codes, weights, strict=True)
         ]  # a kept ID has the alternates of its own path
     assert all(row["alternates"] is None for row in encoded(groups, rqgmm, None, alternates=0).values())
-    assert found["i60"]["log_likelihood"] == pytest.approx(float(given_codes.log_likelihood[0]))
+    assert result["i60"]["log_likelihood"] == pytest.approx(float(given_codes.log_likelihood[0]))
 
 
 @pytest.mark.parametrize("taken", [False, True], ids=["new version", "version with IDs"])
@@ -152,14 +152,14 @@ def test_suffixes_follow_day_and_id_and_begin_after_the_taken_ones(spark: SparkS
     if taken:
         own = spark.createDataFrame([([1, 2], 0), ([1, 2], 4), ([1, 20], 7)], "codes ARRAY<INT>, suffix INT")
         rows.append(row("k", 9, kept=4))
-    model = version("x")
-    found = _published(spark.createDataFrame(rows, from_arrow_schema(ENCODED)), own, model, date(2026, 1, 3)).collect()
-    ids = {row["item_id"]: row["semantic_id"] for row in found}
+    model = version_of("x")
+    result = _published(spark.createDataFrame(rows, from_arrow_schema(ENCODED)), own, model, date(2026, 1, 3)).collect()
+    ids = {row["item_id"]: row["semantic_id"] for row in result}
     assert ids == (
         {"b": "1-2-5", "c": "1-2-6", "a": "1-2-7", "k": "1-2-4"} if taken else {"b": "1-2", "c": "1-2-1", "a": "1-2-2"}
     )
-    assert all(row["alternates"][0]["weights"] == [200, 55] for row in found)
-    assert all(row["semantic_id"] == text_of(row["codes"], row["suffix"]) for row in found)
+    assert all(row["alternates"][0]["weights"] == [200, 55] for row in result)
+    assert all(row["semantic_id"] == text_of(row["codes"], row["suffix"]) for row in result)
 
 
 @given(rows=st.integers(0, 10**9), cores=st.integers(1, 500))

@@ -35,11 +35,11 @@ def caught(action: Callable[[], object]) -> BaseException:
     return info.value
 
 
-def told(action: Callable[[], object], root: Path | str = "") -> Failure:
-    found = failure(caught(action), str(root))
-    assert "\n" not in found.sentence
-    assert len(found.sentence) < 700
-    return found
+def reported(action: Callable[[], object], root: Path | str = "") -> Failure:
+    result = failure(caught(action), str(root))
+    assert "\n" not in result.sentence
+    assert len(result.sentence) < 700
+    return result
 
 
 def test_every_exception_of_ours_has_an_exit_code() -> None:
@@ -76,7 +76,7 @@ def test_our_own_sentence_counts_when_something_else_fails_on_the_way_out() -> N
         finally:
             raise ConnectionRefusedError(111, "Connection refused")
 
-    assert told(close_twice) == Failure("two columns are missing", WRONG_DATA, traced=False)
+    assert reported(close_twice) == Failure("two columns are missing", WRONG_DATA, traced=False)
 
 
 def test_ctrl_c_is_130_whatever_follows_it() -> None:
@@ -86,22 +86,22 @@ def test_ctrl_c_is_130_whatever_follows_it() -> None:
         finally:
             raise ConnectionRefusedError(111, "Connection refused")
 
-    found = told(interrupted)
-    assert (found.code, found.traced) == (130, False)
-    assert found.sentence.startswith("stopped by Ctrl-C")
+    result = reported(interrupted)
+    assert (result.code, result.traced) == (130, False)
+    assert result.sentence.startswith("stopped by Ctrl-C")
 
 
 def test_a_fault_of_ours_is_called_one() -> None:
-    found = told(lambda: {}["levels"])
-    assert (found.code, found.traced) == (UNUSABLE, True)
-    assert "a fault of the program (KeyError: 'levels')" in found.sentence
+    result = reported(lambda: {}["levels"])
+    assert (result.code, result.traced) == (UNUSABLE, True)
+    assert "a fault of the program (KeyError: 'levels')" in result.sentence
 
 
 # ---- the operating system, and Python itself ----
 
 
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("number", "message"),
     [
         (errno.ENOSPC, "no space left to write table item_embeddings"),
         (errno.EDQUOT, "no space left to write table item_embeddings"),
@@ -111,39 +111,41 @@ def test_a_fault_of_ours_is_called_one() -> None:
         (errno.EIO, "the system refused to read or write table item_embeddings"),
     ],
 )
-def test_errors_of_the_system_name_the_table(number: int, said: str) -> None:
+def test_errors_of_the_system_name_the_table(number: int, message: str) -> None:
     error = OSError(number, os.strerror(number), "/w/item_embeddings/part-1.parquet")
-    found = failure(error, "/w")
-    assert found.code == UNUSABLE
-    assert said in found.sentence
-    assert "(file part-1.parquet) in /w" in found.sentence
-    assert "its last commit" in found.sentence
+    result = failure(error, "/w")
+    assert result.code == UNUSABLE
+    assert message in result.sentence
+    assert "(file part-1.parquet) in /w" in result.sentence
+    assert "its last commit" in result.sentence
 
 
 def test_paths_that_are_not_what_they_must_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert told(lambda: tmp_path.read_text()).sentence.startswith(f"{tmp_path} is a folder; expected a file")
-    assert told(lambda: (tmp_path / "file" / "x").read_text()).sentence.startswith(f"{tmp_path}/file/x is a file where")
-    assert told(lambda: (tmp_path / "gone").read_text()).sentence.startswith(f"{tmp_path}/gone does not exist")
+    assert reported(lambda: tmp_path.read_text()).sentence.startswith(f"{tmp_path} is a folder; expected a file")
+    assert reported(lambda: (tmp_path / "file" / "x").read_text()).sentence.startswith(
+        f"{tmp_path}/file/x is a file where"
+    )
+    assert reported(lambda: (tmp_path / "gone").read_text()).sentence.startswith(f"{tmp_path}/gone does not exist")
 
 
 def test_no_memory() -> None:
-    found = told(lambda: bytearray(2**62))
-    assert found.code == UNUSABLE
-    assert "memory ran out" in found.sentence
-    assert "spark.driver_memory" in found.sentence
+    result = reported(lambda: bytearray(2**62))
+    assert result.code == UNUSABLE
+    assert "memory ran out" in result.sentence
+    assert "spark.driver_memory" in result.sentence
 
 
 def test_a_package_that_is_missing_is_named() -> None:
-    assert "No module named 'no_such_package'" in told(lambda: importlib.import_module("no_such_package")).sentence
+    assert "No module named 'no_such_package'" in reported(lambda: importlib.import_module("no_such_package")).sentence
 
 
 def test_a_java_that_is_gone() -> None:
     from py4j.protocol import Py4JNetworkError
 
-    found = failure(Py4JNetworkError("Answer from Java side is empty"))
-    assert found.code == UNUSABLE
-    assert "Spark's Java process is gone" in found.sentence
+    result = failure(Py4JNetworkError("Answer from Java side is empty"))
+    assert result.code == UNUSABLE
+    assert "Spark's Java process is gone" in result.sentence
 
 
 # ---- tables, read without Spark ----
@@ -179,21 +181,21 @@ def test_a_damaged_log_is_said_of_its_table(table: Path, damage: str) -> None:
         with about(str(table)):
             DeltaTable(table).to_pyarrow_table()
 
-    found = told(read, table.parent)
-    assert found.code == UNUSABLE
-    assert found.sentence.startswith("the log of table semantic_ids ")
-    assert "Put back a copy" in found.sentence
+    result = reported(read, table.parent)
+    assert result.code == UNUSABLE
+    assert result.sentence.startswith("the log of table semantic_ids ")
+    assert "Put back a copy" in result.sentence
 
 
 def test_missing_and_damaged_files_of_a_table_are_named(table: Path) -> None:
     file = next(table.glob("*.parquet"))
     file.write_bytes(file.read_bytes()[:50])
-    damaged = told(lambda: row_groups([str(file)]), table.parent)
+    damaged = reported(lambda: row_groups([str(file)]), table.parent)
     assert damaged.sentence.startswith(f"table semantic_ids (file {file.name}) in {table.parent} cannot be read")
     file.unlink()
     missing = f"a file of table semantic_ids (file {file.name}) in {table.parent} is missing"
-    assert told(lambda: row_groups([str(file)]), table.parent).sentence.startswith(missing)
-    assert told(lambda: DeltaTable(table).to_pyarrow_table(), table.parent).sentence.startswith(missing)
+    assert reported(lambda: row_groups([str(file)]), table.parent).sentence.startswith(missing)
+    assert reported(lambda: DeltaTable(table).to_pyarrow_table(), table.parent).sentence.startswith(missing)
 
 
 # ---- MLflow's store ----
@@ -206,10 +208,10 @@ def test_a_store_that_is_no_database(tmp_path: Path, content: bytes) -> None:
 
     (tmp_path / "mlflow.db").write_bytes(content)
     engine = create_engine(f"sqlite:///{tmp_path}/mlflow.db")
-    found = told(lambda: tables_of(engine).get_table_names(), tmp_path)
+    result = reported(lambda: tables_of(engine).get_table_names(), tmp_path)
     engine.dispose()
-    assert found.code == UNUSABLE
-    assert found.sentence.startswith(f"MLflow's store {tmp_path}/mlflow.db is damaged")
+    assert result.code == UNUSABLE
+    assert result.sentence.startswith(f"MLflow's store {tmp_path}/mlflow.db is damaged")
 
 
 def test_a_store_that_is_locked(tmp_path: Path) -> None:
@@ -223,11 +225,11 @@ def test_a_store_that_is_locked(tmp_path: Path) -> None:
         with engine.begin() as connection:
             connection.execute(text("CREATE TABLE t (a INTEGER)"))
 
-    found = told(write, tmp_path)
+    result = reported(write, tmp_path)
     other.close()
     engine.dispose()
-    assert found.code == UNUSABLE
-    assert "is locked by another process" in found.sentence
+    assert result.code == UNUSABLE
+    assert "is locked by another process" in result.sentence
 
 
 # ---- Spark ----
@@ -239,7 +241,7 @@ def fails(spark: SparkSession) -> Callable[..., Failure]:
         task: Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]], write_to: Path | None = None
     ) -> Failure:
         rows = spark.range(2).mapInArrow(task, "id BIGINT")
-        return told(rows.collect if write_to is None else lambda: rows.write.format("delta").save(str(write_to)))
+        return reported(rows.collect if write_to is None else lambda: rows.write.format("delta").save(str(write_to)))
 
     return run
 
@@ -288,16 +290,16 @@ def test_a_log_that_spark_cannot_read(spark: SparkSession, table: Path, damage: 
         with about(str(table)):
             spark.read.format("delta").load(str(table)).collect()
 
-    found = told(read, table.parent)
-    assert found.code == UNUSABLE
-    assert found.sentence.startswith("the log of table semantic_ids ")
+    result = reported(read, table.parent)
+    assert result.code == UNUSABLE
+    assert result.sentence.startswith("the log of table semantic_ids ")
 
 
 def test_files_that_spark_does_not_find(spark: SparkSession, table: Path) -> None:
     gone = next(table.glob("*.parquet"))
     gone.unlink()
-    found = told(lambda: spark.read.format("delta").load(str(table)).collect(), table.parent)
-    assert found.sentence.startswith(f"a file of table semantic_ids (file {gone.name}) in {table.parent} is missing")
+    result = reported(lambda: spark.read.format("delta").load(str(table)).collect(), table.parent)
+    assert result.sentence.startswith(f"a file of table semantic_ids (file {gone.name}) in {table.parent} is missing")
 
 
 # ---- what is printed and written ----

@@ -7,80 +7,71 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
-from data import topics, write_vectors
+from data import topics
 from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
-from jobs import fit, load
-from jobs.config import Config, ConfigError, FitConfig
+from jobs import fit
+from jobs.config import ConfigError, FitConfig
 from jobs.distributed_fit import FitFailed
 from jobs.embeddings.batches import EmbeddingFiles
+from jobs.embeddings.packed import pack
 from jobs.models.checkpoint import Checkpoint
-from jobs.models.registry import open_registry
-from jobs.warehouse.delta_spark import Warehouse
-from jobs.warehouse.tables import ITEM_EMBEDDINGS
-from tokenizer import FIT_BLOCK, RQGMM, Fusion, Iteration, Method
+from tokenizer import FIT_BLOCK, RQGMM, Iteration, Method
 
 # TorchDistributor leaves the pipe to its workers open.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-DAY = date(2026, 1, 1)
 
 
-def loaded(tmp_path: Path, warehouse: Warehouse, config: Config) -> EmbeddingFiles:
-    load.run(config, warehouse, DAY)
-    fusion = Fusion.from_json(warehouse.property(ITEM_EMBEDDINGS, "sid.fusion") or "")
-    files = warehouse.files(ITEM_EMBEDDINGS, warehouse.version(ITEM_EMBEDDINGS))
-    return EmbeddingFiles(tuple(files), fusion.dim, batch_rows=1000)
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingFiles:
+    """Three blocks of a fit, the last one not full, in two files with the packed vectors of `item_embeddings`."""
+    folder = tmp_path_factory.mktemp("vectors")
+    x = topics(2 * FIT_BLOCK + 500, 6, groups=12)
+    for number, part in enumerate((x[:9000], x[9000:])):
+        pq.write_table(pa.table({"embedding": pack(part, "float32")}), folder / f"{number}.parquet")
+    return EmbeddingFiles(tuple(f"{folder.as_uri()}/{number}.parquet" for number in range(2)), 6, batch_rows=5000)
 
 
-def test_a_warehouse_may_have_any_name(tmp_path: Path, spark: SparkSession, settings: Callable[..., Config]) -> None:
-    """Spaces and percent signs mean something in a URI."""
-    path = write_vectors(tmp_path / "v.parquet", list(range(40)), text_embedding=topics(40, 6))
-    odd = Warehouse(spark, str(tmp_path / "my tables %20 #1"))
-    assert sum(map(len, loaded(tmp_path, odd, settings(f"load.source={path}")))) == 40
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> EmbeddingFiles:
+    """One block of 600 rows."""
+    path = tmp_path_factory.mktemp("few") / "0.parquet"
+    pq.write_table(pa.table({"embedding": pack(topics(600, 6, groups=12), "float32")}), path)
+    return EmbeddingFiles((path.as_uri(),), 6, batch_rows=200, in_memory=True)
 
 
 def checkpoint(folder: Path) -> Checkpoint:
-    opened = Checkpoint(str(folder), "key")
-    opened.open()
-    return opened
-
-
-@pytest.fixture
-def many(tmp_path: Path, warehouse: Warehouse, settings: Callable[..., Config]) -> EmbeddingFiles:
-    rows = 2 * FIT_BLOCK + 500
-    path = write_vectors(tmp_path / "v.parquet", list(range(rows)), text_embedding=topics(rows, 6, groups=12))
-    data = loaded(tmp_path, warehouse, settings(f"load.source={path}"))
-    assert sum(map(len, data)) == rows
-    return data
+    result = Checkpoint(str(folder), "key")
+    result.open()
+    return result
 
 
 def same(a: RQGMM, b: RQGMM) -> bool:
     return all(torch.equal(p.means, q.means) for p, q in zip(a.levels, b.levels, strict=True))
 
 
-# Three workers for three blocks, on the two slots that the tests give Spark: TorchDistributor's local mode does not
-# mind.
-@pytest.mark.parametrize("workers", [2, 3])
+# On the two slots that the tests give Spark: TorchDistributor's local mode starts more processes than slots.
+@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_workers_of_spark_fit_what_one_process_fits(
-    tmp_path: Path, many: EmbeddingFiles, workers: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rows: EmbeddingFiles, spark: SparkSession, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(SparkContext, "defaultParallelism", 3)
-    alone = fit.fit_table(FitConfig(components=8), many, checkpoint(tmp_path / "one"))
-    together = fit.fit_table(FitConfig(components=8, workers=workers), many, checkpoint(tmp_path / "many"))
+    alone = fit.fit_table(FitConfig(components=8), rows, checkpoint(tmp_path / "one"))
+    together = fit.fit_table(FitConfig(components=8, workers=workers), rows, checkpoint(tmp_path / "workers"))
     assert same(alone.rqgmm, together.rqgmm)
     assert alone.trace == together.trace
 
 
 @pytest.mark.parametrize("method", ["annealed", "em", "kmeans"])
-def test_the_method_is_a_setting(tmp_path: Path, many: EmbeddingFiles, method: Method) -> None:
-    fitted = fit.fit_table(FitConfig(components=8, method=method), many, checkpoint(tmp_path))
+def test_the_method_is_a_setting(tmp_path: Path, few: EmbeddingFiles, method: Method) -> None:
+    fitted = fit.fit_table(FitConfig(components=8, method=method), few, checkpoint(tmp_path))
     temperatures = {step.temperature for step in fitted.trace}
     assert {"annealed": len(temperatures) > 2, "em": temperatures == {1.0}, "kmeans": temperatures == {0.0}}[method]
     own_variances = fitted.rqgmm.levels[0].variance is None
@@ -89,10 +80,10 @@ def test_the_method_is_a_setting(tmp_path: Path, many: EmbeddingFiles, method: M
 
 @pytest.mark.parametrize(("killed_at", "repeated"), [(3, {3, 0}), (0, {0})])
 def test_a_fit_goes_on_from_its_last_level(
-    tmp_path: Path, many: EmbeddingFiles, killed_at: int, repeated: set[int]
+    tmp_path: Path, few: EmbeddingFiles, killed_at: int, repeated: set[int]
 ) -> None:
     config = FitConfig(components=8, levels=3)
-    whole = fit.fit_table(config, many, checkpoint(tmp_path / "whole"))
+    whole = fit.fit_table(config, few, checkpoint(tmp_path / "whole"))
 
     class Killed(BaseException):
         pass
@@ -102,23 +93,24 @@ def test_a_fit_goes_on_from_its_last_level(
             raise Killed
 
     with pytest.raises(Killed):
-        fit.fit_table(config, many, checkpoint(tmp_path / "killed"), killed)
+        fit.fit_table(config, few, checkpoint(tmp_path / "killed"), killed)
     steps: list[Iteration] = []
-    resumed = fit.fit_table(config, many, checkpoint(tmp_path / "killed"), steps.append)
+    resumed = fit.fit_table(config, few, checkpoint(tmp_path / "killed"), steps.append)
     assert {step.level for step in steps} == repeated
     assert same(whole.rqgmm, resumed.rqgmm)
     assert whole.trace == resumed.trace
 
 
+@pytest.mark.slow
 def test_a_lost_worker_restarts_the_fit_from_its_last_level(
-    tmp_path: Path, many: EmbeddingFiles, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, rows: EmbeddingFiles, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mark = f"SID_TEST={tmp_path}"
     monkeypatch.setenv(*mark.split("=", 1))
-    place = checkpoint(tmp_path / "lost")
+    saved = checkpoint(tmp_path / "lost")
 
     def lose_one() -> None:
-        while (done := place.latest()) is None or done.rqgmm.n_levels < 2:
+        while (done := saved.latest()) is None or done.rqgmm.n_levels < 2:
             time.sleep(0.01)
         for process in Path("/proc").glob("[0-9]*"):
             try:
@@ -132,23 +124,18 @@ def test_a_lost_worker_restarts_the_fit_from_its_last_level(
     loser.start()
     notes: list[str] = []
     config = FitConfig(components=8, levels=12)
-    fitted = fit.fit_table(config.model_copy(update={"workers": 2}), many, place, report=notes.append)
+    fitted = fit.fit_table(config.model_copy(update={"workers": 2}), rows, saved, report=notes.append)
     assert len(notes) == 1
     assert re.fullmatch(r"a worker was lost; going on from level ([3-9]|1\d)", notes[0])
-    assert same(fitted.rqgmm, fit.fit_table(config, many, checkpoint(tmp_path / "one")).rqgmm)
+    assert same(fitted.rqgmm, fit.fit_table(config, rows, checkpoint(tmp_path / "one")).rqgmm)
 
 
-def test_a_worker_s_own_words_reach_the_user(tmp_path: Path, warehouse: Warehouse) -> None:
+def test_the_error_of_a_worker_reaches_the_user(tmp_path: Path, spark: SparkSession) -> None:
     missing = EmbeddingFiles((f"file://{tmp_path}/gone.parquet",), 6, 50)
     with pytest.raises(FitFailed, match=r"worker \d of the fit failed(.|\n)*gone\.parquet"):
         fit.fit_table(FitConfig(components=8, workers=2), missing, checkpoint(tmp_path))
 
 
-def test_more_workers_than_slots_is_a_sentence(
-    tmp_path: Path, warehouse: Warehouse, settings: Callable[..., Config]
-) -> None:
-    path = write_vectors(tmp_path / "v.parquet", list(range(60)), text_embedding=topics(60, 6))
-    config = settings(f"load.source={path}", "fit.components=8", "fit.workers=64")
-    load.run(config, warehouse, DAY)
+def test_more_workers_than_slots_is_a_sentence(tmp_path: Path, few: EmbeddingFiles, spark: SparkSession) -> None:
     with pytest.raises(ConfigError, match=r"fit\.workers is 64 and Spark has 2 slots"):
-        fit.run(config, warehouse, open_registry(config, warehouse.root), DAY, tmp_path / "pictures")
+        fit.fit_table(FitConfig(components=8, workers=64), few, checkpoint(tmp_path))

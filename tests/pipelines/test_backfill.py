@@ -2,67 +2,70 @@
 
 from __future__ import annotations
 
+import shutil
 from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from house import ITEMS, House
-from pyspark.sql import SparkSession
+from warehouse import ITEMS, SmallWarehouse
 
-from jobs import encode, fit, load
+from jobs import encode
 from jobs.config import ConfigError
 from jobs.errors import SchemaError
 from jobs.models.versions import CodebookVersion
 from jobs.warehouse.queries import Selection
+from jobs.warehouse.tables import SEMANTIC_IDS
 from pipelines.backfill import listed_items, plan
+from pipelines.nightly import Night
 
 DAY, NEXT = date(2026, 1, 1), date(2026, 1, 2)
 
 
-@pytest.fixture(scope="module")
-def stocked(spark: SparkSession, tmp_path_factory: pytest.TempPathFactory) -> House:
-    """Vectors and no semantic ID."""
-    house = House(spark, tmp_path_factory.mktemp("backfill"))
-    load.run(house.config, house.warehouse, DAY)
-    return house
+@pytest.fixture
+def without_ids(small: SmallWarehouse) -> SmallWarehouse:
+    """Vectors and codebook version 1, but no semantic ID."""
+    shutil.rmtree(small.root / SEMANTIC_IDS.name)
+    return small
 
 
-@pytest.fixture(scope="module")
-def model(stocked: House) -> CodebookVersion:
-    return fit.run(stocked.config, stocked.warehouse, stocked.registry, NEXT, stocked.root / "pictures").model
+def codebook(small: SmallWarehouse) -> CodebookVersion:
+    version = small.registry.codebooks.version(1)
+    assert version is not None
+    return version
 
 
-def test_a_list_of_items_then_the_rest_then_nothing(stocked: House, model: CodebookVersion) -> None:
-    house = stocked
+def test_a_list_of_items_then_the_rest_then_nothing(without_ids: SmallWarehouse) -> None:
+    small, model = without_ids, codebook(without_ids)
 
     def encoded(selection: Selection | None) -> int:
-        return encode.run(house.config, house.warehouse, house.registry, model, NEXT, selection).encoded
+        return encode.run(small.config(), small.tables, small.registry, model, NEXT, selection).encoded
 
     wanted = [str(item) for item in range(0, 30, 3)]
     listed = Selection(pa.array([*wanted, "0", "never loaded"]))
-    planned = plan(house.warehouse, model, listed)
+    planned = plan(small.tables, model, listed)
     assert (planned.chosen, planned.with_id, planned.to_encode, planned.unknown) == (11, 0, 10, 1)
     assert planned.unknown_items == ("never loaded",)
     assert encoded(listed) == 10
-    some = house.ids(model.number)
+    some = small.ids(1)
     assert set(some) == set(wanted)
-    assert plan(house.warehouse, model, listed).with_id == 10
+    assert plan(small.tables, model, listed).with_id == 10
 
-    planned = plan(house.warehouse, model, None)
+    planned = plan(small.tables, model, None)
     assert (planned.chosen, planned.with_id, planned.to_encode, planned.unknown) == (ITEMS, 10, ITEMS - 10, 0)
     assert encoded(None) == ITEMS - 10
-    ids = house.ids(model.number)
+    ids = small.ids(1)
     assert len({row["semantic_id"] for row in ids.values()}) == len(ids) == ITEMS
     assert {item: ids[item] for item in some} == some  # what was published first did not move
-    assert plan(house.warehouse, model, None).to_encode == 0
+    assert plan(small.tables, model, None).to_encode == 0
     assert encoded(listed) == 0
 
 
-def test_since_a_day_takes_what_is_new_or_changed(stocked: House, model: CodebookVersion) -> None:
+def test_since_a_day_selects_what_is_new_or_changed(first: tuple[SmallWarehouse, Night]) -> None:
+    small, _ = first
     for day, count in ((DAY, ITEMS), (NEXT, 0)):
-        assert plan(stocked.warehouse, model, Selection(since=day)).chosen == count
+        assert plan(small.tables, codebook(small), Selection(since=day)).chosen == count
 
 
 def test_lists_are_text_or_parquet(tmp_path: Path) -> None:
@@ -74,7 +77,7 @@ def test_lists_are_text_or_parquet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("absent.txt", None, "does not exist"),
         ("absent.parquet", None, "does not exist"),
@@ -84,10 +87,10 @@ def test_lists_are_text_or_parquet(tmp_path: Path) -> None:
         ("empty.parquet", b"", r"empty\.parquet is empty"),
     ],
 )
-def test_a_bad_list_is_a_sentence(tmp_path: Path, name: str, content: bytes | None, said: str) -> None:
+def test_a_bad_list_is_a_sentence(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises((ConfigError, SchemaError), match=said):
+    with pytest.raises((ConfigError, SchemaError), match=message):
         listed_items(str(tmp_path / name))
 
 
@@ -111,7 +114,7 @@ def test_lists_in_parquet_hold_ids_of_any_kind(tmp_path: Path, column: pa.Array,
 
 
 @pytest.mark.parametrize(
-    ("column", "said"),
+    ("column", "message"),
     [
         (pa.array([["a", "b"]]), r"item_id of .* has type list<item: string>; expected one"),
         (pa.array([DAY]), r"has type date32\[day\]; expected one integer or string a row"),
@@ -119,9 +122,9 @@ def test_lists_in_parquet_hold_ids_of_any_kind(tmp_path: Path, column: pa.Array,
         (pa.array([None], pa.string()), "names no item"),
     ],
 )
-def test_what_is_no_list_of_ids_is_a_sentence(tmp_path: Path, column: pa.Array, said: str) -> None:
+def test_what_is_no_list_of_ids_is_a_sentence(tmp_path: Path, column: pa.Array, message: str) -> None:
     pq.write_table(pa.table({"item_id": column}), tmp_path / "ids.parquet")
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         listed_items(str(tmp_path / "ids.parquet"))
 
 

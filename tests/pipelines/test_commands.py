@@ -36,30 +36,30 @@ def sid(*arguments: str) -> tuple[int, str]:
     "command", [["status"], ["explain", "a"], ["backfill", "--codebook", "1", "--all", "--dry-run"]]
 )
 def test_looking_at_a_warehouse_that_is_not_there_makes_none(command: list[str], tmp_path: Path) -> None:
-    code, said = sid(*command, "--warehouse", str(tmp_path / "warehose"))
+    code, message = sid(*command, "--warehouse", str(tmp_path / "warehose"))
     assert code == 2
-    assert f"sid: warehouse {tmp_path}/warehose does not exist" in said
+    assert f"sid: warehouse {tmp_path}/warehose does not exist" in message
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", [["status"], ["nightly"], ["load"], ["promote"], ["rollback"], ["demo"], ["fit"]])
 def test_a_json_file_that_cannot_be_written_is_found_before_the_work(command: list[str], tmp_path: Path) -> None:
     warehouse = ["--warehouse", str(tmp_path / "w")]
-    code, said = sid(*command, *warehouse, "--json", str(tmp_path / "no" / "x.json"))
-    assert (code, said) == (
+    code, message = sid(*command, *warehouse, "--json", str(tmp_path / "no" / "x.json"))
+    assert (code, message) == (
         2,
         f"sid: --json {tmp_path}/no/x.json: there is no folder {tmp_path}/no; expected one to write the file in. Make "
         "it first\n",
     )
-    code, said = sid(*command, *warehouse, "--json", str(tmp_path))
-    assert (code, said) == (2, f"sid: --json {tmp_path} is a folder; expected the path of a file to write\n")
+    code, message = sid(*command, *warehouse, "--json", str(tmp_path))
+    assert (code, message) == (2, f"sid: --json {tmp_path} is a folder; expected the path of a file to write\n")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_settings_days_and_json_are_wrong_together(tmp_path: Path) -> None:
-    code, said = sid("nightly", "--date", "2026-W05-6", "--set", "fit.seed=1e20", "--json", str(tmp_path))
+    code, message = sid("nightly", "--date", "2026-W05-6", "--set", "fit.seed=1e20", "--json", str(tmp_path))
     assert code == 2
-    assert said.splitlines() == [
+    assert message.splitlines() == [
         "sid: 3 settings are wrong:",
         "  1. fit.seed = 1e+20; expected a whole number from 0 to 4294967295",
         "  2. date '2026-W05-6' is not a day of the calendar; expected YYYY-MM-DD, such as 2026-01-31",
@@ -69,9 +69,9 @@ def test_settings_days_and_json_are_wrong_together(tmp_path: Path) -> None:
 
 def test_an_id_that_begins_with_a_dash_gets_a_hint() -> None:
     for item in ("-5", "--all-black"):
-        code, said = sid("explain", item)
+        code, message = sid("explain", item)
         assert code == 2
-        assert "goes after '--': sid explain -- -ID" in said
+        assert "goes after '--': sid explain -- -ID" in message
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_a_codebook_version_is_a_number_in_ascii_digits(name: str, number: int |
 
 
 def test_releases_are_counted_from_one() -> None:
-    code, said = sid("rollback", "--to", "0")
+    code, message = sid("rollback", "--to", "0")
     assert code == 2
-    assert "--to" in said
+    assert "--to" in message
 
 
 def test_the_stages_of_both_commands_are_the_same() -> None:

@@ -39,8 +39,8 @@ def night(warehouse: Path, source: Path) -> subprocess.Popen[bytes]:
 def completed(warehouse: Path, source: Path) -> dict[str, str]:
     """Semantic ID by item after a night that ran to its end."""
     process = night(warehouse, source)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said.decode()
+    _, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stderr.decode()
     facts = json.loads(Path(f"{warehouse}.json").read_text())
     assert facts["champion_version"] == 1
     assert facts["rows_in"] == facts["rows_stored"] + facts["rows_rejected"] == 400

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from data import topics
-from ledger import opened, release, silent, write_ids
-from ledger import tags as codebook_tags
+from delta_rows import registry_at, tags_of, write_ids, write_releases
 
 from jobs.models.champion import current_champion
 from jobs.models.codebooks import register_codebook
@@ -35,7 +34,7 @@ def fitted(registry: Registry, folder: Path, seed: int, **tags: str) -> str:
         {"levels": 2, "components": 4, "dim": 6, "run_date": "2026-01-01", "fit": {"method": "annealed"}},
     )
     with registry.run("fit", load_config(), {}):
-        register_codebook(registry, folder / "codebook", codebook_tags(name, **tags))
+        register_codebook(registry, folder / "codebook", tags_of(name, **tags))
     return name
 
 
@@ -43,9 +42,9 @@ def fitted(registry: Registry, folder: Path, seed: int, **tags: str) -> str:
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """A warehouse of three codebooks, the third rolled back, and no registry any more."""
     root = tmp_path_factory.mktemp("made")
-    registry = opened(root)
+    registry = registry_at(root)
     names = [fitted(registry, root / "scratch", seed, fit_key=f"key-{seed}") for seed in range(3)]
-    release(registry, (1, names[0], PROMOTED), (3, names[2], PROMOTED), (1, names[0], ROLLED_BACK))
+    write_releases(registry, (1, names[0], PROMOTED), (3, names[2], PROMOTED), (1, names[0], ROLLED_BACK))
     write_ids(registry, *((number, name) for number, name in enumerate(names, 1)))
     return root, names
 
@@ -56,7 +55,7 @@ def lost(made: tuple[Path, list[str]], tmp_path: Path) -> tuple[Registry, list[s
     root, names = made
     for part in ("codebooks", "releases", "semantic_ids", "warehouse.json"):
         (shutil.copytree if (root / part).is_dir() else shutil.copy)(root / part, tmp_path / part)
-    return opened(tmp_path), names
+    return registry_at(tmp_path), names
 
 
 def tags(registry: Registry, tag: str) -> dict[int, str | None]:
@@ -67,18 +66,18 @@ def test_every_version_comes_back_as_it_was(lost: tuple[Registry, list[str]]) ->
     registry, names = lost
     with pytest.raises(RegistryMismatch, match="sid register"):
         current_champion(registry)
-    told: list[str] = []
-    done = register(load_config(), registry, told.append)
+    messages: list[str] = []
+    done = register(load_config(), registry, messages.append)
     assert done == RegisterResult((1, 2, 3), (), champion_version=1, candidate_version=3)
     assert tags(registry, "codebook_hash") == dict(enumerate(names, 1))
     assert tags(registry, "fit_key") == {1: "key-0", 2: "key-1", 3: "key-2"}
-    assert told[:3] == [f"version {n}: registered from codebooks/{name}" for n, name in enumerate(names, 1)]
+    assert messages[:3] == [f"version {n}: registered from codebooks/{name}" for n, name in enumerate(names, 1)]
     model = current_champion(registry)
     assert model is not None
     assert model.number == 1
     for alias, number in ((CHAMPION, 1), (CANDIDATE, 3)):
         assert registry.codebooks.alias(alias) == number
-    again = register(load_config(), registry, silent)
+    again = register(load_config(), registry, lambda _: None)
     assert again == RegisterResult((), (), champion_version=1, candidate_version=3, nothing_to_do=True)
     assert list(registry.codebooks.registered()) == [1, 2, 3]
     with warnings.catch_warnings():
@@ -90,19 +89,19 @@ def test_every_version_comes_back_as_it_was(lost: tuple[Registry, list[str]]) ->
 def test_a_number_whose_codebook_is_gone_is_taken_all_the_same(lost: tuple[Registry, list[str]]) -> None:
     registry, names = lost
     shutil.rmtree(Path(registry.root, "codebooks", names[1]))
-    told: list[str] = []
-    assert register(load_config(), registry, told.append) == RegisterResult((1, 3), (2,), 1, 3)
-    assert told[1].startswith("version 2: its codebook is gone from the warehouse")
+    messages: list[str] = []
+    assert register(load_config(), registry, messages.append) == RegisterResult((1, 3), (2,), 1, 3)
+    assert messages[1].startswith("version 2: its codebook is gone from the warehouse")
     assert tags(registry, LOST_TAG) == {1: None, 2: "its files are gone", 3: None}
     assert tags(registry, "codebook_hash")[2] == names[1][:32]  # as far as its rows tell
-    assert register(load_config(), registry, silent).nothing_to_do
+    assert register(load_config(), registry, lambda _: None).nothing_to_do
 
 
 def test_without_what_was_written_down_the_manifest_says_it(lost: tuple[Registry, list[str]]) -> None:
     registry, names = lost
     for noted in Path(registry.root, "codebooks").glob("*/versions.json"):
         noted.unlink()
-    assert register(load_config(), registry, silent).registered == (1, 2, 3)
+    assert register(load_config(), registry, lambda _: None).registered == (1, 2, 3)
     assert tags(registry, "codebook_hash") == dict(enumerate(names, 1))
     for tag, value in {
         "levels": "2",
@@ -123,25 +122,27 @@ def test_without_the_champion_s_codebook_nothing_is_registered(lost: tuple[Regis
         (folder / "codebook.safetensors").write_bytes(b"no tensors")
     else:
         shutil.rmtree(folder)
-    kind, said = (CodebookError, "cannot be used") if how == "damaged" else (RegistryMismatch, "nothing was registered")
-    with pytest.raises(kind, match=said):
-        register(load_config(), registry, silent)
+    kind, message = (
+        (CodebookError, "cannot be used") if how == "damaged" else (RegistryMismatch, "nothing was registered")
+    )
+    with pytest.raises(kind, match=message):
+        register(load_config(), registry, lambda _: None)
     assert registry.codebooks.registered() == {}
 
 
 def test_a_number_that_another_codebook_has_is_a_sentence(lost: tuple[Registry, list[str]], tmp_path: Path) -> None:
     registry, names = lost
     other = fitted(registry, tmp_path / "scratch", seed=9)
-    said = f"version 1 in the registry has hash {other[:12]}, the warehouse's codebook version 1 has {names[0][:12]}"
-    with pytest.raises(RegistryMismatch, match=said):
-        register(load_config(), registry, silent)
+    message = f"version 1 in the registry has hash {other[:12]}, the warehouse's codebook version 1 has {names[0][:12]}"
+    with pytest.raises(RegistryMismatch, match=message):
+        register(load_config(), registry, lambda _: None)
     assert list(registry.codebooks.registered()) == [1]
 
 
 def test_a_registry_that_deleted_versions_gives_no_number_twice(lost: tuple[Registry, list[str]]) -> None:
     registry, _ = lost
-    register(load_config(), registry, silent)
+    register(load_config(), registry, lambda _: None)
     registry.client.delete_model_version(registry.codebooks.name, "3")
     with pytest.raises(RegistryMismatch, match="the registry gave number 4 to codebook version 3; expected 3"):
-        register(load_config(), registry, silent)
+        register(load_config(), registry, lambda _: None)
     assert list(registry.codebooks.registered()) == [1, 2]

@@ -62,11 +62,11 @@ def test_alternates_are_the_slow_loop(x: torch.Tensor, method: str, of_another: 
     codes = rqgmm.encode(x[:60])
     if of_another:
         codes = (codes + 5) % 12
-    found = rqgmm.alternates(x[:60], codes, 5)
+    result = rqgmm.alternates(x[:60], codes, 5)
     expected = [slow_alternates(rqgmm, row, own, 5) for row, own in zip(x[:60].numpy(), codes.tolist(), strict=True)]
-    np.testing.assert_array_equal(found.codes, [codes for codes, _ in expected])
+    np.testing.assert_array_equal(result.codes, [codes for codes, _ in expected])
     # float32 scores may move a unit from one code to another, where remainders are nearly equal
-    assert np.abs(found.weights.numpy().astype(int) - np.array([weights for _, weights in expected])).max() <= 1
+    assert np.abs(result.weights.numpy().astype(int) - np.array([weights for _, weights in expected])).max() <= 1
 
 
 @settings(max_examples=25, deadline=None)
@@ -77,13 +77,13 @@ def test_laws(x: torch.Tensor, rqgmm: RQGMM, top: int, shift: int, temperature: 
     """
     soft = replace(rqgmm, temperatures=(temperature, temperature))
     codes = (rqgmm.encode(x[:rows]) + shift) % 16
-    found = soft.alternates(x[:rows], codes, top)
-    assert found.codes.shape == found.weights.shape == (rows, 2, min(top, 16))
-    assert (found.codes.dtype, found.weights.dtype) == (torch.int32, torch.uint8)
-    assert torch.equal(found.codes[:, :, 0], codes)
-    assert (found.codes.sort(2).values.diff(dim=2) > 0).all()
-    assert (found.weights.sum(2) == TOTAL).all()
-    assert (found.weights[:, :, 1:].int().diff(dim=2) <= 1).all()  # a remainder may lift a later one by a unit
+    result = soft.alternates(x[:rows], codes, top)
+    assert result.codes.shape == result.weights.shape == (rows, 2, min(top, 16))
+    assert (result.codes.dtype, result.weights.dtype) == (torch.int32, torch.uint8)
+    assert torch.equal(result.codes[:, :, 0], codes)
+    assert (result.codes.sort(2).values.diff(dim=2) > 0).all()
+    assert (result.weights.sum(2) == TOTAL).all()
+    assert (result.weights[:, :, 1:].int().diff(dim=2) <= 1).all()  # a remainder may lift a later one by a unit
 
 
 @settings(max_examples=15, deadline=None)
@@ -93,9 +93,9 @@ def test_alternates_do_not_depend_on_batches_or_order(x: torch.Tensor, rqgmm: RQ
     assert whole.alternates is not None
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     for parts, expected in ((torch.tensor_split(x, sorted(set(cut))), slice(None)), ((x[order],), order)):
-        found = [rqgmm.assign(part, alternates=8).alternates for part in parts]
-        assert torch.equal(torch.cat([part.codes for part in found if part]), whole.alternates.codes[expected])
-        assert torch.equal(torch.cat([part.weights for part in found if part]), whole.alternates.weights[expected])
+        result = [rqgmm.assign(part, alternates=8).alternates for part in parts]
+        assert torch.equal(torch.cat([part.codes for part in result if part]), whole.alternates.codes[expected])
+        assert torch.equal(torch.cat([part.weights for part in result if part]), whole.alternates.weights[expected])
     # The codes and all else are those of an encoding without alternates.
     plain = rqgmm.assign(x)
     assert torch.equal(plain.codes, whole.codes)
@@ -108,27 +108,27 @@ def test_alternates_do_not_depend_on_batches_or_order(x: torch.Tensor, rqgmm: RQ
 def test_the_code_is_the_first_alternate_and_without_a_beam_the_heaviest(
     x: torch.Tensor, rqgmm: RQGMM, beam: int
 ) -> None:
-    found = replace(rqgmm, beam=beam).assign(x, alternates=4)
-    assert found.alternates is not None
-    assert torch.equal(found.alternates.codes[:, :, 0], found.codes)
-    weights = found.alternates.weights.int()
+    result = replace(rqgmm, beam=beam).assign(x, alternates=4)
+    assert result.alternates is not None
+    assert torch.equal(result.alternates.codes[:, :, 0], result.codes)
+    weights = result.alternates.weights.int()
     assert bool((weights[:, :, 0] + 1 >= weights.amax(2)).all()) == (beam == 1)
 
 
 def test_the_lowest_index_wins_a_tie() -> None:
     twins = RQGMM((spherical_gmm(torch.zeros(6, 3), 1.0),), temperatures=(2.0,))
-    found = twins.alternates(torch.ones(4, 3), torch.tensor([[0], [2], [5], [4]]).int(), 4)
-    assert found.codes[:, 0].tolist() == [[0, 1, 2, 3], [2, 0, 1, 3], [5, 0, 1, 2], [4, 0, 1, 2]]
-    assert found.weights[:, 0].tolist() == [[64, 64, 64, 63]] * 4
+    result = twins.alternates(torch.ones(4, 3), torch.tensor([[0], [2], [5], [4]]).int(), 4)
+    assert result.codes[:, 0].tolist() == [[0, 1, 2, 3], [2, 0, 1, 3], [5, 0, 1, 2], [4, 0, 1, 2]]
+    assert result.weights[:, 0].tolist() == [[64, 64, 64, 63]] * 4
 
 
 def test_without_temperatures_the_own_code_has_all_the_weight(x: torch.Tensor, rqgmm: RQGMM) -> None:
     hard = replace(rqgmm, temperatures=())
     codes = (rqgmm.encode(x[:50]) + 3) % 16
-    found, soft = hard.alternates(x[:50], codes, 4), rqgmm.alternates(x[:50], codes, 4)
-    assert torch.equal(found.codes[:, :, 0], codes)
-    assert found.weights.flatten(0, 1).tolist() == [[TOTAL, 0, 0, 0]] * 100
-    assert torch.equal(found.codes.sort(2).values, soft.codes.sort(2).values)
+    result, soft = hard.alternates(x[:50], codes, 4), rqgmm.alternates(x[:50], codes, 4)
+    assert torch.equal(result.codes[:, :, 0], codes)
+    assert result.weights.flatten(0, 1).tolist() == [[TOTAL, 0, 0, 0]] * 100
+    assert torch.equal(result.codes.sort(2).values, soft.codes.sort(2).values)
 
 
 @settings(max_examples=200, deadline=None)
@@ -168,29 +168,29 @@ def test_the_temperature_is_that_of_the_best_leave_one_out_reconstruction(x: tor
         for place, temperature in enumerate(TEMPERATURES):
             weights = (-distance / temperature).softmax(0)
             errors[place] += float((row - weights @ centres).square().sum())
-    found = calibrated([gmm], x[:200], codes[:, None].int(), 200)
-    assert found == (TEMPERATURES[int(errors.argmin())],)
-    assert TEMPERATURES[0] < found[0] < TEMPERATURES[-1]
+    result = calibrated([gmm], x[:200], codes[:, None].int(), 200)
+    assert result == (TEMPERATURES[int(errors.argmin())],)
+    assert TEMPERATURES[0] < result[0] < TEMPERATURES[-1]
 
 
 def test_soft_ids_reconstruct_rows_that_the_fit_has_not_seen_better_than_hard_ones(x: torch.Tensor) -> None:
     rqgmm = fit_rqgmm(x[:2700], levels=2, components=16, seed=0).rqgmm
     residual = x[2700:]
-    found = rqgmm.assign(residual, alternates=8)
-    assert found.alternates is not None
+    result = rqgmm.assign(residual, alternates=8)
+    assert result.alternates is not None
     for level, gmm in enumerate(rqgmm.levels):
-        weights = found.alternates.weights[:, level, :, None].float() / TOTAL
-        soft = (gmm.means[found.alternates.codes[:, level].long()] * weights).sum(1)
-        hard = gmm.means[found.codes[:, level].long()]
+        weights = result.alternates.weights[:, level, :, None].float() / TOTAL
+        soft = (gmm.means[result.alternates.codes[:, level].long()] * weights).sum(1)
+        hard = gmm.means[result.codes[:, level].long()]
         assert float((residual - soft).square().mean()) < 0.99 * float((residual - hard).square().mean())
         residual = residual - hard
 
 
 def test_rows_all_alike_are_calibrated_too() -> None:
     rqgmm = fit_rqgmm(torch.ones(50, 4), levels=2, components=3, seed=0).rqgmm
-    found = rqgmm.assign(torch.ones(5, 4), alternates=8)
-    assert found.alternates is not None
-    assert (found.alternates.weights.sum(2) == TOTAL).all()
+    result = rqgmm.assign(torch.ones(5, 4), alternates=8)
+    assert result.alternates is not None
+    assert (result.alternates.weights.sum(2) == TOTAL).all()
 
 
 # ---- files ----

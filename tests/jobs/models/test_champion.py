@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from ledger import add, opened, release, tags, write_ids
+from delta_rows import add_codebook, registry_at, tags_of, write_ids, write_releases
 
 from jobs.config import ConfigError
 from jobs.models.champion import restore_champion
@@ -21,7 +21,7 @@ A, B, C = "a" * 64, "b" * 64, "c" * 64
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    return opened(tmp_path)
+    return registry_at(tmp_path)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_no_statistics_in_the_log_no_difference(registry: Registry) -> None:
 
 def test_before_the_first_release_there_is_none(registry: Registry) -> None:
     assert champion(registry) is None
-    add(registry, A)
+    add_codebook(registry, A)
     write_ids(registry, (1, A))
     assert champion(registry) is None
     registry.codebooks.set_alias(CHAMPION, 1)  # a first promotion, killed before its release was written
@@ -62,20 +62,22 @@ def test_before_the_first_release_there_is_none(registry: Registry) -> None:
 
 
 @pytest.mark.parametrize(
-    ("named", "said"),
+    ("named", "change"),
     [(None, "was missing"), (2, "named version 2"), (1, None)],
     ids=["removed", "moved", "as it should be"],
 )
-def test_the_alias_follows_the_release(registry: Registry, named: int | None, said: str | None) -> None:
-    add(registry, A)
-    add(registry, B)
-    release(registry, (1, A, PROMOTED))
+def test_the_alias_follows_the_release(registry: Registry, named: int | None, change: str | None) -> None:
+    add_codebook(registry, A)
+    add_codebook(registry, B)
+    write_releases(registry, (1, A, PROMOTED))
     write_ids(registry, (1, A), (2, B))
     if named is not None:
         registry.codebooks.set_alias(CHAMPION, named)
     _, message = restore_champion(registry, verify_files=False)
     assert registry.codebooks.alias(CHAMPION) == 1
-    assert message == (f"alias champion {said}; put back to version 1, which the current release is of" if said else "")
+    assert message == (
+        f"alias champion {change}; put back to version 1, which the current release is of" if change else ""
+    )
     assert restore_champion(registry, verify_files=False)[1] == ""
 
 
@@ -83,7 +85,7 @@ def test_a_lost_registry_is_a_sentence_before_and_after_the_first_release(regist
     write_ids(registry, (1, A))
     with pytest.raises(RegistryMismatch, match=r"has IDs of codebook versions \[1\].*no codebook.*sid register"):
         champion(registry)
-    release(registry, (1, A, PROMOTED))
+    write_releases(registry, (1, A, PROMOTED))
     with pytest.raises(
         RegistryMismatch, match=r"release 1 is of codebook version 1 with hash aaaaaaaaaaaa, .*sid register"
     ):
@@ -92,8 +94,8 @@ def test_a_lost_registry_is_a_sentence_before_and_after_the_first_release(regist
 
 
 def test_another_codebook_under_the_number_is_a_sentence(registry: Registry) -> None:
-    add(registry, B)
-    release(registry, (1, A, PROMOTED))
+    add_codebook(registry, B)
+    write_releases(registry, (1, A, PROMOTED))
     write_ids(registry, (1, A))
     with pytest.raises(
         RegistryMismatch, match=r"hash aaaaaaaaaaaa, the registry's version 1 has hash bbbbbbbbbbbb; .*sid register"
@@ -103,8 +105,8 @@ def test_another_codebook_under_the_number_is_a_sentence(registry: Registry) -> 
 
 
 def test_rows_of_another_codebook_are_a_sentence(registry: Registry) -> None:
-    add(registry, B)
-    release(registry, (1, B, PROMOTED))
+    add_codebook(registry, B)
+    write_releases(registry, (1, B, PROMOTED))
     write_ids(registry, (1, A))
     with pytest.raises(
         RegistryMismatch, match=r"version 1 carry hash aaaaaaaaaaaa, .* is bbbbbbbbbbbb; .*sid rollback --to"
@@ -114,9 +116,9 @@ def test_rows_of_another_codebook_are_a_sentence(registry: Registry) -> None:
 
 def test_a_name_on_a_shared_server_is_one_warehouse_s(tmp_path: Path) -> None:
     shared = f"mlflow.tracking_uri=sqlite:///{tmp_path}/shared.db"
-    first, second = opened(tmp_path / "first", shared), opened(tmp_path / "second", shared)
+    first, second = registry_at(tmp_path / "first", shared), registry_at(tmp_path / "second", shared)
     assert champion(first) is None
-    add(first, A)
+    add_codebook(first, A)
     registry_of_none = (
         r"semantic-id-codebook version 1 .* belongs to warehouse {}, this warehouse is {}; "
         r".*--set mlflow\.catalogue=NAME"
@@ -127,41 +129,41 @@ def test_a_name_on_a_shared_server_is_one_warehouse_s(tmp_path: Path) -> None:
         champion(second)
     assert champion(first) is None
 
-    named = opened(tmp_path / "second", shared, "mlflow.catalogue=shoes")
+    named = registry_at(tmp_path / "second", shared, "mlflow.catalogue=shoes")
     assert champion(named) is None
-    assert (add(named, B).name, add(named, C).number) == ("semantic-id-codebook-shoes", 2)
+    assert (add_codebook(named, B).name, add_codebook(named, C).number) == ("semantic-id-codebook-shoes", 2)
     assert {n: version.warehouse for n, version in named.codebooks.registered().items()} == {1: ids[1], 2: ids[1]}
     assert list(first.codebooks.registered()) == [1]
-    third = opened(tmp_path / "third", shared, "mlflow.catalogue=shoes")
+    third = registry_at(tmp_path / "third", shared, "mlflow.catalogue=shoes")
     with pytest.raises(RegistryMismatch, match=r"\(mlflow\.catalogue is 'shoes'\)"):
         champion(third)
 
 
 @pytest.mark.parametrize("model", [CODEBOOK_MODEL, CTR_MODEL])
 def test_untagged_versions_are_ours_where_our_tables_know_their_hash(tmp_path: Path, model: str) -> None:
-    registry = opened(tmp_path, f"mlflow.tracking_uri=sqlite:///{tmp_path}/shared.db")
+    registry = registry_at(tmp_path, f"mlflow.tracking_uri=sqlite:///{tmp_path}/shared.db")
     if model == CODEBOOK_MODEL:
-        found = add(registry, A)
+        version = add_codebook(registry, A)
     else:
         with registry.run("train", load_config(), {}):
-            found = register_lost(registry, model, tags(A))
-    registry.client.delete_model_version_tag(found.name, "1", WAREHOUSE_TAG)
+            version = register_lost(registry, model, tags_of(A))
+    registry.client.delete_model_version_tag(version.name, "1", WAREHOUSE_TAG)
     with pytest.raises(RegistryMismatch, match=r"belongs to warehouse unknown .*set its tag warehouse_id="):
         champion(registry)
     write_ids(registry, (1, A))
     if model == CODEBOOK_MODEL:
         assert champion(registry) is None
-    release(registry, (1, A, PROMOTED))
+    write_releases(registry, (1, A, PROMOTED))
     if model == CODEBOOK_MODEL:
         assert champion(registry) == 1
 
 
 def test_the_default_store_is_one_warehouse_s_whatever_the_tags(registry: Registry) -> None:
     """A copy of a warehouse, or one from before versions had tags; its names stay as they are."""
-    add(registry, A)
+    add_codebook(registry, A)
     registry.client.set_model_version_tag(CODEBOOK_MODEL, "1", WAREHOUSE_TAG, "another")
     assert champion(registry) is None
-    assert opened(Path(registry.root), "mlflow.catalogue=shoes").name(CODEBOOK_MODEL) == "semantic-id-codebook"
+    assert registry_at(Path(registry.root), "mlflow.catalogue=shoes").name(CODEBOOK_MODEL) == "semantic-id-codebook"
 
 
 def test_a_warehouse_has_one_id(tmp_path: Path) -> None:

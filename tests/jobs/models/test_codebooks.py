@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from data import topics
-from ledger import opened, tags, version
+from delta_rows import registry_at, tags_of, version_of
 
 from jobs.errors import SchemaError
 from jobs.models.codebooks import (
@@ -93,12 +93,12 @@ def test_a_damaged_codebook_is_a_sentence(tmp_path: Path, fitted: tuple[Path, st
 def test_what_a_version_was_registered_with_is_written_down_once(tmp_path: Path, fitted: tuple[Path, str]) -> None:
     folder, name = fitted
     store_codebook(str(tmp_path), folder, name)
-    store_tags(str(tmp_path), version(name, fit_key="k"))
-    store_tags(str(tmp_path), version(name, 3, fit_key="other"))
-    store_tags(str(tmp_path), version(name, fit_key="later"))
+    store_tags(str(tmp_path), version_of(name, fit_key="k"))
+    store_tags(str(tmp_path), version_of(name, 3, fit_key="other"))
+    store_tags(str(tmp_path), version_of(name, fit_key="later"))
     assert stored_tags(str(tmp_path)) == [
-        (1, tags(name, fit_key="k")),
-        (3, tags(name, fit_key="other")),
+        (1, tags_of(name, fit_key="k")),
+        (3, tags_of(name, fit_key="other")),
     ]
     (tmp_path / "codebooks" / name / "versions.json").write_text("{")
     with pytest.raises(CodebookError, match=r"versions\.json in codebooks/.* is damaged"):
@@ -109,7 +109,7 @@ def test_what_a_version_was_registered_with_is_written_down_once(tmp_path: Path,
 def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registry:
     """On a shared store, under a name of its own."""
     monkeypatch.chdir(tmp_path)  # where MLflow puts artefacts of a store that says no other place
-    return opened(tmp_path, f"mlflow.tracking_uri=sqlite:///{tmp_path}/shared.db", "mlflow.catalogue=shoes")
+    return registry_at(tmp_path, f"mlflow.tracking_uri=sqlite:///{tmp_path}/shared.db", "mlflow.catalogue=shoes")
 
 
 def test_a_warehouse_from_before_gets_its_codebook_from_the_registry(
@@ -124,19 +124,19 @@ def test_a_warehouse_from_before_gets_its_codebook_from_the_registry(
     assert read_codebook(registry.root, name) is None
     assert load_files(codebook_files(registry, registered), name).hash == name
     assert read_codebook(registry.root, name) is not None
-    assert stored_tags(registry.root) == [(1, tags(name))]
-    gone = version("f" * 64, 9)
+    assert stored_tags(registry.root) == [(1, tags_of(name))]
+    gone = version_of("f" * 64, 9)
     with pytest.raises(RegistryMismatch, match="codebook version 9 has its files neither in codebooks/ffff"):
         codebook_files(registry, gone)
 
 
 def test_a_codebook_is_for_the_recipe_it_was_fitted_on() -> None:
     fitted_on = {"fusion": RECIPE}
-    check_recipe(fitted_on, version("a"), json.dumps(RECIPE))
-    check_recipe(fitted_on, version("a"), json.dumps({**RECIPE, "item_id": "id", "dtype": "float16"}))
+    check_recipe(fitted_on, version_of("a"), json.dumps(RECIPE))
+    check_recipe(fitted_on, version_of("a"), json.dumps({**RECIPE, "item_id": "id", "dtype": "float16"}))
     for other in ({"dims": {"text": 8}}, {"weights": {"text": 2.0}}, {"normalize": False}, {"dims": {"image": 6}}):
         with pytest.raises(SchemaError, match=r"codebook version 1 \(hash a\) was fitted on vectors of the recipe"):
-            check_recipe(fitted_on, version("a"), json.dumps({**RECIPE, **other}))
+            check_recipe(fitted_on, version_of("a"), json.dumps({**RECIPE, **other}))
 
 
 def test_a_codebook_is_for_vectors_of_one_order_of_blocks() -> None:
@@ -146,7 +146,7 @@ def test_a_codebook_is_for_vectors_of_one_order_of_blocks() -> None:
         "weights": {"text": 1.0, "image": 1.0},
         "order": ["text", "image"],
     }
-    check_recipe({"fusion": both}, version("a"), json.dumps(both))
-    check_recipe({"fusion": {**both, "order": []}}, version("a"), json.dumps(both))  # made before the order was kept
+    check_recipe({"fusion": both}, version_of("a"), json.dumps(both))
+    check_recipe({"fusion": {**both, "order": []}}, version_of("a"), json.dumps(both))  # made before the order was kept
     with pytest.raises(SchemaError, match="was fitted on vectors of the recipe"):
-        check_recipe({"fusion": both}, version("a"), json.dumps({**both, "order": ["image", "text"]}))
+        check_recipe({"fusion": both}, version_of("a"), json.dumps({**both, "order": ["image", "text"]}))

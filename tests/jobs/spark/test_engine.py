@@ -1,4 +1,4 @@
-"""Finding a Java: real executables that tell a version."""
+"""Finding a Java: real executables that print a version."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def java(home: Path, version: str) -> Path:
     return home
 
 
-@pytest.mark.parametrize(("told", "major"), [("17.0.15", 17), ("21", 21), ("1.8.0_292", 8), ("25.0.1+8", 25)])
-def test_versions_are_read(told: str, major: int, tmp_path: Path) -> None:
-    assert java_version(java(tmp_path, told) / "bin" / "java") == major
+@pytest.mark.parametrize(("number", "major"), [("17.0.15", 17), ("21", 21), ("1.8.0_292", 8), ("25.0.1+8", 25)])
+def test_versions_are_read(number: str, major: int, tmp_path: Path) -> None:
+    assert java_version(java(tmp_path, number) / "bin" / "java") == major
 
 
 def test_java_home_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,9 +100,9 @@ def test_what_belongs_to_another_spark_or_python_is_not_used_and_said(
     assert Path(os.environ["SPARK_HOME"], "bin", "spark-submit").exists()
     assert os.environ["PYSPARK_PYTHON"] == os.environ["PYSPARK_DRIVER_PYTHON"] == sys.executable
     assert "SPARK_REMOTE" not in os.environ
-    said = capsys.readouterr().err.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     names = ("JAVA_HOME", "SPARK_HOME", "SPARK_REMOTE", "PYSPARK_PYTHON", "PYSPARK_DRIVER_PYTHON", "SPARK_CONF_DIR")
-    assert [line.split("=")[0] for line in said] == [f"sid: {name}" for name in names]
+    assert [line.split("=")[0] for line in lines] == [f"sid: {name}" for name in names]
     engine.prepare_environment("local[2]")  # all is as it should be now
     assert [line.split("=")[0] for line in capsys.readouterr().err.splitlines()] == ["sid: SPARK_CONF_DIR"]
 

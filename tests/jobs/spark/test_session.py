@@ -57,7 +57,7 @@ def test_java_gets_its_own_settings_privately_and_leaves_nothing(tmp_path: Path)
         "PYSPARK_PYTHON": "/usr/bin/no-python",
         "JAVA_HOME": str(tmp_path / "no-java"),
     }
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", COMMAND, str(tmp_path / "out"), SECRETS[0]],
         env={**os.environ, **foreign},
         cwd=tmp_path / "cwd",
@@ -66,8 +66,8 @@ def test_java_gets_its_own_settings_privately_and_leaves_nothing(tmp_path: Path)
         check=False,
         timeout=300,
     )
-    assert told.returncode == 0, told.stderr
-    assert json.loads(told.stdout) == {
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
         "arrived": SECRETS[0],
         "theirs": "1",
         "python": sys.executable,
@@ -75,9 +75,9 @@ def test_java_gets_its_own_settings_privately_and_leaves_nothing(tmp_path: Path)
         "visible": False,
         "modes": ["0o0"],
     }
-    assert "PLANTED" not in told.stderr
+    assert "PLANTED" not in done.stderr
     for name in ("HADOOP_CONF_DIR", "SPARK_CONF_DIR", "SPARK_HOME", "PYSPARK_PYTHON", "JAVA_HOME"):
-        assert f"sid: {name}" in told.stderr
+        assert f"sid: {name}" in done.stderr
     assert list((tmp_path / "tmp").iterdir()) == []
     assert list((tmp_path / "cwd").iterdir()) == []
 
@@ -125,15 +125,15 @@ def test_a_night_writes_and_prints_no_credential(tmp_path: Path) -> None:
         str(tmp_path / "secret.toml"),
     ]
     flags = [flag for setting in settings for flag in ("--set", setting)]
-    told = subprocess.run(
+    done = subprocess.run(
         [*command, *flags, "--json", str(tmp_path / "facts.json")],
         capture_output=True,
         text=True,
         check=False,
         timeout=600,
     )
-    assert told.returncode == 0, told.stderr
-    assert "PLANTED" not in told.stdout + told.stderr + (tmp_path / "facts.json").read_text()
+    assert done.returncode == 0, done.stderr
+    assert "PLANTED" not in done.stdout + done.stderr + (tmp_path / "facts.json").read_text()
     configs = list(root.rglob("config.json"))
     assert configs
     assert all('"spark.hadoop.fs.s3a.secret.key": "***"' in path.read_text() for path in configs)

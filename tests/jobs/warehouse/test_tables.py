@@ -128,8 +128,8 @@ def test_a_table_made_before_an_optional_column_was_declared_gets_it_with_the_ne
     before = T.StructType([field for field in SEMANTIC_IDS.schema if not field.nullable])
     old = replace(SEMANTIC_IDS, schema=before)
     warehouse.append(old, warehouse.rows(old, [row("a")]))
-    assert [found["alternates"] for found in warehouse.read(SEMANTIC_IDS).collect()] == [None]
+    assert [stored["alternates"] for stored in warehouse.read(SEMANTIC_IDS).collect()] == [None]
     warehouse.merge(SEMANTIC_IDS, warehouse.rows(SEMANTIC_IDS, [row("b")]), update=True)
-    found = {row["item_id"]: row["alternates"] for row in warehouse.read(SEMANTIC_IDS).collect()}
-    assert found["a"] is None
-    assert [(level["codes"], level["weights"]) for level in found["b"]] == [([1], [255])] * 2
+    stored = {row["item_id"]: row["alternates"] for row in warehouse.read(SEMANTIC_IDS).collect()}
+    assert stored["a"] is None
+    assert [(level["codes"], level["weights"]) for level in stored["b"]] == [([1], [255])] * 2

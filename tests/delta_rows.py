@@ -1,4 +1,4 @@
-"""Releases and IDs of a warehouse as rows of plain Delta tables, written without Spark, and a registry beside them."""
+"""Rows of `releases` and `semantic_ids` as plain Delta tables, written without Spark, and a registry beside them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,7 @@ from jobs.models.versions import LOST_TAG, CodebookVersion, RegisteredVersion, c
 from jobs.read_config import load_config
 
 
-def silent(_: str) -> None: ...
-
-
-def tags(codebook_hash: str, **others: Any) -> dict[str, str]:
+def tags_of(codebook_hash: str, **others: Any) -> dict[str, str]:
     """The tags of a codebook version with this hash."""
     values: dict[str, Any] = {
         "levels": 2,
@@ -37,15 +34,15 @@ def tags(codebook_hash: str, **others: Any) -> dict[str, str]:
     return codebook_tags(codebook_hash=codebook_hash, **{**values, **others})
 
 
-def version(codebook_hash: str, number: int = 1, **others: Any) -> CodebookVersion:
+def version_of(codebook_hash: str, number: int = 1, **others: Any) -> CodebookVersion:
     """A codebook version with this hash, in no registry."""
-    return CodebookVersion.of(RegisteredVersion("m", number, "", tags(codebook_hash, **others)))
+    return CodebookVersion.of(RegisteredVersion("m", number, "", tags_of(codebook_hash, **others)))
 
 
-def add(registry: Registry, codebook_hash: str) -> RegisteredVersion:
+def add_codebook(registry: Registry, codebook_hash: str) -> RegisteredVersion:
     """Register a codebook version without files."""
     with registry.run("fit", load_config(), {}):
-        version = register_lost(registry, CODEBOOK_MODEL, tags(codebook_hash))
+        version = register_lost(registry, CODEBOOK_MODEL, tags_of(codebook_hash))
     registry.client.delete_model_version_tag(version.name, str(version.number), LOST_TAG)
     return version
 
@@ -58,8 +55,8 @@ def _empty_store() -> bytes:
         return Path(folder, "mlflow.db").read_bytes()
 
 
-def opened(root: Path, *settings: str) -> Registry:
-    """The registry of a warehouse there; by default one of its own."""
+def registry_at(root: Path, *settings: str) -> Registry:
+    """The registry of the warehouse at `root`; by default one of its own."""
     root.mkdir(exist_ok=True)
     store = root / "mlflow.db"
     if not settings and not store.exists():
@@ -69,16 +66,16 @@ def opened(root: Path, *settings: str) -> Registry:
     return open_registry(load_config(overrides=settings, warehouse=str(root)), str(root))
 
 
-def release(registry: Registry, *made: tuple[int, str, str]) -> None:
-    """The releases of these versions, hashes and statuses, in order."""
-    numbers = range(1, len(made) + 1)
+def write_releases(registry: Registry, *rows: tuple[int, str, str]) -> None:
+    """The releases of these codebook versions, hashes and statuses, in order."""
+    numbers = range(1, len(rows) + 1)
     columns = {
         "release_id": pa.array(numbers, pa.int64()),
-        "codebook_version": pa.array([version for version, _, _ in made], pa.int32()),
-        "codebook_hash": pa.array([name for _, name, _ in made]),
-        "table_versions": pa.array([[("semantic_ids", 1)]] * len(made), pa.map_(pa.string(), pa.int64())),
+        "codebook_version": pa.array([version for version, _, _ in rows], pa.int32()),
+        "codebook_hash": pa.array([codebook_hash for _, codebook_hash, _ in rows]),
+        "table_versions": pa.array([[("semantic_ids", 1)]] * len(rows), pa.map_(pa.string(), pa.int64())),
         "previous": pa.array([n - 1 or None for n in numbers], pa.int64()),
-        "status": pa.array([status for _, _, status in made]),
+        "status": pa.array([status for _, _, status in rows]),
         "at": pa.array([datetime(2026, 1, n, tzinfo=UTC) for n in numbers], pa.timestamp("us", "UTC")),
     }
     write_deltalake(f"{registry.root}/releases", pa.table(columns))
@@ -89,7 +86,7 @@ def write_ids(registry: Registry, *rows: tuple[int, str]) -> None:
     table = pa.table(
         {
             "codebook_version": pa.array([version for version, _ in rows], pa.int32()),
-            "codebook_hash": [name for _, name in rows],
+            "codebook_hash": [codebook_hash for _, codebook_hash in rows],
         }
     )
     write_deltalake(f"{registry.root}/semantic_ids", table, partition_by=["codebook_version"], mode="append")
