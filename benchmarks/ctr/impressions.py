@@ -44,6 +44,11 @@ class ItemTokens:
     table_rows: int
     fields: tuple[int, ...]
 
+    def level_rows(self) -> list[Tensor]:
+        """The rows of the tokens of each level; the last field, which is the whole tuple of codes, is none."""
+        fields = torch.split(self.rows, list(self.fields), dim=1)[:-1]
+        return [rows[rows > 0] for rows in (torch.unique(field) for field in fields)]
+
     def of(self, item: Tensor) -> Items:
         """The items of these rows, of any shape."""
         return Items(item, self.rows[item], self.weights[item])

@@ -29,14 +29,17 @@ class ItemEmbedding(nn.Module):
             self.item[0] = self.token[0] = 0.0
 
     @torch.no_grad()
-    def spread(self, level_rows: Sequence[slice]) -> None:
+    def spread(self, level_rows: Sequence[slice | Tensor]) -> None:
         """Start coarse to fine (ours): the tokens of level 1 far apart, those of each further level a third as far.
 
         From the first step, items that share coarse codes then fall into the same interest clusters, and others do not.
         With all vectors near zero every item has the same assignment, and gradients hardly tell them apart.
+
+        Args:
+            level_rows: Of each level, the rows of its codes' tokens; as slices or as row numbers.
         """
         for level, rows in enumerate(level_rows):
-            self.token[rows].normal_(std=COARSEST_STD / 3**level)
+            self.token[rows] = torch.randn_like(self.token[rows]) * (COARSEST_STD / 3**level)
 
     def forward(self, items: Items) -> Tensor:
         """Items of shape (...) -> (..., D)"""
