@@ -54,7 +54,9 @@ def write_demo_data(
 
 
 def best_auc(folder: Path) -> float:
-    """AUC of the probabilities that the clicks were drawn with, on the test split: no model can be expected to do better."""
+    """AUC of the probabilities that the clicks were drawn with, on the test split: no model can be expected to do
+    better.
+    """
     return float(json.loads((folder / TRUTH).read_text())["best_auc"])
 
 

@@ -1,7 +1,8 @@
 """train: interactions + `semantic_ids` of a release -> `ctr_examples` and the CTR model (DMQN).
 
-Spark writes the examples with the codes of their items joined in; training reads them from the files, batch by batch, so
-neither the log nor the catalogue is ever in memory. The control, where it is asked for, is the same model without tokens.
+Spark writes the examples with the codes of their items joined in; training reads them from the files, batch by batch,
+so neither the log nor the catalogue is ever in memory. The control, where it is asked for, is the same model without
+tokens.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ WITH_IDS, WITHOUT_IDS = "semantic IDs", "no IDs"
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A metric that is None is undefined, or of a control that was not trained. Without a `version` the log had no rows and
-    nothing was trained."""
+    """A metric that is None is undefined, or of a control that was not trained. Without a `version` the log had no rows
+    and nothing was trained.
+    """
 
     version: int | None
     auc: float | None
@@ -88,8 +90,9 @@ class TrainResult:
         if self.passed:
             return None
         return (
-            f"CTR model version {self.version} did not pass the gate: {'; '.join(self.reasons)}. Version {self.champion} stays; "
-            "change the data or train.*, or the limits under ctr_gate.* if they are wrong for your log"
+            f"CTR model version {self.version} did not pass the gate: {'; '.join(self.reasons)}. Version "
+            f"{self.champion} stays; change the data or train.*, or the limits under ctr_gate.* if they are wrong for "
+            "your log"
         )
 
     def summary(self) -> str:
@@ -248,8 +251,9 @@ def _verdict(
     groups: tuple[ExampleRowGroup, ...],
     test: Scores,
 ) -> CtrVerdict:
-    """The gate's verdict on scores of the test split. A champion of another codebook scores the same impressions with codes of
-    its own. The first model passes."""
+    """The gate's verdict on scores of the test split. A champion of another codebook scores the same impressions with
+    codes of its own. The first model passes.
+    """
     if champion is None:
         return CtrVerdict((), {})
     limits = CtrLimits(**config.ctr_gate.model_dump())
@@ -311,10 +315,27 @@ def _fit(
 
 def _nothing(log: Log) -> TrainResult:
     return TrainResult(
-        version=None, auc=None, auc_control=None, gauc=None, gauc_control=None, gauc_users=0, log_loss=None,
-        log_loss_control=None, calibration=None, auc_cold=None, rows_in=log.rows_in, rows_used=0, dropped=log.dropped, examples=0, without_negative=0, items=0,
-        without_id=0, share_without_id=0.0, note=log.note, nothing_to_do=True,
-    )  # fmt: skip
+        version=None,
+        auc=None,
+        auc_control=None,
+        gauc=None,
+        gauc_control=None,
+        gauc_users=0,
+        log_loss=None,
+        log_loss_control=None,
+        calibration=None,
+        auc_cold=None,
+        rows_in=log.rows_in,
+        rows_used=0,
+        dropped=log.dropped,
+        examples=0,
+        without_negative=0,
+        items=0,
+        without_id=0,
+        share_without_id=0.0,
+        note=log.note,
+        nothing_to_do=True,
+    )
 
 
 def _metrics(result: TrainResult) -> dict[str, float]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Items:
-    """Items by the rows of the embedding tables they are the sum of; `...` is (B, S) for behaviours, (n,) for candidates.
+    """Items by the rows of the embedding tables they are the sum of; `...` is (B, S) for behaviours, (n,) for
+    candidates.
 
     Attributes:
         item: (...) int64, row of the item table, 0 is padding.
@@ -34,9 +35,9 @@ class Items:
 class UserBatch:
     """B users with up to S behaviours each, and n impressions of these users.
 
-    Behaviours stand in order of time from position 0; `length` of each user's S positions are used, the rest is padding.
-    The history of an impression is the positions [first, last) of its user: what happened strictly before it, cut to
-    the latest `train.history`.
+    Behaviours stand in order of time from position 0; `length` of each user's S positions are used, the rest is
+    padding. The history of an impression is the positions [first, last) of its user: what happened strictly before it,
+    cut to the latest `train.history`.
 
     Attributes:
         behaviours: Items of shape (B, S).

@@ -1,8 +1,9 @@
 """`ctr_examples`: one row a user and part, with the user's behaviours and the impressions to learn from.
 
-Everything about an impression is as of its moment: its history ends, and its features count, strictly before it. For clicks
-and sampled negatives alike. Spark joins, counts and sorts; tasks then see the rows of some whole users at a time, with the
-codes of their items joined in, so that no process holds the log or the catalogue. The rows of one user are in memory at once.
+Everything about an impression is as of its moment: its history ends, and its features count, strictly before it. For
+clicks and sampled negatives alike. Spark joins, counts and sorts; tasks then see the rows of some whole users at a
+time, with the codes of their items joined in, so that no process holds the log or the catalogue. The rows of one user
+are in memory at once.
 """
 
 from __future__ import annotations
@@ -68,22 +69,27 @@ def build_examples(rows: DataFrame, ids: DataFrame, log: Log, train: TrainConfig
 
 
 def item_codes(ids: DataFrame) -> DataFrame:
-    """item_id, codes, weights of the items of a codebook: the alternates of each level one after the other, most probable
-    first but for the item's own code, which is the first of its level. Where `alternates` are absent, only that one has weight.
+    """item_id, codes, weights of the items of a codebook: the alternates of each level one after the other, most
+    probable first but for the item's own code, which is the first of its level. Where `alternates` are absent, only
+    that one has weight.
     """
     one = F.transform("codes", lambda code: F.lit(FULL_WEIGHT).cast("smallint"))
     if "alternates" not in ids.columns:
         return ids.select("item_id", "codes", one.alias("weights"))
     soft = F.size("alternates") > 0  # false for null
     codes, weights = F.flatten("alternates.codes"), F.flatten("alternates.weights")
-    return ids.select("item_id", F.when(soft, codes).otherwise(F.col("codes")).alias("codes"), F.when(soft, weights).otherwise(one).alias("weights"))  # fmt: skip
+    return ids.select(
+        "item_id",
+        F.when(soft, codes).otherwise(F.col("codes")).alias("codes"),
+        F.when(soft, weights).otherwise(one).alias("weights"),
+    )
 
 
 def user_rows(events: pa.RecordBatch, history: int) -> pa.RecordBatch:
     """Rows of `ctr_examples` from the events of some whole users, in order of user and ts.
 
-    Behaviours are the clicks of the log; what was sampled is none. The last part of a user has also the behaviours after the
-    last impression.
+    Behaviours are the clicks of the log; what was sampled is none. The last part of a user has also the behaviours
+    after the last impression.
     """
     column = {
         name: events.column(name).to_numpy(zero_copy_only=False)
@@ -147,7 +153,10 @@ def user_rows(events: pa.RecordBatch, history: int) -> pa.RecordBatch:
 
 def _items(events: pa.RecordBatch, rows: Int64) -> dict[str, pa.Array]:
     taken = events.select(["item_id", "ts", "codes", "weights"]).take(pa.array(rows))
-    return {name: array.fill_null([]) if name in ("codes", "weights") else array for name, array in zip(taken.schema.names, taken, strict=True)}  # fmt: skip
+    return {
+        name: array.fill_null([]) if name in ("codes", "weights") else array
+        for name, array in zip(taken.schema.names, taken, strict=True)
+    }
 
 
 def _lists(fields: dict[str, pa.Array], names: list[str], lengths: Int64) -> pa.ListArray:

@@ -12,8 +12,8 @@ EXACT_TO = 0.001  # of the rows: by how much the share before a split moment may
 
 
 def split_moments(rows: DataFrame) -> tuple[int, int]:
-    """First moments of validation and test of a log with a clock: the last two tenths of its rows, or where those fall on
-    one moment (a log of a few days) its last two moments.
+    """First moments of validation and test of a log with a clock: the last two tenths of its rows, or where those fall
+    on one moment (a log of a few days) its last two moments.
 
     Each pass over `rows` counts them in BUCKETS equal intervals and then looks only into the interval that holds the
     moment, until that interval has at most EXACT_TO of the rows or is one moment. So the driver never has more than
@@ -48,8 +48,9 @@ def _moment_at(rows: DataFrame, low: int, high: int, total: int, share: float) -
 
 
 def with_split(events: DataFrame, moments: tuple[int, int] | None) -> DataFrame:
-    """`events` with the column `split`. Without `moments` (positions, which only order the events of one user) each user
-    gives the last tenth of their own moments, at least one, to the test, and as many before them to validation."""
+    """`events` with the column `split`. Without `moments` (positions, which only order the events of one user) each
+    user gives the last tenth of their own moments, at least one, to the test, and as many before them to validation.
+    """
     if moments is not None:
         validation, test = moments
         is_test, is_validation = F.col("ts") >= test, F.col("ts") >= validation

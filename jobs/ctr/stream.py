@@ -1,8 +1,8 @@
 """Batches of users from the files of `ctr_examples`, for training and scoring in bounded memory.
 
-Row groups are read in random order. Those of a window, WINDOW behaviours and impressions or the largest row group, are in
-memory at once; their users are sorted by length and cut into batches of a size, and the batches shuffled. The next batch is
-made in a thread while the current one is used.
+Row groups are read in random order. Those of a window, WINDOW behaviours and impressions or the largest row group, are
+in memory at once; their users are sorted by length and cut into batches of a size, and the batches shuffled. The next
+batch is made in a thread while the current one is used.
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ class ExampleRowGroup(RowGroup):
 
 @dataclass(frozen=True)
 class ExampleStream:
-    """Batches of the impressions of one split, each time that it is iterated over; the same ones for the same seed and epoch.
+    """Batches of the impressions of one split, each time that it is iterated over; the same ones for the same seed and
+    epoch.
 
     Attributes:
         groups: What to read: `row_groups` of the files of a version of `ctr_examples`.
         split: Which impressions: "train", "validation" or "test".
         inputs: How items and histories become what the model reads.
-        batch_positions: Behaviours and impressions of a batch, padding included. A row of the table is never cut: a longer one
-            is a batch by itself.
+        batch_positions: Behaviours and impressions of a batch, padding included. A row of the table is never cut: a
+            longer one is a batch by itself.
         shuffle: In random order; without it in the order of the files, for scoring.
         seed, epoch: What the random order depends on.
         rank, world: Of `world` processes this one reads its share of the row groups.
@@ -104,7 +105,9 @@ def _windows(groups: Sequence[ExampleRowGroup]) -> Iterator[list[ExampleRowGroup
 
 
 def _cut(behaviours: Int64, impressions: Int64, size: int, random: np.random.Generator | None) -> Iterator[Int64]:
-    """Numbers of users of like length, so many that users x longest behaviours + impressions is at most `size`, or one."""
+    """Numbers of users of like length, so many that users x longest behaviours + impressions is at most `size`, or
+    one.
+    """
     length = behaviours.astype(np.float64)
     if random is not None:
         noise = random.random(len(length))

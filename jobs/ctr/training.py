@@ -43,7 +43,10 @@ class Progress:
     validation_auc: float | None = None
 
     def __str__(self) -> str:
-        text = f"epoch {self.epoch}, {self.examples:,} examples, {self.examples_per_second:,.0f} a second, loss {self.loss:.4f}"
+        text = (
+            f"epoch {self.epoch}, {self.examples:,} examples, {self.examples_per_second:,.0f} a second, "
+            f"loss {self.loss:.4f}"
+        )
         return text if self.validation_auc is None else f"{text}, validation AUC {self.validation_auc:.4f}"
 
 
@@ -73,11 +76,13 @@ def train(
     checkpoint: TrainingCheckpoint | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Trained:
-    """Train with Adam until the validation AUC of an epoch is not above the best so far, at most `epochs`; keep the best.
+    """Train with Adam until the validation AUC of an epoch is not above the best so far, at most `epochs`; keep the
+    best.
 
-    Random numbers of a step depend on seed, process, epoch and number of the batch only, so a run that is killed and goes
-    on from its checkpoint does the same steps as one that is not. Where torch.distributed is initialized, each process
-    gives its own share of `batches` and `validation`; a step uses the mean gradient over the examples of all processes.
+    Random numbers of a step depend on seed, process, epoch and number of the batch only, so a run that is killed and
+    goes on from its checkpoint does the same steps as one that is not. Where torch.distributed is initialized, each
+    process gives its own share of `batches` and `validation`; a step uses the mean gradient over the examples of all
+    processes.
 
     Args:
         batches: The training batches of an epoch (from 0); the same for the same epoch.
@@ -171,15 +176,17 @@ class _Run:
         if total:
             if not math.isfinite(value):
                 raise TrainingDiverged(
-                    f"training diverged: with train.learning_rate = {self.learning_rate:g} the loss is {value / total} in epoch "
-                    f"{self.epoch + 1}; expected a number. Lower it"
+                    f"training diverged: with train.learning_rate = {self.learning_rate:g} the loss is "
+                    f"{value / total} in epoch {self.epoch + 1}; expected a number. Lower it"
                 )
             self.optimizer.step()
             self.loss += value
         return total
 
     def average_gradients(self, own: int, loss: float) -> tuple[int, float]:
-        """Gradients become the mean over the examples of all processes; the number of examples and the sum of losses."""
+        """Gradients become the mean over the examples of all processes; the number of examples and the sum of
+        losses.
+        """
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in parameters:
             if parameter.grad is None:

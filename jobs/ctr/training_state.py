@@ -76,9 +76,14 @@ class TrainingCheckpoint:
             for name, value in getattr(state, part).items()
         }
         numbers = {
-            "format": FORMAT, "key": self.key, "epoch": state.epoch, "batch": state.batch, "examples": state.examples,
-            "loss": state.loss, "validation_auc": state.validation_auc,
-        }  # fmt: skip
+            "format": FORMAT,
+            "key": self.key,
+            "epoch": state.epoch,
+            "batch": state.batch,
+            "examples": state.examples,
+            "loss": state.loss,
+            "validation_auc": state.validation_auc,
+        }
         filesystem, path = filesystem_of(self.uri)
         tensors["numbers"] = torch.frombuffer(bytearray(json.dumps(numbers).encode()), dtype=torch.uint8)
         filesystem.create_dir(path.rpartition("/")[0], recursive=True)

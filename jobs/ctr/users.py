@@ -1,4 +1,6 @@
-"""Rows that Spark sorted by user, as tables that hold whole users: what tasks compute per user, they compute on these."""
+"""Rows that Spark sorted by user, as tables that hold whole users: what tasks compute per user, they compute on
+these.
+"""
 
 from __future__ import annotations
 

@@ -30,9 +30,20 @@ from jobs.warehouse.tables import CTR_EXAMPLES, USER_INTERESTS
 
 HISTORY = 4
 CODEBOOK = CodebookVersion(
-    number=1, hash="c" * 64, levels=2, components=8, dim=4, method="annealed", fit_key="", started_from=None,
-    started_from_version=None, table_versions={}, run_date=date(2026, 1, 1), name="semantic-id-codebook", run_id="",
-)  # fmt: skip
+    number=1,
+    hash="c" * 64,
+    levels=2,
+    components=8,
+    dim=4,
+    method="annealed",
+    fit_key="",
+    started_from=None,
+    started_from_version=None,
+    table_versions={},
+    run_date=date(2026, 1, 1),
+    name="semantic-id-codebook",
+    run_id="",
+)
 
 
 def write_examples(warehouse: Warehouse, seed: int, users: int, codebook_hash: str = CODEBOOK.hash) -> None:

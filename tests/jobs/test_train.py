@@ -1,4 +1,6 @@
-"""Interactions against the catalogue and the warehouse: ids that match, paths and formats, and when examples are built anew."""
+"""Interactions against the catalogue and the warehouse: ids that match, paths and formats, and when examples are
+built anew.
+"""
 
 from __future__ import annotations
 

@@ -64,7 +64,12 @@ def test_impressions_are_what_a_loop_over_the_events_gives(events: list[Event], 
                 (event.ts, f"i{event.item}") for event in clicks[len(clicks) - len(found) :]
             )
             assert len(found) == min(history, len(clicks))
-            expected = [np.log1p(len(clicks)), (len(clicks) + 1) / (len(before) + 4), np.log1p(item), (item // 2 + 1) / (item + 4)]  # fmt: skip
+            expected = [
+                np.log1p(len(clicks)),
+                (len(clicks) + 1) / (len(before) + 4),
+                np.log1p(item),
+                (item // 2 + 1) / (item + 4),
+            ]
             np.testing.assert_allclose(one["features"], expected, rtol=1e-6)
             assert (one["codes"], one["weights"], one["shown"]) == (codes_of(item), weights_of(item), item + 1)
             assert one["split"] == Event(user, one["ts"], item, 0).split
@@ -148,7 +153,9 @@ def examples_of(frame: pd.DataFrame, path: Path, spark: SparkSession, **train: o
     config = TrainConfig(interactions=str(path / "log.parquet"), **train)
     log = examine(open_source(config.interactions), config, spark)
     items = frame["item_id"].drop_duplicates().astype(str).tolist()
-    ids = spark.createDataFrame([(item, [int(item) % 8, int(item) // 8]) for item in items if int(item) % 3], "item_id STRING, codes ARRAY<INT>")  # fmt: skip
+    ids = spark.createDataFrame(
+        [(item, [int(item) % 8, int(item) // 8]) for item in items if int(item) % 3], "item_id STRING, codes ARRAY<INT>"
+    )
     built = build_examples(read_rows(log, spark), item_codes(ids), log, config)
     found = built.select("user_id", "behaviours.item_id", F.explode("impressions").alias("one"))
     table = found.select("user_id", F.col("item_id").alias("behaviours"), "one.*").toPandas()
@@ -170,8 +177,9 @@ def shown_by(examples: pd.DataFrame) -> pd.DataFrame:
 
 
 def away_from_chance(examples: pd.DataFrame) -> dict[str, float]:
-    """How far the AUC of what an example shows is from 0.5 on the test split, in standard errors of independent labels; the
-    AUC of each column by itself and of a model trained on all of them."""
+    """How far the AUC of what an example shows is from 0.5 on the test split, in standard errors of independent labels;
+    the AUC of each column by itself and of a model trained on all of them.
+    """
     seen, label = shown_by(examples), examples["label"].to_numpy()
     test = (examples["split"] == "test").to_numpy()
     clicks, others = label[test].sum(), (1 - label[test]).sum()

@@ -361,5 +361,9 @@ def test_what_is_known_of_a_log_is_read_back() -> None:
     again = Log.from_json(result.to_json(), result.source)
     assert again.seen_before
     assert (again.reading, again.rows_in, again.rows_used, again.dropped, again.note) == (
-        result.reading, result.rows_in, result.rows_used, result.dropped, result.note,
-    )  # fmt: skip
+        result.reading,
+        result.rows_in,
+        result.rows_used,
+        result.dropped,
+        result.note,
+    )

@@ -1,4 +1,6 @@
-"""Batches from files of `ctr_examples`: every impression once, with the history that a loop gives it, in any division."""
+"""Batches from files of `ctr_examples`: every impression once, with the history that a loop gives it, in any
+division.
+"""
 
 from __future__ import annotations
 
@@ -56,10 +58,13 @@ def impressions_of(batch: UserBatch) -> list[tuple[object, ...]]:
         behaviours = zip(batch.behaviour_time[user, history], batch.behaviours.item[user, history], strict=True)
         found.append(
             (
-                int(batch.user_number[n]), int(batch.time[n]), int(batch.candidates.item[n]), int(batch.label[n]),
+                int(batch.user_number[n]),
+                int(batch.time[n]),
+                int(batch.candidates.item[n]),
+                int(batch.label[n]),
                 tuple(sorted((int(ts), int(item)) for ts, item in behaviours)),
             )
-        )  # fmt: skip
+        )
     return found
 
 

@@ -55,9 +55,11 @@ def test_auc_gauc_and_log_loss_are_those_of_scikit_learn(rows: list[tuple[int, i
 
 def test_calibration_and_the_cold_slice() -> None:
     scores = Scores(
-        label=np.array([1, 0, 1, 0], np.float32), score=np.array([0.9, 0.3, 0.2, 0.6]), user=np.zeros(4, np.int64),
+        label=np.array([1, 0, 1, 0], np.float32),
+        score=np.array([0.9, 0.3, 0.2, 0.6]),
+        user=np.zeros(4, np.int64),
         shown=np.array([9, 5, 4, 0]),
-    )  # fmt: skip
+    )
     metrics = measure(scores)
     assert metrics.calibration == pytest.approx(0.5 / 0.5)
     assert metrics.auc_cold == 0.0  # of the last two
@@ -270,8 +272,10 @@ def joined(a: UserBatch, b: UserBatch) -> UserBatch:
     def both(x: Items, y: Items) -> Items:
         return Items(*(torch.cat([getattr(x, name), getattr(y, name)]) for name in ("item", "tokens", "weights")))
 
-    whole = {name: torch.cat([getattr(a, name), getattr(b, name)]) for name in
-             ("behaviour_time", "length", "first", "last", "time", "features", "label", "shown", "user_number")}  # fmt: skip
+    whole = {
+        name: torch.cat([getattr(a, name), getattr(b, name)])
+        for name in ("behaviour_time", "length", "first", "last", "time", "features", "label", "shown", "user_number")
+    }
     user = torch.cat([a.user, b.user + len(a.length)])
     return UserBatch(
         behaviours=both(a.behaviours, b.behaviours), candidates=both(a.candidates, b.candidates), user=user, **whole
@@ -285,9 +289,11 @@ def test_two_processes_are_one_with_batches_twice_as_large(tmp_path: Path) -> No
         port = str(free.getsockname()[1])
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
-        subprocess.Popen([sys.executable, "-c", WORKER, __file__, str(file)], env={**os.environ, **address, "RANK": str(rank)})
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, __file__, str(file)], env={**os.environ, **address, "RANK": str(rank)}
+        )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     two, one = load_file(str(file)), trained_without_noise(0, 1)
     torch.testing.assert_close(two.pop("auc"), torch.tensor(one.validation_auc))
