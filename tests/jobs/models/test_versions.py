@@ -55,7 +55,12 @@ CODEBOOK = CodebookVersion(
 )
 RESULT = {"auc": 0.7, "dropped": {"null_item": 1}, "note": "a note", "version": None}
 CTR_TAGS = ctr_tags(
-    codebook=CODEBOOK, train_key="key", table_versions={"semantic_ids": 5}, run_date=date(2026, 1, 2), result=RESULT
+    codebook=CODEBOOK,
+    train_key="key",
+    passed=True,
+    table_versions={"semantic_ids": 5},
+    run_date=date(2026, 1, 2),
+    result=RESULT,
 )
 
 
@@ -97,8 +102,17 @@ def test_a_ctr_version_is_read_back_from_its_tags_and_names_its_codebook() -> No
     version = CtrVersion.of(RegisteredVersion("dmqn-ctr", 7, "run", CTR_TAGS))
     assert (version.number, version.name, version.run_id) == (7, "dmqn-ctr", "run")
     assert (version.codebook_version, version.codebook_hash) == (CODEBOOK.number, CODEBOOK.hash)
-    assert (version.train_key, version.table_versions) == ("key", {"semantic_ids": 5})
+    assert (version.train_key, version.passed, version.table_versions) == ("key", True, {"semantic_ids": 5})
     assert (version.run_date, version.result) == (date(2026, 1, 2), RESULT)
+
+
+@pytest.mark.parametrize("verdict", ["failed", None])
+def test_a_ctr_version_that_no_gate_has_passed_is_not_passed(verdict: str | None) -> None:
+    """Also those from before there was a gate."""
+    tags = {name: value for name, value in CTR_TAGS.items() if name != "verdict"} | (
+        {"verdict": verdict} if verdict else {}
+    )
+    assert not CtrVersion.of(RegisteredVersion("dmqn-ctr", 7, "run", tags)).passed
 
 
 @pytest.mark.parametrize("tag", ["codebook_hash", "codebook_version", "run_date"])
