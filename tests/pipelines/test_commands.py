@@ -90,7 +90,7 @@ def test_releases_are_counted_from_one() -> None:
 
 def test_the_stages_of_both_commands_are_the_same() -> None:
     names = {command.callback.__name__ for command in stages.registered_commands if command.callback}
-    assert names == {"load", "fit", "encode", "evaluate", "train"}
+    assert names == {"load", "fit", "encode", "evaluate", "train", "cache"}
     assert names <= {command.callback.__name__ for command in app.registered_commands if command.callback}
 
 
