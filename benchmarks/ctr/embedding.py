@@ -41,13 +41,14 @@ class Inputs:
 class ItemVectors(nn.Module):
     """Items as F fields (..., F, D), or as the sum of these: the item id, each field of its tokens, its embedding.
 
-    Ids and tokens are those of the job's `ItemEmbedding`; the embedding, projected to D, is for the comparison only.
+    Ids and tokens are those of the job's `ItemEmbedding`, which start as there; the embedding, projected to D, is for the comparison only.
     """
 
     def __init__(self, inputs: Inputs) -> None:
         super().__init__()
         self.item_ids, self.sizes = inputs.item_ids, inputs.tokens.fields
         self.tables = ItemEmbedding(1 + inputs.items * inputs.item_ids, inputs.tokens.table_rows, inputs.width)
+        self.tables.spread(inputs.tokens.level_rows())
         self.vectors: Tensor | None
         self.register_buffer("vectors", inputs.vectors, persistent=False)
         self.project = None if inputs.vectors is None else nn.Linear(inputs.vectors.shape[1], inputs.width, bias=False)

@@ -72,17 +72,10 @@ class Row:
     seconds_per_step: float
 
 
-def dmqn(inputs: Inputs) -> DMQN:
-    """The job's model, with the start of its tokens."""
-    items = ItemVectors(inputs)
-    items.tables.spread(inputs.tokens.level_rows())
-    return DMQN(items, DMQNShape(features=inputs.features, width=inputs.width))
-
-
 def makers(catalogue: Catalogue, category: Tensor | None) -> dict[str, Make]:
     """Every model by name. `category` of the items, where the data has one."""
     models: dict[str, Make] = {
-        "dmqn": dmqn,
+        "dmqn": lambda inputs: DMQN(ItemVectors(inputs), DMQNShape(features=inputs.features, width=inputs.width)),
         "fnn": FNN,
         "ipnn": IPNN,
         "mean-pooling": MeanPooling,
