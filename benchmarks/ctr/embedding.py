@@ -41,7 +41,8 @@ class Inputs:
 class ItemVectors(nn.Module):
     """Items as F fields (..., F, D), or as the sum of these: the item id, each field of its tokens, its embedding.
 
-    Ids and tokens are those of the job's `ItemEmbedding`, which start as there; the embedding, projected to D, is for the comparison only.
+    Ids and tokens are those of the job's `ItemEmbedding`, and start as they do there; the embedding, projected to D, is
+    for the comparison only.
     """
 
     def __init__(self, inputs: Inputs) -> None:
