@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 
+from jobs.ctr.batch import Items
 from jobs.ctr.dmqn import DMQN, DMQNShape
 from jobs.ctr.embedding import ItemEmbedding
 from jobs.ctr.tokens import TokenScheme
@@ -41,6 +44,16 @@ class CtrModel:
     inputs: ModelInputs
     codebook_hash: str
     digest: str
+
+    @cached_property
+    def interest_shapes(self) -> tuple[torch.Size, ...]:
+        """Shape (N, ...) of one history in each tensor of `Interests`."""
+        tokens = torch.zeros(0, 0)
+        nothing = Items(torch.zeros(0, dtype=torch.int64), tokens.long(), tokens)
+        zero = torch.zeros(1, dtype=torch.int64)
+        with torch.no_grad():
+            interests = self.model.user_interests(nothing, zero, zero)
+        return tuple(getattr(interests, field.name)[:, 0].shape for field in fields(interests))
 
 
 def new_model(inputs: ModelInputs, shape: DMQNShape) -> DMQN:

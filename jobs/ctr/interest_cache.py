@@ -127,17 +127,8 @@ def newest_batch(ctr: CtrModel, users: pa.Table) -> UserBatch:
 
 
 def entry_bytes(ctr: CtrModel) -> int:
-    return 4 * sum(size for _, size in _layout(ctr))
-
-
-def _layout(ctr: CtrModel) -> list[tuple[torch.Size, int]]:
-    """Shape (N, ...) of one history, and its number of values, for each tensor of `Interests`."""
-    none = torch.zeros(0, 0)
-    nothing = Items(torch.zeros(0, dtype=torch.int64), none.long(), none)
-    zero = torch.zeros(1, dtype=torch.int64)
-    with torch.no_grad():
-        example = ctr.model.user_interests(nothing, zero, zero)
-    return [(one[:, 0].shape, one[:, 0].numel()) for one in _tensors(example)]
+    """The size of an entry's `interests`."""
+    return 4 * sum(shape.numel() for shape in ctr.interest_shapes)
 
 
 def _tensors(interests: Interests) -> list[Tensor]:
@@ -151,7 +142,7 @@ def _packed(interests: Interests) -> Tensor:
 
 
 def _unpacked(ctr: CtrModel, flat: Tensor) -> Interests:
-    layout = _layout(ctr)
-    parts = flat.split([size for _, size in layout], dim=1)
-    shaped = (part.reshape(-1, *shape) for part, (shape, _) in zip(parts, layout, strict=True))
+    """(Q, values) -> the interests of Q histories"""
+    parts = flat.split([shape.numel() for shape in ctr.interest_shapes], dim=1)
+    shaped = (part.reshape(-1, *shape) for part, shape in zip(parts, ctr.interest_shapes, strict=True))
     return Interests(*(part.transpose(0, 1) for part in shaped))
