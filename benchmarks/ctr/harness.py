@@ -32,7 +32,7 @@ from benchmarks.ctr.fnn import FNN
 from benchmarks.ctr.generated import generate
 from benchmarks.ctr.hstu import HSTU
 from benchmarks.ctr.impressions import Batches, Impressions, Split, read_log
-from benchmarks.ctr.intervals import COLD, Scored, difference
+from benchmarks.ctr.intervals import difference
 from benchmarks.ctr.ipnn import IPNN
 from benchmarks.ctr.linear_attention import LinearAttention
 from benchmarks.ctr.pooling import MeanPooling
@@ -40,7 +40,7 @@ from benchmarks.ctr.sim import SIM
 from benchmarks.ctr.sources import SOURCES, Catalogue, read_catalogue
 from benchmarks.vectors import WrongVectors
 from jobs.ctr.dmqn import DMQN, DMQNShape
-from jobs.ctr.metrics import auc, gauc, log_loss
+from jobs.ctr.metrics import COLD, Scores, auc, measure
 from tokenizer.kernels import without_denormals
 
 LEARNING_RATES = (3e-3, 1e-3)  # each row trains with both, the better one on the validation split counts
@@ -53,7 +53,7 @@ PATIENCE = 4  # checks without a better AUC after which training ends
 MODELS = ("dmqn", "fnn", "ipnn", "mean-pooling", "din", "sim-code", "sim-category", "hstu", "linear-attention")
 WITHOUT_BEHAVIOURS = ("fnn", "ipnn")
 Make = Callable[[Inputs], nn.Module]
-Scores = dict[tuple[str, str, bool], list[Scored]]  # by model, source, with embedding; of each seed
+TestScores = dict[tuple[str, str, bool], list[Scores]]  # by model, source, with embedding; of each seed
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ def makers(catalogue: Catalogue, category: Tensor | None) -> dict[str, Make]:
     return models
 
 
-def scored(model: nn.Module, batches: Batches, rows: npt.NDArray[np.int64], log: Impressions) -> Scored:
+def scored(model: nn.Module, batches: Batches, rows: npt.NDArray[np.int64], log: Impressions) -> Scores:
     """The impressions `rows` under a model."""
     model.eval()
     score = np.empty(len(log.user))
     with torch.no_grad():
         for own in batches.groups():
             score[own] = model(batches.batch(own)).sigmoid().double().numpy()
-    return Scored(log.label[rows].astype(np.float32), score[rows], log.user[rows], log.shown[rows])
+    return Scores(log.label[rows].astype(np.float32), score[rows], log.user[rows], log.shown[rows])
 
 
 def trained(
@@ -123,7 +123,8 @@ def trained(
         seconds, steps = seconds + time.perf_counter() - began, steps + 1
         if steps % CHECK and steps < len(groups):
             continue
-        value, since = scored(model, validation, rows, log).auc, since + 1
+        checked = scored(model, validation, rows, log)
+        value, since = auc(checked.label, checked.score), since + 1
         if value > best_auc:
             best, best_auc, since = copy.deepcopy(model.state_dict()), value, 0
         if since >= PATIENCE or not math.isfinite(loss.item()):
@@ -140,21 +141,21 @@ def batches_of(name: str, inputs: Inputs, log: Impressions, split: Split, histor
 
 def measured(
     name: str, make: Make, source: str, with_embedding: bool, seed: int, inputs: Inputs, log: Impressions, history: int
-) -> tuple[Row, Scored]:
+) -> tuple[Row, Scores]:
     """A model trained with each learning rate; the one with the better validation AUC on the test split."""
     runs = [trained(make, name, inputs, log, rate, seed, history) for rate in LEARNING_RATES]
     model, _, seconds = max(runs, key=lambda run: run[1])
     test = scored(model, batches_of(name, inputs, log, "test", history, seed), log.of("test"), log)
-    cold = test.shown < COLD
+    metrics = measure(test)
     return Row(
         model=name,
         source=source,
         with_embedding=with_embedding,
         seed=seed,
-        auc=test.auc,
-        gauc=gauc(test.user, test.label, test.score)[0],
-        log_loss=log_loss(test.label, test.score),
-        auc_cold=auc(test.label[cold], test.score[cold]),
+        auc=metrics.auc,
+        gauc=metrics.gauc,
+        log_loss=metrics.log_loss,
+        auc_cold=metrics.auc_cold,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         seconds_per_step=seconds,
     ), test
@@ -170,10 +171,10 @@ def compared(
     embeddings: Sequence[bool],
     seeds: int,
     history: int,
-) -> tuple[list[Row], Scores]:
+) -> tuple[list[Row], TestScores]:
     """Every model with every source, seed by seed: the rows, and the scores of the test split."""
     rows: list[Row] = []
-    scores: Scores = {}
+    scores: TestScores = {}
     for seed in range(seeds):
         for source in sources:
             for with_embedding in embeddings:
@@ -192,7 +193,7 @@ def compared(
     return rows, scores
 
 
-def table(rows: Sequence[Row], scores: Scores, reference: str) -> Table:
+def table(rows: Sequence[Row], scores: TestScores, reference: str) -> Table:
     """Means over seeds; differences are from the same model with the source `reference`, without embedding."""
     grid = Table(box=None, padding=(0, 1))
     less = f"less {reference}, 95 %"
@@ -229,7 +230,7 @@ def table(rows: Sequence[Row], scores: Scores, reference: str) -> Table:
     return grid
 
 
-def models_table(scores: Scores, reference: str) -> Table:
+def models_table(scores: TestScores, reference: str) -> Table:
     """Differences of the models from the model `reference` with the same source."""
     grid = Table(box=None, padding=(0, 1))
     for number, heading in enumerate(("source", "model", f"AUC less {reference}, 95 %", "cold, the same")):

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from jobs.ctr.metrics import COLD, Array, Labels, Scores, calibration, user_aucs
+from jobs.ctr.metrics import COLD, Scores, SortedScores, calibration, losses, user_aucs
 
 DRAWS = 200
 
@@ -99,11 +98,11 @@ def _differences(candidate: Scores, champion: Scores, random: np.random.Generato
     users = int(user.max()) + 1
     label, cold = candidate.label, candidate.shown < COLD
     both = (candidate, champion)
-    whole = [_SortedScores(scores.label, scores.score, user) for scores in both]
-    slice_ = [_SortedScores(label[cold], scores.score[cold], user[cold]) for scores in both]
+    whole = [SortedScores(scores.label, scores.score, user) for scores in both]
+    slice_ = [SortedScores(label[cold], scores.score[cold], user[cold]) for scores in both]
     per_user = [user_aucs(user, label, scores.score) for scores in both]  # NaN for users of one class
     shown = np.bincount(user, minlength=users).astype(np.float64)
-    loss = np.bincount(user, _loss(candidate) - _loss(champion), minlength=users)
+    loss = np.bincount(user, losses(label, candidate.score) - losses(label, champion.score), minlength=users)
     drawn: dict[str, list[float]] = {name: [] for name in ("auc", "gauc", "auc_cold", "log_loss")}
     exact = np.ones(users)
     for number in range(DRAWS + 1):
@@ -125,28 +124,3 @@ def _interval(values: list[float]) -> Difference:
         return Difference(values[0], float("nan"), float("nan"))
     low, high = np.nanquantile(draws, [0.025, 0.975])
     return Difference(values[0], float(low), float(high))
-
-
-def _loss(scores: Scores) -> Array:
-    """Negative log-likelihood of each label, in nats."""
-    p = np.clip(scores.score, 1e-7, 1 - 1e-7)
-    return np.asarray(-(scores.label * np.log(p) + (1 - scores.label) * np.log(1 - p)), np.float64)
-
-
-class _SortedScores:
-    """Impressions sorted by score once, so that each AUC with other weights takes one pass."""
-
-    def __init__(self, label: Labels, score: Array, user: npt.NDArray[np.int64]) -> None:
-        order = np.argsort(score, kind="stable")
-        score = score[order]
-        self.label, self.user = label[order] > 0, user[order]
-        self.tie = np.cumsum(np.concatenate([[0], score[1:] != score[:-1]])) if len(score) else np.zeros(0, np.int64)
-
-    def auc(self, times: npt.NDArray[np.generic]) -> float:
-        """AUC where each user's impressions count `times[user]` times; NaN where one class is absent."""
-        weight = times[self.user].astype(np.float64)
-        positive = np.bincount(self.tie, weight * self.label)
-        negative = np.bincount(self.tie, weight * ~self.label)
-        total = positive.sum() * negative.sum()
-        below = np.cumsum(negative) - negative
-        return float((positive * (below + negative / 2)).sum() / total) if total else float("nan")

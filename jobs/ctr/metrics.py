@@ -70,6 +70,25 @@ def auc(label: Labels, score: Array) -> float:
     return float((rank[label > 0].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
+class SortedScores:
+    """Impressions sorted by score once, so that each AUC with other weights takes one pass."""
+
+    def __init__(self, label: Labels, score: Array, user: Numbers) -> None:
+        order = np.argsort(score, kind="stable")
+        score = score[order]
+        self.label, self.user = label[order] > 0, user[order]
+        self.tie = np.cumsum(np.concatenate([[0], score[1:] != score[:-1]])) if len(score) else np.zeros(0, np.int64)
+
+    def auc(self, times: npt.NDArray[np.generic]) -> float:
+        """AUC where each user's impressions count `times[user]` times; NaN where one class is absent."""
+        weight = times[self.user].astype(np.float64)
+        positive = np.bincount(self.tie, weight * self.label)
+        negative = np.bincount(self.tie, weight * ~self.label)
+        total = positive.sum() * negative.sum()
+        below = np.cumsum(negative) - negative
+        return float((positive * (below + negative / 2)).sum() / total) if total else float("nan")
+
+
 def gauc(user: Numbers, label: Labels, score: Array) -> tuple[float, int]:
     """AUC per user, weighted by the user's impressions, and the number of users it is over: those with clicks and
     non-clicks. NaN where there are none or a score is no number."""
@@ -100,10 +119,13 @@ def user_aucs(user: Numbers, label: Labels, score: Array) -> Array:
 
 def log_loss(label: Labels, score: Array) -> float:
     """Mean negative log-likelihood of the labels, in nats; NaN without any."""
-    if not len(label):
-        return float("nan")
+    return float(losses(label, score).mean()) if len(label) else float("nan")
+
+
+def losses(label: Labels, score: Array) -> Array:
+    """(n,): negative log-likelihood of each label, in nats."""
     p = np.clip(score, 1e-7, 1 - 1e-7)
-    return float(-np.mean(label * np.log(p) + (1 - label) * np.log(1 - p)))
+    return np.asarray(-(label * np.log(p) + (1 - label) * np.log(1 - p)), np.float64)
 
 
 def calibration(label: Labels, score: Array) -> float:

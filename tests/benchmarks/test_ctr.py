@@ -12,9 +12,9 @@ from benchmarks.ctr.embedding import Inputs
 from benchmarks.ctr.generated import generate
 from benchmarks.ctr.harness import makers
 from benchmarks.ctr.impressions import Batches, Impressions, ItemTokens, impressions, with_negatives
-from benchmarks.ctr.intervals import weighted_auc
 from benchmarks.ctr.pooling import window_sums
 from benchmarks.ctr.sources import Catalogue
+from jobs.ctr.metrics import SortedScores
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,9 @@ def test_a_weighted_auc_is_scikit_learn_s() -> None:
     generator = np.random.default_rng(0)
     label, score = generator.integers(2, size=500).astype(np.float32), generator.integers(20, size=500).astype(float)
     weight = generator.integers(0, 4, size=500).astype(float)
-    assert weighted_auc(label, score, weight) == pytest.approx(roc_auc_score(label, score, sample_weight=weight))
+    assert SortedScores(label, score, np.arange(len(label))).auc(weight) == pytest.approx(
+        roc_auc_score(label, score, sample_weight=weight)
+    )
 
 
 def test_clicks_of_the_generated_log_follow_their_probabilities() -> None:

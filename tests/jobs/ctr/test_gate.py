@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
-from jobs.ctr.gate import CtrLimits, _SortedScores, compare
-from jobs.ctr.metrics import Scores
+from jobs.ctr.gate import CtrLimits, compare
+from jobs.ctr.metrics import Scores, SortedScores
 
 LIMITS = CtrLimits(max_auc_drop=0.002, max_log_loss_rise=0.002, max_calibration_drift=0.1)
 
@@ -31,7 +31,7 @@ def test_a_weighted_auc_is_that_of_repeated_rows(rows: list[tuple[int, bool, int
     times = np.array(data.draw(st.lists(st.integers(0, 3), min_size=4, max_size=4)))
     user, label, score = (np.array(column) for column in zip(*rows, strict=True))
     repeated = np.repeat(np.arange(len(rows)), times[user])
-    got = _SortedScores(label.astype(np.float32), score.astype(np.float64), user).auc(times)
+    got = SortedScores(label.astype(np.float32), score.astype(np.float64), user).auc(times)
     if len(set(label[repeated])) == 2:
         assert got == pytest.approx(roc_auc_score(label[repeated], score[repeated]))
     else:
