@@ -7,21 +7,19 @@ previous model, which readers may still use; those of older models are deleted.
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, Row
 from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import to_arrow_schema
 
 from jobs.config import Config, ConfigError
 from jobs.ctr import interest_store
-from jobs.ctr.artefact import CtrModel, model_of, read_files
-from jobs.ctr.champion import ARTEFACT, ctr_champion
+from jobs.ctr.artefact import CtrModel, model_of
+from jobs.ctr.champion import ctr_champion, ctr_files
 from jobs.ctr.example_table import EXAMPLES_OF
 from jobs.ctr.interest_cache import Entry, compute
 from jobs.errors import SchemaError
@@ -29,6 +27,8 @@ from jobs.models.registry import Registry
 from jobs.models.versions import CodebookVersion
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import CTR_EXAMPLES, USER_INTERESTS
+
+ENTRIES = to_arrow_schema(USER_INTERESTS.schema)
 
 _models: dict[str, CtrModel] = {}  # one model per worker process, by the digest of its files
 
@@ -74,8 +74,7 @@ def run(
             f"ctr_examples has codes of codebook {made_of[:12] or 'unknown'}, the current one is {codebook.hash[:12]}; "
             "expected the same. Run `sid train`"
         )
-    with tempfile.TemporaryDirectory() as scratch:
-        files = read_files(registry.download(champion, Path(scratch)) / ARTEFACT)
+    files = ctr_files(registry, champion)
     ctr = model_of(*files, codebook.hash)
 
     users = newest_histories(warehouse.read(CTR_EXAMPLES), ctr.inputs.history)
@@ -126,7 +125,7 @@ def _entries(users: DataFrame, files: tuple[bytes, bytes], version: int, tasks: 
         ctr = _worker_model(broadcast.value)
         for batch in batches:
             entries = compute(ctr, pa.Table.from_batches([batch]))
-            yield pa.RecordBatch.from_pylist([{"ctr_version": version, **vars(entry)} for entry in entries], ARROW)
+            yield pa.RecordBatch.from_pylist([{"ctr_version": version, **vars(entry)} for entry in entries], ENTRIES)
 
     return users.repartition(tasks).mapInArrow(rows, USER_INTERESTS.schema)
 
@@ -165,16 +164,3 @@ def _worker_model(files: tuple[bytes, bytes]) -> CtrModel:
         _models.clear()
         _models[key] = model_of(*files)
     return _models[key]
-
-
-ARROW: Any = pa.schema(
-    [
-        ("ctr_version", pa.int32()),
-        ("user_id", pa.string()),
-        ("codebook_hash", pa.string()),
-        ("model_digest", pa.string()),
-        ("history_hash", pa.int64()),
-        ("interests", pa.binary()),
-        ("checksum", pa.int64()),
-    ]
-)

@@ -150,8 +150,7 @@ def run(
     coverage = coverage_of(log, published.select("item_id"), config.train)
     report("building examples")
     examples_version = write_examples(config, warehouse, published, log, ids_key)
-    examples = warehouse.read(CTR_EXAMPLES, examples_version)
-    sizes = check_splits(examples, log)
+    sizes = check_splits(warehouse.read(CTR_EXAMPLES, examples_version), log)
     groups = row_groups(warehouse.files(CTR_EXAMPLES, examples_version))
 
     def fitted(name: str, inputs: ModelInputs) -> _Fitted:
@@ -186,9 +185,8 @@ def run(
         share_without_id=coverage.share_without,
         note=log.note,
     )
-    report("comparing with the champion")
     champion = last_champion(registry, codebook.hash)
-    verdict = _verdict(config, warehouse, registry, champion, codebook, log, groups, models[WITH_IDS].test)
+    verdict = _verdict(config, warehouse, registry, champion, codebook, log, groups, models[WITH_IDS].test, report)
     result = replace(
         result,
         champion=champion.number if champion else None,
@@ -250,12 +248,14 @@ def _verdict(
     log: Log,
     groups: tuple[ExampleRowGroup, ...],
     test: Scores,
+    report: Callable[[str], None],
 ) -> CtrVerdict:
     """The gate's verdict on scores of the test split. A champion of another codebook scores the same impressions with
     codes of its own. The first model passes.
     """
     if champion is None:
         return CtrVerdict((), {})
+    report("comparing with the champion")
     limits = CtrLimits(**config.ctr_gate.model_dump())
     ctr = load_ctr(registry, champion)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from jobs.ctr.artefact import CtrModel, load_model
+from jobs.ctr.artefact import CtrModel, model_of, read_files
 from jobs.models.registry import CHAMPION, Registry
 from jobs.models.versions import CtrVersion
 
@@ -42,5 +42,14 @@ def load_ctr(registry: Registry, version: CtrVersion) -> CtrModel:
     Raises:
         ArtefactError: it is damaged, of another format, or of another codebook.
     """
+    return model_of(*ctr_files(registry, version), version.codebook_hash)
+
+
+def ctr_files(registry: Registry, version: CtrVersion) -> tuple[bytes, bytes]:
+    """Manifest and tensors of a version.
+
+    Raises:
+        ArtefactError: one is missing.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        return load_model(registry.download(version, Path(scratch)) / ARTEFACT, version.codebook_hash)
+        return read_files(registry.download(version, Path(scratch)) / ARTEFACT)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from ctr_data import ALTERNATES, COMPONENTS, LEVELS, Event, codes_of, events_batch, random_events, weights_of
 from pyspark.sql import SparkSession
+from pyspark.sql.pandas.types import to_arrow_schema
 
 from jobs.ctr import examples, stream
 from jobs.ctr.batch import UserBatch
@@ -21,7 +22,8 @@ from jobs.ctr.examples import user_rows
 from jobs.ctr.hashing import item_row, stable_hash
 from jobs.ctr.stream import ExampleStream, row_groups
 from jobs.ctr.tokens import TokenScheme
-from jobs.ctr.user_table import ModelInputs
+from jobs.ctr.user_table import USERS, ModelInputs
+from jobs.warehouse.tables import CTR_EXAMPLES
 
 SCHEME = TokenScheme("soft", LEVELS, COMPONENTS, ALTERNATES, 100)
 ITEM_ROWS, HISTORY = 10_000, 3
@@ -147,6 +149,13 @@ def test_a_stream_that_is_left_early_ends_its_thread(groups: tuple[stream.Exampl
     next(iterator)
     iterator.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
+
+
+def test_batches_are_made_of_the_types_of_the_table() -> None:
+    declared = to_arrow_schema(CTR_EXAMPLES.schema)
+    assert {name: USERS.field(name).type for name in USERS.names} == {
+        name: declared.field(name).type for name in USERS.names
+    }
 
 
 def test_spark_computes_the_same_hash(spark: SparkSession) -> None:
