@@ -74,6 +74,7 @@ class TrainResult:
     share_without_id: float  # of the used rows of the log, those about such items
     note: str
     champion: int | None = None  # version of the model that the gate compared with
+    same_codebook: bool = True  # whether that model was trained on the current codebook and so can go on serving
     reasons: Sequence[str] = ()  # why the gate refuses the model
     differences: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # to the champion, with 95 % intervals
     seconds: float = 0.0
@@ -89,10 +90,14 @@ class TrainResult:
         """Why the model is not the champion; None if it is."""
         if self.passed:
             return None
+        consequence = (
+            f"Version {self.champion} stays"
+            if self.same_codebook
+            else f"Version {self.champion} is of an earlier codebook, so the current one has no CTR champion"
+        )
         return (
-            f"CTR model version {self.version} did not pass the gate: {'; '.join(self.reasons)}. Version "
-            f"{self.champion} stays; change the data or train.*, or the limits under ctr_gate.* if they are wrong for "
-            "your log"
+            f"CTR model version {self.version} did not pass the gate: {'; '.join(self.reasons)}. {consequence}; change "
+            "the data or train.*, or the limits under ctr_gate.* if they are wrong for your log"
         )
 
     def summary(self) -> str:
@@ -190,6 +195,7 @@ def run(
     result = replace(
         result,
         champion=champion.number if champion else None,
+        same_codebook=champion is None or champion.codebook_hash == codebook.hash,
         reasons=verdict.reasons,
         differences={name: asdict(difference) for name, difference in verdict.differences.items()},
     )
@@ -341,7 +347,7 @@ def _nothing(log: Log) -> TrainResult:
 def _metrics(result: TrainResult) -> dict[str, float]:
     """The numbers of a result under the names they have in MLflow."""
     facts = {**asdict(result), **{f"dropped_{reason}": count for reason, count in result.dropped.items()}}
-    left_out = ("version", "seconds", "nothing_to_do")
+    left_out = ("version", "champion", "same_codebook", "seconds", "nothing_to_do")
     return {name: value for name, value in facts.items() if isinstance(value, int | float) and name not in left_out}
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from jobs.ctr.log import examine, read_rows
 from jobs.errors import SchemaError
 from jobs.files.sources import open_source
 from jobs.read_config import load_config
+from jobs.train import TrainResult
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import CTR_EXAMPLES
 
@@ -169,3 +171,23 @@ def test_examples_of_another_recipe_or_log_are_not_known(
         again = check_interactions(config, warehouse)
         assert again.seen_before is known
         assert (again.rows_in, again.rows_used, again.note) == (log.rows_in, log.rows_used, log.note)
+
+
+# ---- what a refused model means ----
+
+
+@pytest.mark.parametrize(
+    ("same_codebook", "consequence"),
+    [
+        (True, "Version 2 stays;"),
+        (False, "Version 2 is of an earlier codebook, so the current one has no CTR champion;"),
+    ],
+)
+def test_a_refusal_says_which_model_serves(same_codebook: bool, consequence: str) -> None:
+    values = {field.name: None for field in fields(TrainResult)}
+    refused = TrainResult(
+        **{**values, "version": 3, "champion": 2, "same_codebook": same_codebook, "reasons": ("auc is low",)}
+    )
+    assert not refused.passed
+    assert f"CTR model version 3 did not pass the gate: auc is low. {consequence}" in refused.refusal
+    assert TrainResult(**{**values, "reasons": ()}).refusal is None
