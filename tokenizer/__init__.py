@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizer.iterations import Iteration
     from tokenizer.quality import LevelUsage, Quality, level_usage, measure_quality, neighbour_recall
     from tokenizer.rqgmm import RQGMM, Assignment
-    from tokenizer.semantic_id import item_tokens, parse, text_of, tokens
+    from tokenizer.semantic_id import level_tokens, parse, text_of, tokens
 
     load = load_codebook
 else:
@@ -41,7 +41,7 @@ else:
         "iterations": ("Iteration",),
         "quality": ("LevelUsage", "Quality", "level_usage", "measure_quality", "neighbour_recall"),
         "rqgmm": ("RQGMM", "Assignment"),
-        "semantic_id": ("item_tokens", "parse", "text_of", "tokens"),
+        "semantic_id": ("level_tokens", "parse", "text_of", "tokens"),
     }
     _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
@@ -78,7 +78,7 @@ __all__ = [
     "e_step",
     "fit",
     "fit_rqgmm",
-    "item_tokens",
+    "level_tokens",
     "level_usage",
     "load",
     "load_codebook",

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenizer.errors import DataError
 
 SEPARATOR = "-"
-PADDING = 0  # the token of what has no semantic ID
+PADDING = 0  # row of a token table for what has no semantic ID
 
 
 def text_of(codes: Sequence[int], suffix: int) -> str:
@@ -36,20 +36,12 @@ def parse(text: str, levels: int) -> tuple[tuple[int, ...], int]:
     return numbers[:levels], numbers[levels] if len(numbers) > levels else 0
 
 
+def level_tokens(level: int, components: int) -> slice:
+    """The rows of a token table for all levels that are those of one level (from 0); row 0 is PADDING."""
+    return slice(1 + level * components, 1 + (level + 1) * components)
+
+
 def tokens(codes: Tensor, components: int) -> Tensor:
-    """(N, L) rows of one embedding table for all levels: level * K + code."""
-    return codes.long() + torch.arange(codes.shape[1], device=codes.device) * components
-
-
-def item_tokens(codes: Tensor, components: int) -> tuple[Tensor, int]:
-    """Token rows (I, L + 1) of every item, and the size of their table: one token per level, one for the whole tuple of
-    codes.
-
-    Row 0 is PADDING, then come the tokens of `tokens`, then those of the tuples in ascending order. An item whose codes
-    are -1 has no semantic ID and only padding tokens.
-    """
-    known = codes[:, 0] >= 0
-    _, tuple_number = torch.unique(codes, dim=0, return_inverse=True)
-    first_tuple = codes.shape[1] * components + 1
-    rows = torch.cat([tokens(codes, components) + 1, (tuple_number + first_tuple)[:, None]], dim=1)
-    return torch.where(known[:, None], rows, PADDING), first_tuple + int(tuple_number.max()) + 1
+    """Codes (N, L) or (N, L, m) below K -> int64 rows of the same shape in one token table for all levels."""
+    starts = [level_tokens(level, components).start for level in range(codes.shape[1])]
+    return codes.long() + torch.tensor(starts, device=codes.device).view(-1, *[1] * (codes.ndim - 2))

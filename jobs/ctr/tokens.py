@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokenizer.semantic_id import PADDING, level_tokens, tokens
+
 TokenKind = Literal["level", "prefix", "soft", "soft-prefix"]
-PADDING = 0  # row of what has no semantic ID
 FULL_WEIGHT = 255  # the weights of a level's alternates add to this
 
 
@@ -62,7 +63,7 @@ class TokenScheme:
     def level_rows(self) -> tuple[slice, ...]:
         """For each level whose codes have rows of their own, these rows."""
         levels = 1 if self._by_prefix else self.levels
-        return tuple(slice(1 + n * self.components, 1 + (n + 1) * self.components) for n in range(levels))
+        return tuple(level_tokens(level, self.components) for level in range(levels))
 
     @property
     def _soft(self) -> bool:
@@ -74,7 +75,8 @@ class TokenScheme:
 
     @property
     def _hashed_from(self) -> int:
-        return 1 + self.components * (1 if self._by_prefix else self.levels)
+        rows: int = self.level_rows[-1].stop
+        return rows
 
     def rows(self, codes: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (N, T) int64 and weights (N, T) float32 of N items.
@@ -94,15 +96,13 @@ class TokenScheme:
         if not self._soft:
             codes = codes[:, :, :1]
             weights = torch.full_like(codes, FULL_WEIGHT)
-        columns = []
-        for level in range(self.levels):
-            code = codes[:, level]  # (N, m or 1)
-            if level and self._by_prefix:
+        of_levels = tokens(codes, self.components)  # (N, L, m or 1)
+        columns = list(of_levels[:, :1].unbind(1) if self._by_prefix else of_levels.unbind(1))
+        if self._by_prefix:
+            for level in range(1, self.levels):
+                code = codes[:, level]
                 prefix = own[:, None, :level].expand(-1, code.shape[1], -1)
-                row = self._hash(torch.cat([prefix, code[:, :, None]], dim=2))
-            else:
-                row = 1 + level * self.components + code
-            columns.append(row)
+                columns.append(self._hash(torch.cat([prefix, code[:, :, None]], dim=2)))
         rows, known = torch.cat(columns, dim=1), codes.flatten(1) >= 0
         weight = weights.flatten(1).float() / FULL_WEIGHT
         if not self._by_prefix:

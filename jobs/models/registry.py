@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 CODEBOOK_MODEL = "semantic-id-codebook"
 CTR_MODEL = "dmqn-ctr"
 PACKAGES = Path(__file__).parents[2]
-CARRIED = {CODEBOOK_MODEL: "tokenizer", CTR_MODEL: "jobs"}  # our code that is logged with a model
+CARRIED = {CODEBOOK_MODEL: ("tokenizer",), CTR_MODEL: ("jobs", "tokenizer")}  # our code that is logged with a model
 CANDIDATE, CHAMPION = "candidate", "champion"
 IDENTITY = "warehouse.json"
 
@@ -154,7 +154,7 @@ def register(registry: Registry, model: str, code: Path, artefacts: Path, tags: 
         name=name,
         python_model=str(code),
         artifacts={"artefact": str(artefacts)},
-        code_paths=[str(PACKAGES / CARRIED[model])],
+        code_paths=[str(PACKAGES / package) for package in CARRIED[model]],
         pip_requirements=requirements(),
     )
     return _create(registry, name, info.model_uri, info.run_id, info.model_id, tags)

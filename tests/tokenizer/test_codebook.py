@@ -21,7 +21,7 @@ from tokenizer import (
     Thresholds,
     check_gate,
     fit_rqgmm,
-    item_tokens,
+    level_tokens,
     level_usage,
     load_codebook,
     neighbour_recall,
@@ -208,17 +208,10 @@ def test_what_is_not_a_semantic_id_is_refused(text: str) -> None:
         parse(text, 2)
 
 
-def test_tokens_are_offset_by_level() -> None:
-    assert tokens(torch.tensor([[1, 2], [0, 3]]), 4).tolist() == [[1, 6], [0, 7]]
-
-
-def test_tokens_of_items_come_after_padding_and_end_with_the_tuple_s() -> None:
-    """Rows: 0 padding, 1..4 and 5..8 the codes of two levels, then the tuples in order; (-1, -1) is one of them,
-    unused.
-    """
-    rows, size = item_tokens(torch.tensor([[-1, -1], [1, 2], [0, 3], [1, 2]]), 4)
-    assert rows.tolist() == [[0, 0, 0], [2, 7, 11], [1, 8, 10], [2, 7, 11]]
-    assert size == 12
+def test_the_tokens_of_a_level_come_after_padding_and_the_levels_before() -> None:
+    assert tokens(torch.tensor([[1, 2], [0, 3]]), 4).tolist() == [[2, 7], [1, 8]]
+    assert tokens(torch.tensor([[[1, 0], [2, 3]]]), 4).tolist() == [[[2, 1], [7, 8]]]
+    assert [level_tokens(level, 4) for level in range(2)] == [slice(1, 5), slice(5, 9)]
 
 
 def test_usage_by_hand() -> None:
