@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import faiss
 import numpy as np
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenizer import RQGMM, fit_rqgmm
+from tokenizer.alternates import calibrated
+from tokenizer.gmm import DiagonalGMM
 
 LLOYD_ITERATIONS = 100
 Encode = Callable[[Tensor], Tensor]  # (N, D) -> codes (N, L) int32
+Centres = Callable[[np.ndarray, int], np.ndarray]  # residuals (N, D) and number of the level -> means (K, D)
 Decode = Callable[[Tensor, Tensor], Tensor]  # codes (N, L), rows (N, D) -> (N, D); only PRQ looks at the rows
 
 
@@ -50,7 +53,25 @@ def _of(rqgmm: RQGMM) -> Fitted:
 
 def rq_kmeans(x: Tensor, levels: int, components: int, seed: int) -> Fitted:
     """faiss k-means per level: every row, 100 iterations (it stops before where nothing moves)."""
+    return _of_means(_residual_kmeans(x, levels, _faiss_centres(components, seed)))
 
+
+def softened_rq_kmeans(x: Tensor, levels: int, components: int, seed: int) -> RQGMM:
+    """RQ-KMeans with a posterior to soften: spherical mixtures about its means, with temperatures as RQ-GMM has them.
+
+    The variance is the mean squared distance to the nearest mean, and the temperatures are calibrated on all rows.
+    """
+    residual, mixtures = x, []
+    for means in map(torch.from_numpy, _residual_kmeans(x, levels, _faiss_centres(components, seed))):
+        code = torch.from_numpy(_nearest(means.numpy(), residual.numpy()))
+        residual = residual - means[code]
+        variances = torch.full_like(means, float(residual.square().mean()))
+        mixtures.append(DiagonalGMM(torch.full((components,), 1 / components), means, variances))
+    hard = RQGMM(tuple(mixtures))
+    return replace(hard, temperatures=calibrated(mixtures, x, hard.encode(x), len(x)))
+
+
+def _faiss_centres(components: int, seed: int) -> Centres:
     def centres(residual: np.ndarray, level: int) -> np.ndarray:
         kmeans = faiss.Kmeans(
             residual.shape[1],
@@ -63,7 +84,7 @@ def rq_kmeans(x: Tensor, levels: int, components: int, seed: int) -> Fitted:
         kmeans.train(residual)
         return np.asarray(kmeans.centroids)
 
-    return _residual_kmeans(x, levels, centres)
+    return centres
 
 
 def rq_kmeans_pp(x: Tensor, levels: int, components: int, seed: int) -> Fitted:
@@ -76,17 +97,21 @@ def rq_kmeans_pp(x: Tensor, levels: int, components: int, seed: int) -> Fitted:
         )
         return np.asarray(fitted.cluster_centers_, np.float32)
 
-    return _residual_kmeans(x, levels, centres)
+    return _of_means(_residual_kmeans(x, levels, centres))
 
 
-def _residual_kmeans(x: Tensor, levels: int, centres: Callable[[np.ndarray, int], np.ndarray]) -> Fitted:
+def _residual_kmeans(x: Tensor, levels: int, centres: Centres) -> list[np.ndarray]:
+    """The means (K, D) of each level."""
     residual = np.ascontiguousarray(x.numpy(), np.float32).copy()
     codebooks = []
     for level in range(levels):
         means = np.ascontiguousarray(centres(residual, level))
         residual -= means[_nearest(means, residual)]
         codebooks.append(means)
+    return codebooks
 
+
+def _of_means(codebooks: list[np.ndarray]) -> Fitted:
     def encode(rows: Tensor) -> Tensor:
         residual = np.ascontiguousarray(rows.numpy(), np.float32).copy()
         codes = []

@@ -238,6 +238,7 @@ bench = typer.Typer(
 def _add_bench() -> None:
     """Add the benchmarks, which need packages of the `dev` extra that a production image does not have."""
     try:
+        from benchmarks.ctr.figures import ctr_figures
         from benchmarks.ctr.harness import ctr
         from benchmarks.encode import encode
         from benchmarks.encode_job import encode_job
@@ -250,7 +251,7 @@ def _add_bench() -> None:
             f"`sid bench` needs {error.name}, which is not installed; expected the repository with its dev extra. "
             "Run `make setup`"
         ) from error
-    for benchmark in (quantizers, fit, encode, encode_job, gpu, ctr, train):
+    for benchmark in (quantizers, fit, encode, encode_job, gpu, ctr, ctr_figures, train):
         bench.command()(benchmark)
     app.add_typer(bench, name="bench")
 

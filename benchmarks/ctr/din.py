@@ -24,11 +24,15 @@ class TargetAttention(nn.Module):
 
     def forward(self, candidate: Tensor, behaviours: Tensor, mask: Tensor) -> Tensor:
         """(n, D), (n, S, D), mask (n, S) -> (n, D): mean of behaviours by softmax of weights; zeros without any."""
+        return torch.bmm(self.weights(candidate, behaviours, mask)[:, None], behaviours)[:, 0]
+
+    def weights(self, candidate: Tensor, behaviours: Tensor, mask: Tensor) -> Tensor:
+        """Of each behaviour (n, S)."""
         transform = self.of_behaviour + candidate[:, :, None] * self.of_product  # (n, D, H)
         hidden = torch.baddbmm(self.of_candidate(candidate)[:, None], behaviours, transform).relu()  # (n, S, H)
         score = self.weight(hidden)[..., 0].masked_fill(~mask, torch.finfo(hidden.dtype).min)
-        weight = score.softmax(dim=1) * mask  # (n, S)
-        return torch.bmm(weight[:, None], behaviours)[:, 0]
+        weight: Tensor = score.softmax(dim=1) * mask
+        return weight
 
 
 class DIN(nn.Module):

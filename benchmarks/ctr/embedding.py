@@ -11,9 +11,10 @@ from torch.nn import functional as F
 from benchmarks.ctr.impressions import ItemTokens
 from jobs.ctr.batch import Items, UserBatch
 from jobs.ctr.dmqn import RunningNorm
-from jobs.ctr.embedding import STD, ItemEmbedding
+from jobs.ctr.embedding import ItemEmbedding
 
 WIDTH = 16  # of every vector in the comparison
+USER_STD = 0.1  # of user vectors at the start; nearer to zero what differs between users is found many epochs later
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +75,8 @@ class ItemVectors(nn.Module):
     def _embedding(self, items: Items) -> Tensor:
         assert self.project is not None
         assert self.vectors is not None
-        return F.embedding(items.item, self.project(self.vectors))  # projects the whole catalogue once: it is small
+        rows, row = torch.unique(items.item, return_inverse=True)  # each item is projected once
+        return F.embedding(row, self.project(self.vectors[rows]))
 
 
 class Head(nn.Module):
@@ -106,5 +108,5 @@ def user_table(inputs: Inputs) -> nn.Embedding:
     """A vector for each user; row 0 is padding and stays zero."""
     embedding = nn.Embedding(inputs.users + 1, inputs.width, padding_idx=0)
     with torch.no_grad():
-        embedding.weight[1:].normal_(std=STD)
+        embedding.weight[1:].normal_(std=USER_STD)
     return embedding

@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.ctr.impressions import Impressions, Ints
 from benchmarks.ctr.sources import Catalogue
+from jobs.ctr.metrics import SortedScores
 
 ITEMS, CATEGORIES, STYLES, DIM = 8000, 64, 48, 64
 LIKED_CATEGORIES, LIKED_STYLES = 8, 8
@@ -27,11 +28,12 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Generated:
-    """`probability` of a click of each impression; `category` (items + 1,), -1 for padding."""
+    """`probability` of a click of each impression; `category` and `style` (items + 1,), -1 for padding."""
 
     catalogue: Catalogue
     probability: Floats
     category: torch.Tensor
+    style: torch.Tensor
 
 
 def generate(users: int, length: int, levels: int, components: int, seed: int = 0) -> Generated:
@@ -79,7 +81,15 @@ def generate(users: int, length: int, levels: int, components: int, seed: int = 
         shown=shown,
     )
     catalogue = Catalogue(log, torch.from_numpy(x).float(), torch.arange(1, ITEMS + 1), levels, components)
-    return Generated(catalogue, probability, torch.from_numpy(np.concatenate([[-1], category])))
+    kinds = (torch.from_numpy(np.concatenate([[-1], kind])) for kind in (category, style))
+    return Generated(catalogue, probability, *kinds)
+
+
+def expected_auc(probability: Floats, score: Floats) -> float:
+    """The AUC of `score` that is expected of labels drawn with these probabilities: it has no noise of the labels."""
+    rows, label = np.arange(2 * len(score)), np.repeat(np.array([1, 0], np.float32), len(score))
+    both = SortedScores(label, np.concatenate([score, score]), rows)  # each impression as a click and as none
+    return both.auc(np.concatenate([probability, 1 - probability]))
 
 
 def _share(kind: Ints, flat: Ints, start: Ints, user: Ints, item: Ints, known: Ints) -> Floats:

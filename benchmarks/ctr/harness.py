@@ -5,18 +5,14 @@ sid bench ctr --data DIR --models fnn,din --sources item-id,rq-kmeans,rq-gmm-sof
 
 from __future__ import annotations
 
-import copy
-import itertools
 import json
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import pyarrow.parquet as pq
 import torch
@@ -24,7 +20,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks.ctr.din import DIN
 from benchmarks.ctr.embedding import Inputs, ItemVectors
@@ -41,16 +36,18 @@ from benchmarks.ctr.sources import SOURCES, Catalogue, read_catalogue
 from benchmarks.vectors import WrongVectors
 from jobs.ctr.dmqn import DMQN, DMQNShape
 from jobs.ctr.metrics import COLD, Scores, auc, measure
+from jobs.ctr.training import Trained, predict, train
 from tokenizer.kernels import without_denormals
 
 LEARNING_RATES = (3e-3, 1e-3)  # each row trains with both, the better one on the validation split counts
 WEIGHT_DECAY = 1e-5
 BATCH = 512
-EPOCHS = 12  # at most
-CHECK = 100  # steps of training between checks of the validation split
-PATIENCE = 4  # checks without a better AUC after which training ends
+EPOCHS = 20  # at most
+CHECKS = 2  # of the validation split in an epoch
+PATIENCE = 8  # checks without a better AUC after which training ends: tastes alone are learned late, see docs/ctr.md
 
 MODELS = ("dmqn", "fnn", "ipnn", "mean-pooling", "din", "sim-code", "sim-category", "hstu", "linear-attention")
+CATEGORIES = ("category", "categories", "genres")  # columns of items.parquet, the first that is there
 WITHOUT_BEHAVIOURS = ("fnn", "ipnn")
 Make = Callable[[Inputs], nn.Module]
 TestScores = dict[tuple[str, str, bool], list[Scores]]  # by model, source, with embedding; of each seed
@@ -89,48 +86,31 @@ def makers(catalogue: Catalogue, category: Tensor | None) -> dict[str, Make]:
     return models
 
 
-def scored(model: nn.Module, batches: Batches, rows: npt.NDArray[np.int64], log: Impressions) -> Scores:
-    """The impressions `rows` under a model."""
-    model.eval()
-    score = np.empty(len(log.user))
-    with torch.no_grad():
-        for own in batches.groups():
-            score[own] = model(batches.batch(own)).sigmoid().double().numpy()
-    return Scores(log.label[rows].astype(np.float32), score[rows], log.user[rows], log.shown[rows])
+def scored(model: nn.Module, batches: Batches) -> Scores:
+    """The impressions of `batches` under a model, in the order of the log whatever the order of the batches."""
+    scores = predict(model, batches)
+    order = np.concatenate(batches.groups()).argsort()
+    return Scores(scores.label[order], scores.score[order], scores.user[order], scores.shown[order])
 
 
-def trained(
-    make: Make, name: str, inputs: Inputs, log: Impressions, rate: float, seed: int, history: int
-) -> tuple[nn.Module, float, float]:
-    """The model at its best check of the validation split, that AUC, and the seconds of a training step."""
+def trained(make: Make, name: str, inputs: Inputs, log: Impressions, rate: float, seed: int, history: int) -> Trained:
+    """The model at its best check of the validation split. The trainer of the job, whose epoch is a part of ours."""
     torch.manual_seed(seed)
     model = make(inputs)
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=WEIGHT_DECAY, fused=True)
-    train, validation = (batches_of(name, inputs, log, split, history, seed) for split in ("train", "validation"))
-    rows = log.of("validation")
-    best, best_auc, since, steps, seconds = copy.deepcopy(model.state_dict()), -math.inf, 0, 0, 0.0
-    groups = list(itertools.chain.from_iterable(train.groups() for _ in range(EPOCHS)))
-    for own in groups:
-        began = time.perf_counter()
-        model.train()
-        batch = train.batch(own)
-        loss = F.binary_cross_entropy_with_logits(model(batch), batch.label)
-        if isinstance(model, DMQN):
-            loss = loss + model.penalty()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        seconds, steps = seconds + time.perf_counter() - began, steps + 1
-        if steps % CHECK and steps < len(groups):
-            continue
-        checked = scored(model, validation, rows, log)
-        value, since = auc(checked.label, checked.score), since + 1
-        if value > best_auc:
-            best, best_auc, since = copy.deepcopy(model.state_dict()), value, 0
-        if since >= PATIENCE or not math.isfinite(loss.item()):
-            break
-    model.load_state_dict(best)
-    return model, best_auc, seconds / max(1, steps)
+    own, validation = (batches_of(name, inputs, log, split, history, seed) for split in ("train", "validation"))
+    passes = [own.groups() for _ in range(EPOCHS)]
+    parts = [groups[part::CHECKS] for groups in passes for part in range(min(CHECKS, len(groups)))]
+    with without_denormals():
+        return train(
+            model,
+            lambda part: map(own.batch, parts[part]),
+            validation,
+            epochs=len(parts),
+            learning_rate=rate,
+            weight_decay=WEIGHT_DECAY,
+            patience=PATIENCE,
+            seed=seed,
+        )
 
 
 def batches_of(name: str, inputs: Inputs, log: Impressions, split: Split, history: int, seed: int) -> Batches:
@@ -144,8 +124,8 @@ def measured(
 ) -> tuple[Row, Scores]:
     """A model trained with each learning rate; the one with the better validation AUC on the test split."""
     runs = [trained(make, name, inputs, log, rate, seed, history) for rate in LEARNING_RATES]
-    model, _, seconds = max(runs, key=lambda run: run[1])
-    test = scored(model, batches_of(name, inputs, log, "test", history, seed), log.of("test"), log)
+    best = max(runs, key=lambda run: max(run.validation_auc))
+    test = scored(best.model, batches_of(name, inputs, log, "test", history, seed))
     metrics = measure(test)
     return Row(
         model=name,
@@ -156,8 +136,8 @@ def measured(
         gauc=metrics.gauc,
         log_loss=metrics.log_loss,
         auc_cold=metrics.auc_cold,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        seconds_per_step=seconds,
+        parameters=sum(parameter.numel() for parameter in best.model.parameters()),
+        seconds_per_step=BATCH / best.examples_per_second,
     ), test
 
 
@@ -177,13 +157,13 @@ def compared(
     scores: TestScores = {}
     for seed in range(seeds):
         for source in sources:
+            tokens = catalogue.tokens(source, seed)
             for with_embedding in embeddings:
-                if with_embedding and source == "embedding":
-                    continue  # it is the embedding already
-                inputs = catalogue.inputs(source, seed, with_embedding=with_embedding)
+                if with_embedding and source in ("item-id", "embedding"):
+                    continue  # that is the source "embedding"
+                inputs = catalogue.inputs(source, tokens, with_embedding=with_embedding)
                 for name, make in models.items():
-                    with without_denormals():
-                        row, test = measured(name, make, source, with_embedding, seed, inputs, catalogue.log, history)
+                    row, test = measured(name, make, source, with_embedding, seed, inputs, catalogue.log, history)
                     rows.append(row)
                     scores.setdefault((name, source, with_embedding), []).append(test)
                     typer.echo(
@@ -194,7 +174,9 @@ def compared(
 
 
 def table(rows: Sequence[Row], scores: TestScores, reference: str) -> Table:
-    """Means over seeds; differences are from the same model with the source `reference`, without embedding."""
+    """Means over seeds; differences are from the same model with the source `reference`, both with the embedding as a
+    further input or both without.
+    """
     grid = Table(box=None, padding=(0, 1))
     less = f"less {reference}, 95 %"
     headings = ["model", "source", "AUC", less, "cold", less, "GAUC", "log-loss", "parameters", "s/step"]
@@ -208,9 +190,9 @@ def table(rows: Sequence[Row], scores: TestScores, reference: str) -> Table:
             field: float(np.mean([getattr(row, field) for row in own]))
             for field in ("auc", "auc_cold", "gauc", "log_loss", "parameters", "seconds_per_step")
         }
-        base = scores.get((name, reference, False))
+        base = scores.get((name, reference, with_embedding))
         gains = ["", ""]
-        if base is not None and (source, with_embedding) != (reference, False):
+        if base is not None and source != reference:
             gains = [_interval(*difference(scores[key], base, cold=cold)) for cold in (False, True)]
         if last and last != name:
             grid.add_section()
@@ -249,10 +231,10 @@ def _interval(mean: float, low: float, high: float) -> str:
 
 
 def category_of(folder: Path, log: Impressions) -> Tensor | None:
-    """(items + 1,): the category of `items.parquet` (column category, categories or genres), -1 where there is none."""
+    """(items + 1,): the category of `items.parquet` (the first of CATEGORIES), -1 where there is none."""
     file = folder / "items.parquet"
     names = pq.read_schema(file).names if file.exists() else []
-    column = next((name for name in ("category", "categories", "genres") if name in names), None)
+    column = next((name for name in CATEGORIES if name in names), None)
     if column is None:
         return None
     items = pd.read_parquet(file, columns=["item_id", column])

@@ -26,13 +26,17 @@ class SIM(nn.Module):
         self.head = Head(inputs, 3 * inputs.width)
 
     def forward(self, batch: UserBatch) -> Tensor:
-        wanted = self.category[batch.candidates.item]  # (n,)
-        alike = (self.category[batch.behaviours.item][batch.user] == wanted[:, None]) & (wanted >= 0)[:, None]  # (n, S)
-        position = torch.arange(alike.shape[1], device=alike.device)
-        alike &= (position >= batch.first[:, None]) & (position < batch.last[:, None])
-        latest = (alike * (position + 1)).topk(min(RETRIEVED, alike.shape[1]), dim=1).values  # (n, R), 0 is none
+        latest = self.latest(batch)  # (n, R)
         retrieved = self.item(batch.behaviours)[batch.user[:, None], (latest - 1).clamp_min(0)]  # (n, R, D)
         candidate = self.item(batch.candidates)
         interest = self.attention(candidate, retrieved, latest > 0)
         logits: Tensor = self.head(batch, candidate, interest, candidate * interest)
         return logits
+
+    def latest(self, batch: UserBatch) -> Tensor:
+        """(n, R) int64: the latest positions of the candidate's category in each history, counted from 1; 0 is none."""
+        wanted = self.category[batch.candidates.item]  # (n,)
+        alike = (self.category[batch.behaviours.item][batch.user] == wanted[:, None]) & (wanted >= 0)[:, None]  # (n, S)
+        position = torch.arange(alike.shape[1], device=alike.device)
+        alike &= (position >= batch.first[:, None]) & (position < batch.last[:, None])
+        return (alike * (position + 1)).topk(min(RETRIEVED, alike.shape[1]), dim=1).values

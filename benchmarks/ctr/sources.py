@@ -1,4 +1,4 @@
-"""Sources of item tokens: nothing, item ids, codes of five quantizers, soft semantic IDs, the embedding itself."""
+"""Sources of item tokens: nothing, item ids, codes of four quantizers, soft ones of two, the embedding itself."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import Tensor
 
 from benchmarks.ctr.embedding import Inputs
 from benchmarks.ctr.impressions import Impressions, ItemTokens
-from benchmarks.opponents import QUANTIZERS
+from benchmarks.opponents import QUANTIZERS, softened_rq_kmeans
 from benchmarks.vectors import WrongVectors
 from jobs.ctr.tokens import FULL_WEIGHT, TokenKind, TokenScheme
 from tokenizer import fit_rqgmm
 from tokenizer.alternates import ALTERNATES
 
-SOURCES = ("none", "item-id", "vq-vae", "rq-vae", "rq-kmeans", "rq-gmm", "rq-gmm-soft", "embedding")
+SOURCES = ("none", "item-id", "vq-vae", "rq-vae", "rq-kmeans", "rq-kmeans-soft", "rq-gmm", "rq-gmm-soft", "embedding")
 HASHED_ROWS = 2**17  # for tuples of codes; rows that no item has are left out of the table
 NO_TOKENS = "none", "item-id", "embedding"
 
@@ -50,7 +50,10 @@ class Catalogue:
         if source in NO_TOKENS:
             return ItemTokens(torch.zeros(items, 0, dtype=torch.int64), torch.zeros(items, 0), 1, ())
         if source.endswith("-soft"):
-            rqgmm = fit_rqgmm(self.x, levels=self.levels, components=self.components, seed=seed).rqgmm
+            if source == "rq-gmm-soft":
+                rqgmm = fit_rqgmm(self.x, levels=self.levels, components=self.components, seed=seed).rqgmm
+            else:
+                rqgmm = softened_rq_kmeans(self.x, self.levels, self.components, seed)
             soft = rqgmm.alternates(self.x, rqgmm.encode(self.x), ALTERNATES)
             codes, weights = soft.codes, soft.weights.int()
         else:
@@ -70,11 +73,11 @@ class Catalogue:
             fields=(alternates,) * levels + (1,),
         )
 
-    def inputs(self, source: str, seed: int, *, with_embedding: bool) -> Inputs:
+    def inputs(self, source: str, tokens: ItemTokens, *, with_embedding: bool) -> Inputs:
         return Inputs(
             users=self.log.users,
             items=self.log.items,
-            tokens=self.tokens(source, seed),
+            tokens=tokens,
             item_ids=source != "none",
             vectors=self.vectors() if with_embedding or source == "embedding" else None,
         )

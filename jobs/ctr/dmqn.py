@@ -41,6 +41,7 @@ class DMQNShape:
         hottest, coldest, halving: The temperature of the Gumbel-Softmax falls from hottest to coldest and halves every
             `halving` steps of training.
         usage: Weight of the usage regulariser.
+        noise: Whether assignments are noisy in training.
     """
 
     features: int
@@ -52,6 +53,7 @@ class DMQNShape:
     coldest: float = 0.3
     halving: int = 500
     usage: float = 0.01
+    noise: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +122,7 @@ class MultiClusterQuantization(nn.Module):
 
         The Gumbel noise g is drawn while training only, so that scoring is deterministic.
         """
-        if self.training:
+        if self.training and self.shape.noise:
             uniform = torch.rand_like(similarity).clamp(SMALL, 1 - SMALL)
             similarity = similarity - torch.log(-torch.log(uniform))
         soft = (similarity / self.temperature).softmax(dim=-1)
@@ -195,12 +197,15 @@ class ClusterTargetAttention(nn.Module):
 
     def forward(self, query: Tensor, clusters: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
         """(N, n, D), (N, n, W, D), (N, n, W) -> interest (N, n, D) and share (N, n), both zero without a history."""
+        score, known = self.scores(query, clusters, count)
+        weight = score.softmax(dim=-1) * known[..., None]
+        return (weight[..., None, :] @ clusters)[..., 0, :], torch.where(known, score.logsumexp(dim=-1), 0.0)
+
+    def scores(self, query: Tensor, clusters: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        """s of each cluster (N, n, W), and which histories are not empty (N, n)."""
         similarity = (clusters @ query[..., None])[..., 0] * self.log_scale.exp() / query.shape[-1] ** 0.5
         total = count.sum(-1, keepdim=True)
-        score = similarity + (count / total.clamp(min=SMALL) + SMALL).log()
-        known = total[..., 0] > 0
-        interest = ((score.softmax(dim=-1) * known[..., None])[..., None, :] @ clusters)[..., 0, :]
-        return interest, torch.where(known, score.logsumexp(dim=-1), 0.0)
+        return similarity + (count / total.clamp(min=SMALL) + SMALL).log(), total[..., 0] > 0
 
 
 class DMQN(nn.Module):

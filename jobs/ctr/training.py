@@ -72,12 +72,14 @@ def train(
     *,
     epochs: int,
     learning_rate: float,
+    weight_decay: float = 0.0,
+    patience: int = 1,
     seed: int = 0,
     checkpoint: TrainingCheckpoint | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Trained:
-    """Train with Adam until the validation AUC of an epoch is not above the best so far, at most `epochs`; keep the
-    best.
+    """Train with Adam until `patience` epochs in a row have no validation AUC above the best so far, at most `epochs`;
+    keep the best.
 
     Random numbers of a step depend on seed, process, epoch and number of the batch only, so a run that is killed and
     goes on from its checkpoint does the same steps as one that is not. Where torch.distributed is initialized, each
@@ -93,7 +95,7 @@ def train(
         SchemaError: no batch to train on.
     """
     with torch.random.fork_rng():
-        run = _Run(model, learning_rate, seed, checkpoint, progress)
+        run = _Run(model, learning_rate, weight_decay, patience, seed, checkpoint, progress)
         while run.epoch < epochs and not run.stopped:
             run.train_epoch(batches(run.epoch))
             run.end_epoch(auc_of(predict(model, validation)))
@@ -109,12 +111,15 @@ class _Run:
         self,
         model: nn.Module,
         learning_rate: float,
+        weight_decay: float,
+        patience: int,
         seed: int,
         checkpoint: TrainingCheckpoint | None,
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self.model, self.seed, self.checkpoint, self.progress = model, seed, checkpoint, progress
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
+        self.patience = patience
         self.device = next(model.parameters()).device
         self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if self.distributed else 0
@@ -131,9 +136,14 @@ class _Run:
             self.validation_auc, self.best = list(state.validation_auc), state.best
 
     @property
+    def since_best(self) -> int:
+        """Epochs since the best one; the first of equals is the best."""
+        best = self.validation_auc.index(max(self.validation_auc)) if self.validation_auc else 0
+        return len(self.validation_auc) - 1 - best
+
+    @property
     def stopped(self) -> bool:
-        """The last epoch is not better than those before it."""
-        return len(self.validation_auc) > 1 and not self.validation_auc[-1] > max(self.validation_auc[:-1])
+        return self.since_best >= self.patience
 
     @property
     def examples_per_second(self) -> float:
@@ -204,7 +214,7 @@ class _Run:
 
     def end_epoch(self, validation_auc: float) -> None:
         self.validation_auc.append(validation_auc)
-        if len(self.validation_auc) == 1 or not self.stopped:
+        if not self.since_best:
             self.best = copy.deepcopy(self.model.state_dict())
         self.report(validation_auc)
         self.epoch, self.batch, self.examples, self.loss = self.epoch + 1, 0, 0, 0.0

@@ -8,13 +8,16 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.ctr import harness
 from benchmarks.ctr.embedding import Inputs
-from benchmarks.ctr.generated import generate
+from benchmarks.ctr.fnn import FNN
+from benchmarks.ctr.generated import expected_auc, generate
 from benchmarks.ctr.harness import makers
 from benchmarks.ctr.impressions import Batches, Impressions, ItemTokens, impressions, with_negatives
 from benchmarks.ctr.pooling import window_sums
 from benchmarks.ctr.sources import Catalogue
-from jobs.ctr.metrics import SortedScores
+from benchmarks.opponents import rq_kmeans, softened_rq_kmeans
+from jobs.ctr.metrics import SortedScores, auc
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,34 @@ def test_popularity_tells_nothing_of_sampled_negatives() -> None:
     assert not chosen & set(zip(last["user"], last["item"], strict=True))
 
 
+def test_a_taste_that_popularity_does_not_show_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clicks depend on whether user and item are of the same group: no item and no user has more of them than others.
+    Without a preference in sight training starts at a saddle point, and must not end there.
+    """
+    monkeypatch.setattr(harness, "BATCH", 64)
+    generator = np.random.default_rng(0)
+    user, item = np.repeat(np.arange(100), 40), generator.integers(1, 41, size=4000)
+    click = generator.random(4000) < np.where(user % 2 == item % 2, 0.8, 0.2)
+    rows = pd.DataFrame({"user": user, "time": np.tile(np.arange(40), 100), "item": item, "label": click.astype(int)})
+    rows["split"] = np.searchsorted([32, 36], rows["time"], side="right")
+    log = impressions(rows, rows[rows["label"] == 1], pd.RangeIndex(1, 41))
+    tokens = ItemTokens(torch.zeros(41, 0, dtype=torch.int64), torch.zeros(41, 0), 1, ())
+    inputs = Inputs(log.users, log.items, tokens, item_ids=True, vectors=None)
+    run = harness.trained(FNN, "fnn", inputs, log, 3e-3, seed=0, history=1)
+    test = harness.scored(run.model, harness.batches_of("fnn", inputs, log, "test", 1, 0))
+    assert auc(test.label, test.score) > 0.7  # 0.8 at best
+    assert np.array_equal(test.user, log.user[log.of("test")])
+
+
+def test_softened_k_means_is_k_means() -> None:
+    x = torch.nn.functional.normalize(torch.randn(300, 8, generator=torch.Generator().manual_seed(0)))
+    soft = softened_rq_kmeans(x, 2, 8, seed=0)
+    codes = soft.encode(x)
+    assert torch.equal(codes, rq_kmeans(x, 2, 8, seed=0).encode(x))
+    largest = soft.alternates(x, codes, 8).weights.max(dim=2).values.float() / 255
+    assert 0.2 < float(largest.mean()) < 0.98
+
+
 def test_a_weighted_auc_is_scikit_learn_s() -> None:
     generator = np.random.default_rng(0)
     label, score = generator.integers(2, size=500).astype(np.float32), generator.integers(20, size=500).astype(float)
@@ -100,3 +131,6 @@ def test_clicks_of_the_generated_log_follow_their_probabilities() -> None:
     label = made.catalogue.log.label
     assert abs(label.mean() - made.probability.mean()) < 0.03
     assert roc_auc_score(label, made.probability) > 0.75
+    score = made.probability + 0.1 * np.random.default_rng(0).normal(size=len(label))
+    assert expected_auc(made.probability, score) == pytest.approx(roc_auc_score(label, score), abs=0.02)
+    assert expected_auc(label.astype(float), score) == pytest.approx(roc_auc_score(label, score))

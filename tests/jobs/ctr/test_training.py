@@ -115,7 +115,8 @@ def test_a_planted_taste_is_learned_through_tokens_and_not_without() -> None:
     assert aucs[False] < 0.65
 
 
-def test_the_best_epoch_is_kept_and_training_stops_after_it() -> None:
+@pytest.mark.parametrize("patience", [1, 3])
+def test_the_best_epoch_is_kept_and_training_stops_after_it(patience: int) -> None:
     class Worsening(nn.Module):
         """Its prediction is right until it has trained for two epochs."""
 
@@ -132,10 +133,12 @@ def test_the_best_epoch_is_kept_and_training_stops_after_it() -> None:
 
     reports: list[Progress] = []
     batches = planted(16, 0)
-    trained = train(Worsening(), lambda _: batches, batches, epochs=9, learning_rate=0.1, progress=reports.append)
-    assert trained.validation_auc == (1.0, 1.0)  # the second is not better: stop
+    trained = train(
+        Worsening(), lambda _: batches, batches, epochs=9, learning_rate=0.1, patience=patience, progress=reports.append
+    )
+    assert trained.validation_auc == (1.0, 1.0, 0.0, 0.0)[: 1 + patience]  # none is better than the first: stop
     assert float(trained.model.steps) == 1
-    assert [report.validation_auc for report in reports] == [1.0, 1.0]
+    assert tuple(report.validation_auc for report in reports) == trained.validation_auc
     assert "epoch 1, 96 examples" in str(reports[0])
 
 
