@@ -35,7 +35,7 @@ from tokenizer.kernels import without_denormals
 SOURCE = "rq-gmm-soft"
 RATE = 3e-3
 LEVELS, COMPONENTS = 2, 128
-USERS, LENGTH = 1500, 300  # of the generated log
+USERS, LENGTH = 1000, 200  # of the generated log
 EPOCHS = 8  # of the noise picture
 CODEBOOKS, CODEWORDS = (1, 2, 4, 8), (5, 10, 25, 50, 100)
 EXPLAINED = 400  # impressions whose attention is looked at
