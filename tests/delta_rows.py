@@ -66,7 +66,7 @@ def registry_at(root: Path, *settings: str) -> Registry:
     return open_registry(load_config(overrides=settings, warehouse=str(root)), str(root))
 
 
-def write_releases(registry: Registry, *rows: tuple[int, str, str]) -> None:
+def write_releases(root: str, *rows: tuple[int, str, str]) -> None:
     """The releases of these codebook versions, hashes and statuses, in order."""
     numbers = range(1, len(rows) + 1)
     columns = {
@@ -78,10 +78,10 @@ def write_releases(registry: Registry, *rows: tuple[int, str, str]) -> None:
         "status": pa.array([status for _, _, status in rows]),
         "at": pa.array([datetime(2026, 1, n, tzinfo=UTC) for n in numbers], pa.timestamp("us", "UTC")),
     }
-    write_deltalake(f"{registry.root}/releases", pa.table(columns))
+    write_deltalake(f"{root}/releases", pa.table(columns))
 
 
-def write_ids(registry: Registry, *rows: tuple[int, str]) -> None:
+def write_ids(root: str, *rows: tuple[int, str]) -> None:
     """IDs of these codebook versions and hashes."""
     table = pa.table(
         {
@@ -89,4 +89,4 @@ def write_ids(registry: Registry, *rows: tuple[int, str]) -> None:
             "codebook_hash": [codebook_hash for _, codebook_hash in rows],
         }
     )
-    write_deltalake(f"{registry.root}/semantic_ids", table, partition_by=["codebook_version"], mode="append")
+    write_deltalake(f"{root}/semantic_ids", table, partition_by=["codebook_version"], mode="append")

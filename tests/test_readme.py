@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import typer.main
+from delta_rows import write_ids, write_releases
 
 from pipelines.__main__ import app
 
@@ -41,6 +42,24 @@ def test_each_command_of_the_readme_parses(line: str) -> None:
 def test_an_unknown_flag_would_not_parse() -> None:
     with pytest.raises(Exception, match="No such option"):
         parsed(["status", "--no-such-flag"])
+
+
+def test_the_reader_of_released_ids_gives_the_rows_that_the_newest_release_pins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(tmp_path / "warehouse" / "demo")
+    write_ids(root, (1, "a"), (1, "a"))
+    write_ids(root, (2, "b"), (2, "b"))  # version 1, which the releases pin
+    write_ids(root, (2, "not released"), (3, "not released"))
+    write_releases(root, (1, "a", "promoted"), (2, "b", "promoted"))
+    code = next(block for block in re.findall(r"```python\n(.+?)```", README, re.DOTALL) if "deltalake" in block)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert (
+        names["table"].select(["codebook_version", "codebook_hash"]).to_pylist()
+        == [{"codebook_version": 2, "codebook_hash": "b"}] * 2
+    )
 
 
 @pytest.mark.parametrize("target", MAKE)

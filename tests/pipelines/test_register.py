@@ -44,8 +44,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     root = tmp_path_factory.mktemp("made")
     registry = registry_at(root)
     names = [fitted(registry, root / "scratch", seed, fit_key=f"key-{seed}") for seed in range(3)]
-    write_releases(registry, (1, names[0], PROMOTED), (3, names[2], PROMOTED), (1, names[0], ROLLED_BACK))
-    write_ids(registry, *((number, name) for number, name in enumerate(names, 1)))
+    write_releases(registry.root, (1, names[0], PROMOTED), (3, names[2], PROMOTED), (1, names[0], ROLLED_BACK))
+    write_ids(registry.root, *((number, name) for number, name in enumerate(names, 1)))
     return root, names
 
 

