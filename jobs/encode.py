@@ -378,11 +378,23 @@ def _published(encoded: DataFrame, own: DataFrame | None, model: CodebookVersion
     if own is None:
         rows = encoded.withColumn("suffix", position)
     else:
-        incumbents = encoded.where("kept_suffix IS NOT NULL").withColumn("suffix", F.col("kept_suffix"))
-        published = F.concat_ws("-", F.col("codes").cast("array<string>")).alias("joined")
-        published_suffixes = own.select(published, "suffix").unionByName(incumbents.select("joined", "suffix"))
-        free = published_suffixes.groupBy("joined").agg((F.max("suffix") + 1).alias("free"))
-        newcomers = encoded.where("kept_suffix IS NULL").join(free, "joined", how="left")
+        published = own.select(
+            F.concat_ws("-", F.col("codes").cast("array<string>")).alias("joined"),
+            "suffix",
+            F.col("item_id").alias("owner"),
+        )
+        candidates = encoded.where("kept_suffix IS NOT NULL").withColumn("suffix", F.col("kept_suffix"))
+        # An ID that was kept from an earlier version may be another item's in this one: then it is numbered anew.
+        same_id = (
+            (F.col("one.joined") == F.col("other.joined"))
+            & (F.col("one.suffix") == F.col("other.suffix"))
+            & (F.col("one.item_id") != F.col("other.owner"))
+        )
+        incumbents = candidates.alias("one").join(published.alias("other"), same_id, how="left_anti")
+        renumbered = candidates.alias("one").join(published.alias("other"), same_id, how="left_semi").drop("suffix")
+        suffixes = published.select("joined", "suffix").unionByName(incumbents.select("joined", "suffix"))
+        free = suffixes.groupBy("joined").agg((F.max("suffix") + 1).alias("free"))
+        newcomers = encoded.where("kept_suffix IS NULL").unionByName(renumbered).join(free, "joined", how="left")
         rows = (
             newcomers.withColumn("suffix", F.coalesce("free", F.lit(0)) + position).drop("free").unionByName(incumbents)
         )

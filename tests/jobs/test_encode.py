@@ -150,13 +150,18 @@ def test_suffixes_follow_day_and_id_and_begin_after_the_taken_ones(spark: SparkS
     rows = [row("b", 1), row("c", 1), row("a", 2)]
     own = None
     if taken:
-        own = spark.createDataFrame([([1, 2], 0), ([1, 2], 4), ([1, 20], 7)], "codes ARRAY<INT>, suffix INT")
-        rows.append(row("k", 9, kept=4))
+        published = [("x", [1, 2], 0), ("k", [1, 2], 3), ("y", [1, 2], 4), ("z", [1, 20], 7)]
+        own = spark.createDataFrame(published, "item_id STRING, codes ARRAY<INT>, suffix INT")
+        rows.append(row("k", 9, kept=3))  # its own ID of this version
+        rows.append(row("l", 9, kept=2))  # an ID of the version before, which is nobody's in this one
+        rows.append(row("m", 9, kept=4))  # an ID of the version before, which is y's in this one
     model = version_of("x")
     result = _published(spark.createDataFrame(rows, from_arrow_schema(ENCODED)), own, model, date(2026, 1, 3)).collect()
     ids = {row["item_id"]: row["semantic_id"] for row in result}
     assert ids == (
-        {"b": "1-2-5", "c": "1-2-6", "a": "1-2-7", "k": "1-2-4"} if taken else {"b": "1-2", "c": "1-2-1", "a": "1-2-2"}
+        {"b": "1-2-5", "c": "1-2-6", "a": "1-2-7", "k": "1-2-3", "l": "1-2-2", "m": "1-2-8"}
+        if taken
+        else {"b": "1-2", "c": "1-2-1", "a": "1-2-2"}
     )
     assert all(row["alternates"][0]["weights"] == [200, 55] for row in result)
     assert all(row["semantic_id"] == text_of(row["codes"], row["suffix"]) for row in result)
