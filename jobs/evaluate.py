@@ -10,7 +10,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass, fields
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from jobs.models.versions import CodebookVersion
 from jobs.pictures import draw_likelihood, draw_usage
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.releases import versions_to_evaluate
-from jobs.warehouse.reports import QualityReport, UncertainItem, report
+from jobs.warehouse.reports import QualityReport, UncertainItem, make_newest, report
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS
 from tokenizer import RQGMM, Thresholds, check_gate, level_usage, neighbour_recall
 
@@ -76,6 +76,7 @@ def run(
     judged_against = other.number if other else None
     stored = report(warehouse.root, model.number, run_id)
     if stored is not None and (other is None or stored.judged_against == judged_against):
+        make_newest(warehouse, stored)
         values = {field.name: getattr(stored, field.name) for field in fields(stored)}
         drawn = tuple(sorted(pictures.glob(f"*-{model.hash[:12]}.png")))
         return EvaluateResult(**values, pictures=drawn, seconds=time.monotonic() - began, nothing_to_do=True)
@@ -133,6 +134,7 @@ def run(
         "judged_against": judged_against,
         "table_versions": versions,
         "run_date": run_date,
+        "evaluated_at": datetime.now(UTC),
     }
     warehouse.merge(QUALITY_REPORTS, warehouse.rows(QUALITY_REPORTS, [row]), update=True)
     return EvaluateResult(

@@ -21,6 +21,7 @@ from jobs.distributed_fit import fit_device, fit_on_workers
 from jobs.embeddings.batches import EmbeddingFiles
 from jobs.embeddings.recipe import FUSION
 from jobs.errors import SchemaError
+from jobs.fingerprint import fingerprint
 from jobs.models.checkpoint import Checkpoint
 from jobs.models.codebooks import codebook_files, load_files, register_codebook
 from jobs.models.registry import CANDIDATE, Registry
@@ -59,7 +60,7 @@ def run(
     """Fit a codebook on the newest `item_embeddings` and register it as candidate.
 
     The fit starts from the champion if there is one of the same shape, so that few IDs change. If a version of the same
-    inputs (table version, settings, starting codebook) is registered, there is nothing to do. `progress` takes each
+    inputs (rows, settings, starting codebook) is registered, there is nothing to do. `progress` takes each
     iteration, `report` a line of text.
 
     Raises:
@@ -79,8 +80,11 @@ def run(
             f"item_embeddings has {items} items and fit.components is {config.fit.components}; expected at least as "
             f"many items as components. Load more items or lower it: --set fit.components={max(2, items // 10)}"
         )
+    files = tuple(warehouse.files(ITEM_EMBEDDINGS, version))
+    # By the names of the files, not the version: a commit that changes no row gives a new version too.
+    rows_key = fingerprint([file.rpartition("/")[2] for file in files])[:16]
     start = champion if champion is not None and _can_start_from(champion, config.fit, fusion.dim) else None
-    fit_key = f"{RECIPE}-{version}-{config.digest('fit')}-{start.hash[:16] if start else 'free'}"
+    fit_key = f"{RECIPE}-{rows_key}-{config.digest('fit')}-{start.hash[:16] if start else 'free'}"
     known = registry.codebooks.newest(lambda version: version.fit_key == fit_key)
     if known is not None:
         codebook_files(registry, known)
@@ -88,7 +92,6 @@ def run(
             registry.codebooks.set_alias(CANDIDATE, known.number)
         return FitResult(known, known.hash, None, time.monotonic() - began, nothing_to_do=True)
 
-    files = tuple(warehouse.files(ITEM_EMBEDDINGS, version))
     step = max(1, items // config.fit.sample) if config.fit.sample else 1
     mib = 4 * fusion.dim * items / step / config.fit.workers / 2**20
     data = EmbeddingFiles(files, fusion.dim, config.fit.batch_rows, step=step, in_memory=mib <= config.fit.memory_mib)

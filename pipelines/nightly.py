@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 
 from jobs import encode, evaluate, fit, load, train
 from jobs.config import Config
+from jobs.ctr.champion import restore_ctr_champion
 from jobs.ctr.example_table import check_ids, check_interactions
 from jobs.ctr.log import Log
 from jobs.encode import EncodeResult
@@ -195,6 +196,8 @@ class _Stages:
         champion, repaired = restore_champion(self.registry)
         if repaired:
             self.reporter.done("champion", repaired)
+        if champion is not None:
+            restore_ctr_champion(self.registry, champion.hash)
         return champion
 
     def load(self) -> LoadResult:

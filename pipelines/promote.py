@@ -100,6 +100,7 @@ def promote(
         and (champion, current.codebook_hash) == (model.number, model.hash)
         and dict(current.table_versions) == present
     ):
+        restore_ctr_champion(registry, model.hash)  # a kill may have come between the release and this
         return PromoteResult(current, nothing_to_do=True)
     if champion not in (None, model.number, verdict.judged_against):
         raise PromotionConflict(

@@ -15,6 +15,8 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from jobs.evaluate import EvaluateResult
+    from jobs.train import TrainResult
     from pipelines.nightly import Night
     from tokenizer import Iteration
 
@@ -86,7 +88,9 @@ def facts(night: Night, warehouse: str, pictures: Path, seconds: float) -> dict[
         "largest_collision": int(metrics["largest_collision"]),
         "neighbour_recall": metrics["neighbour_recall"],
         "churn": metrics.get("churn"),
-        "verdict": "passed" if night.evaluated.passed else "failed",
+        "verdict": _verdict(night.evaluated),
+        "reasons": list(night.evaluated.reasons),
+        "release": release.release_id if release else None,
         "champion_version": release.codebook_version if release else None,
         "codebook_hash": release.codebook_hash if release else (night.fitted.codebook_hash if night.fitted else None),
         "interactions_in": log.rows_in if log else None,
@@ -100,11 +104,20 @@ def facts(night: Night, warehouse: str, pictures: Path, seconds: float) -> dict[
         "gauc": trained.gauc if trained else None,
         "gauc_users": trained.gauc_users if trained else None,
         "log_loss": trained.log_loss if trained else None,
+        "calibration": trained.calibration if trained else None,
+        "auc_cold": trained.auc_cold if trained else None,
+        "ctr_version": trained.version if trained else None,
+        "ctr_verdict": _verdict(trained) if trained and trained.version is not None else None,
+        "ctr_reasons": list(trained.reasons) if trained else [],
         "nothing_to_do": night.nothing_to_do,
         "seconds": round(seconds, 1),
         "warehouse": warehouse,
         "pictures": str(pictures),
     }
+
+
+def _verdict(result: EvaluateResult | TrainResult) -> str:
+    return "passed" if result.passed else "failed"
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:

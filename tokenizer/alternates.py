@@ -21,7 +21,6 @@ ALTERNATES = 8  # codes a level for which the temperatures are calibrated
 TOTAL = 255  # what the weights of a level sum to
 CALIBRATION_ROWS = 4096  # of the fit, evenly spread, at least where there are as many
 TEMPERATURES = tuple(float(np.float32(2 ** (step / 4))) for step in range(-16, 57))  # tried: 1/16 to 16,384
-PRIOR_ROWS = 1.0  # see gmm.update_means: what the mean of a component rests on beside its rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,33 +71,36 @@ def rounded(share: Tensor) -> Tensor:
 # ---- calibration ----
 
 
-def calibrated(levels: Sequence[DiagonalGMM], x: Tensor, codes: Tensor, rows: int) -> tuple[float, ...]:
+def calibrated(
+    levels: Sequence[DiagonalGMM], x: Tensor, codes: Tensor, rows: int, prior_rows: float
+) -> tuple[float, ...]:
     """The temperature of each level at which soft IDs reconstruct rows best that the means have not seen.
 
     It minimises the mean over rows of |r - sum_k w_k mu_k|^2 over TEMPERATURES, r the residual and k the code of the
     row and its ALTERNATES - 1 most probable others. A row of the fit has pulled the mean of its own component towards
-    itself, so that mean is taken without the row (leave-one-out): of n_k rows, r - mu_k becomes (r - mu_k)(1 + 1 /
-    n_k), with a prior of one row. Softer than that mixes in components that are too far away, harder loses where in its
-    cell a row lies.
+    itself, so that mean is taken without the row (leave-one-out): of n_k rows and a prior of a rows, r - mu_k becomes
+    (r - mu_k)(1 + 1 / (n_k + a - 1)). A row that is alone in its component and has no prior counts as one of two.
+    Softer than the best mixes in components that are too far away, harder loses where in its cell a row lies.
 
     Args:
         levels: the fitted levels.
         x: (N, D) rows of the fit, evenly spread.
         codes: (N, L) their codes.
         rows: of the fit, all of which the means rest on.
+        prior_rows: a, see `gmm.update_means`.
     """
     with one_thread():
         residual, found = x, []
         for gmm, code in zip(levels, codes.long().T, strict=True):
             count = torch.bincount(code, minlength=gmm.components)[code] * (rows / len(x))
-            found.append(_best_temperature(*_left_out(gmm, residual, code, count)))
+            found.append(_best_temperature(*_left_out(gmm, residual, code, count + prior_rows)))
             residual = residual - gmm.means[code]
     return tuple(found)
 
 
 def _left_out(gmm: DiagonalGMM, residual: Tensor, code: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Log-joints (n, m) of the ALTERNATES of each row and products (n, m, m) of r - mu_j and r - mu_k, float64, both
-    with the mean of the own code taken without the row.
+    with the mean of the own code, which rests on `count` (n,) rows, taken without the row.
     """
     log_joints, products = [], []
     first = 0
@@ -107,7 +109,7 @@ def _left_out(gmm: DiagonalGMM, residual: Tensor, code: Tensor, count: Tensor) -
         scores, own = gmm.log_joint(r), code[rows]
         listed = level_alternates(scores, own, ALTERNATES, None)[0].long()  # (n, m), the own code first
         away = r[:, None] - gmm.means[listed]  # (n, m, D)
-        growth = 1 + PRIOR_ROWS / count[rows, None].clamp_min(1)  # (n, 1)
+        growth = 1 + 1 / (count[rows, None] - 1).clamp_min(1)  # (n, 1)
         mahalanobis = (away[:, 0].square() / gmm.variances[own]).sum(1)
         log_joint = scores.gather(1, listed)
         log_joint[:, 0] -= (growth[:, 0].square() - 1) * mahalanobis / 2

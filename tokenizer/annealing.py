@@ -38,6 +38,11 @@ HARD_STEPS = 10  # classification EM after annealing, at most
 EM_GAIN = 1e-3  # nats a row that an EM step must gain for another one (scikit-learn's default)
 
 
+def prior_rows_of(method: Method) -> float:
+    """How many rows the prior of a component's mean is worth."""
+    return PRIOR_ROWS if method == "annealed" else 0.0
+
+
 @dataclass(frozen=True)
 class Level:
     """What the fit of a level needs besides its start."""
@@ -52,7 +57,7 @@ class Level:
 
     @property
     def prior_rows(self) -> float:
-        return PRIOR_ROWS if self.method == "annealed" else 0.0
+        return prior_rows_of(self.method)
 
     def sum(self, gmm: DiagonalGMM, step: Callable[[DiagonalGMM, Tensor], GMMStatistics]) -> GMMStatistics:
         """`step(gmm, residuals)` of all rows."""

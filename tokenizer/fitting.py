@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tokenizer.alternates import CALIBRATION_ROWS, calibrated
-from tokenizer.annealing import Level, Method, fit_level, refit_level
+from tokenizer.annealing import Level, Method, fit_level, prior_rows_of, refit_level
 from tokenizer.data import Data, Residuals, Rows
 from tokenizer.errors import DataError
 from tokenizer.iterations import Iteration, Trace
@@ -109,5 +109,5 @@ def fit_rqgmm(
         del residuals
         done = refine_jointly(source, done, beam, floor, JOINT_STEPS if init is None else REFIT_JOINT_STEPS, trace)
     hard = RQGMM(tuple(done), beam)
-    temperatures = calibrated(done, sample, hard.encode(sample), source.total)
+    temperatures = calibrated(done, sample, hard.encode(sample), source.total, prior_rows_of(method))
     return RQGMMFit(replace(hard, temperatures=temperatures), tuple(trace.steps))

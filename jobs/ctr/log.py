@@ -148,8 +148,9 @@ def _note(seen: Survey, reading: Reading, names: list[str], train: TrainConfig) 
     elif reading.outcome == RATING:
         parts.append(f"a rating of {train.click_rating:g} or more is a click")
     else:
+        drawn = "by their clicks" if train.negative_sampling == "popularity" else "uniform"
         parts.append(
-            f"positives only: {train.negatives} sampled negatives per positive, uniform over the items that are as new "
+            f"positives only: {train.negatives} sampled negatives per positive, {drawn} over the items that are as new "
             "to the user and to the log as the positive"
         )
     if reading.time == ORDER:

@@ -32,13 +32,15 @@ def read_rows(root: str, table: Table) -> list[dict[str, Any]]:
         if log is None:
             return []
         content = log.to_pyarrow_table()
-    if content.schema.names != table.schema.names:
+    optional = [field.name for field in table.schema if field.nullable and field.name not in content.schema.names]
+    expected = [name for name in table.schema.names if name not in optional]
+    if content.schema.names != expected:
         raise SchemaError(
-            f"columns of {table.name} are {content.schema.names}; expected {table.schema.names}. Was the table written "
-            "by another version?"
+            f"columns of {table.name} are {content.schema.names}; expected {table.schema.names}. The table was written "
+            "by another version of this software: use that version, or restore the table from a backup"
         )
-    rows: list[dict[str, Any]] = content.to_pylist(maps_as_pydicts="strict")
-    return rows
+    absent = dict.fromkeys(optional)  # written before an optional column was declared
+    return [{**row, **absent} for row in content.to_pylist(maps_as_pydicts="strict")]
 
 
 def count_and_version(root: str, table: Table) -> tuple[int, int] | None:

@@ -242,7 +242,8 @@ def check_columns(frame: DataFrame, table: Table) -> None:
         surplus = [f"{name} {kind}" for name, kind in present if (name, kind) not in declared]
         raise SchemaError(
             f"columns of {table.name} differ from the declared ones; missing: {', '.join(missing) or 'none'}; "
-            f"not expected: {', '.join(surplus) or 'none'} (order matters). Was the table written by another version?"
+            f"not expected: {', '.join(surplus) or 'none'} (order matters). The table was written by another version "
+            "of this software: use that version, or restore the table from a backup"
         )
 
 

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from jobs.warehouse.delta_rs import read_rows
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS
+
+if TYPE_CHECKING:
+    from jobs.warehouse.delta_spark import Warehouse
 
 
 @dataclass(frozen=True)
@@ -35,12 +40,8 @@ class QualityReport:
 
 def report(root: str, codebook_version: int, run_id: str | None = None) -> QualityReport | None:
     """A stored report of a codebook version: that of `run_id`, or the newest; None if there is none."""
-    rows = [row for row in read_rows(root, QUALITY_REPORTS) if row["codebook_version"] == codebook_version]
-    newest = max(
-        (row for row in rows if run_id in (None, row["run_id"])),
-        key=lambda row: [row["table_versions"][table.name] for table in (SEMANTIC_IDS, ITEM_EMBEDDINGS)],
-        default=None,
-    )
+    rows = (row for row in _newest_first(root, codebook_version) if run_id in (None, row["run_id"]))
+    newest = next(rows, None)
     if newest is None:
         return None
     return QualityReport(
@@ -53,3 +54,23 @@ def report(root: str, codebook_version: int, run_id: str | None = None) -> Quali
         table_versions=newest["table_versions"],
         judged_against=newest["judged_against"],
     )
+
+
+def make_newest(warehouse: Warehouse, stored: QualityReport) -> None:
+    """Give a report that was reused the present time, unless it is the newest of its codebook version already."""
+    rows = _newest_first(warehouse.root, stored.codebook_version)
+    if rows[0]["run_id"] != stored.run_id:
+        row = next(row for row in rows if row["run_id"] == stored.run_id)
+        now = {**row, "evaluated_at": datetime.now(UTC)}
+        warehouse.merge(QUALITY_REPORTS, warehouse.rows(QUALITY_REPORTS, [now]), update=True)
+
+
+def _newest_first(root: str, codebook_version: int) -> list[dict[str, Any]]:
+    """The rows of a codebook version. Those without a time come last, by the table versions that were evaluated."""
+
+    def age(row: Mapping[str, Any]) -> tuple[datetime, list[int]]:
+        versions = [row["table_versions"][table.name] for table in (SEMANTIC_IDS, ITEM_EMBEDDINGS)]
+        return row["evaluated_at"] or datetime.min.replace(tzinfo=UTC), versions
+
+    rows = [row for row in read_rows(root, QUALITY_REPORTS) if row["codebook_version"] == codebook_version]
+    return sorted(rows, key=age, reverse=True)

@@ -131,7 +131,7 @@ QUALITY_REPORTS = Table(
     "quality_reports",
     ("codebook_version", "run_id"),
     _columns(
-        ("judged_against",),
+        ("judged_against", "evaluated_at"),
         codebook_version=INT,
         run_id=STRING,
         codebook_hash=STRING,
@@ -142,11 +142,12 @@ QUALITY_REPORTS = Table(
         judged_against=INT,
         table_versions=VERSIONS,
         run_date=DATE,
+        evaluated_at=T.TimestampType(),
     ),
     description="The evaluation of a codebook version on given table versions, with the verdict of the gate.",
     meaning={
         "codebook_version": "version in the MLflow registry",
-        "run_id": "MLflow run of the evaluation",
+        "run_id": "digest of what was evaluated: codebook, table versions, settings of gate and evaluate",
         "codebook_hash": "content hash of the codebook",
         "metrics": "every metric by name",
         "passed": "whether the gate passed",
@@ -155,6 +156,7 @@ QUALITY_REPORTS = Table(
         "judged_against": "codebook version of the champion that it was compared with",
         "table_versions": "versions of the tables that were evaluated",
         "run_date": "day of the run",
+        "evaluated_at": "time of the last evaluation with this result; `sid promote` reads the newest report",
     },
 )
 RELEASES = Table(

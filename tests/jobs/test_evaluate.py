@@ -22,7 +22,8 @@ from jobs.models.registry import Registry, open_registry
 from jobs.models.versions import CodebookVersion
 from jobs.read_config import load_config
 from jobs.warehouse.delta_spark import Warehouse
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
+from jobs.warehouse.reports import report
+from jobs.warehouse.tables import ITEM_EMBEDDINGS, QUALITY_REPORTS, SEMANTIC_IDS
 
 DAY, NEXT = date(2026, 1, 1), date(2026, 1, 2)
 ITEMS, DIM = 200, 8
@@ -146,6 +147,29 @@ def test_both_rmse_are_those_of_a_slow_loop(
     assert 0 < result.metrics["neighbour_recall"] <= 1
     assert {path.name.split("-")[0] for path in result.pictures} == {"usage", "likelihood"}
     assert evaluate.run(config, warehouse, registry, second, first, NEXT, tmp_path).nothing_to_do
+
+
+def test_a_report_that_is_reused_is_the_newest_again(
+    catalogue: tuple[Config, Warehouse, Registry, list[CodebookVersion]], tmp_path: Path
+) -> None:
+    """So `sid promote` follows the last `sid evaluate`, whichever limits it had."""
+    config, warehouse, registry, (first, _) = catalogue
+    strict = load_config(
+        overrides=[f"load.source={config.load.source}", "encode.alternates=2", "gate.min_distinct=1"],
+        warehouse=warehouse.root,
+    )
+    verdicts = []
+    for settings in (config, strict, config):
+        result = evaluate.run(settings, warehouse, registry, first, None, NEXT, tmp_path)
+        newest = report(warehouse.root, first.number)
+        assert newest is not None
+        assert newest.run_id == result.run_id
+        verdicts.append((newest.passed, result.nothing_to_do))
+    assert verdicts[1] == (False, False)
+    assert verdicts[2] == (verdicts[0][0], True)
+    version = warehouse.version(QUALITY_REPORTS)
+    evaluate.run(config, warehouse, registry, first, None, NEXT, tmp_path)
+    assert warehouse.version(QUALITY_REPORTS) == version
 
 
 def test_a_table_of_an_earlier_release_gets_its_errors_with_the_next_encode(

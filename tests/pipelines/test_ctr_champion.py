@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from warehouse import CLICKS, ITEMS, SmallWarehouse
+from warehouse import CLICKS, ITEMS, WITHOUT_TRAINING, SmallWarehouse
 
 from jobs.ctr.artefact import ArtefactError, load_model
 from jobs.ctr.champion import ctr_champion, load_ctr
@@ -33,6 +33,7 @@ def write_clicks(small: SmallWarehouse) -> str:
     return f"train.interactions={path}"
 
 
+@pytest.mark.slow
 def test_the_ctr_champion_follows_gate_and_codebook(small: SmallWarehouse) -> None:
     models = small.registry.ctr_models
     assert models.alias(CHAMPION) == models.alias(CANDIDATE) == 1
@@ -71,6 +72,10 @@ def test_the_ctr_champion_follows_gate_and_codebook(small: SmallWarehouse) -> No
     champion = ctr_champion(small.registry, first_codebook)
     assert champion is not None
     assert load_ctr(small.registry, champion).codebook_hash == first_codebook
+
+    models.set_alias(CHAMPION, 4)  # as a kill between the release and the alias leaves it
+    small.night(date(2026, 2, 11), WITHOUT_TRAINING)
+    assert models.alias(CHAMPION) == 2
 
 
 def test_a_model_and_a_codebook_that_do_not_belong_together_refuse_to_load(small: SmallWarehouse) -> None:

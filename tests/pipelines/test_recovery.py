@@ -96,6 +96,7 @@ def copy(failed: tuple[SmallWarehouse, Night], tmp_path: Path) -> SmallWarehouse
     return failed[0].copy(tmp_path / "warehouse")
 
 
+@pytest.mark.slow
 def test_a_failing_candidate_withholds_no_new_item(failed: tuple[SmallWarehouse, Night]) -> None:
     small, night = failed
     assert night.refit_because is not None
@@ -113,6 +114,7 @@ def test_a_failing_candidate_withholds_no_new_item(failed: tuple[SmallWarehouse,
     assert ids.where("codebook_version = 1").count() == ITEMS + 40
 
 
+@pytest.mark.slow
 def test_the_same_night_again_neither_fits_nor_releases(
     copy: SmallWarehouse, failed: tuple[SmallWarehouse, Night]
 ) -> None:
@@ -122,6 +124,12 @@ def test_the_same_night_again_neither_fits_nor_releases(
     assert again.fitted is not None
     assert again.fitted.nothing_to_do
     assert copy.versions() == before
+    # Nor does it where the source was exported again with the same rows, which gives the table a new version.
+    copy.write_items(ITEMS + 40)
+    exported = copy.night(DUE, HALVED, WITHOUT_TRAINING)
+    assert copy.versions()[ITEM_EMBEDDINGS.name] > before[ITEM_EMBEDDINGS.name]
+    assert exported.fitted is not None
+    assert exported.fitted.nothing_to_do
     # Nor does a night that no refit is due in, though another codebook's IDs came since.
     assert copy.night(NEXT, WITHOUT_TRAINING).promoted == PromoteResult(copy.release, nothing_to_do=True)
 
@@ -130,6 +138,7 @@ def files(small: SmallWarehouse) -> set[Path]:
     return set(small.root.rglob("*.parquet"))
 
 
+@pytest.mark.slow
 def test_a_default_vacuum_removes_nothing_that_is_pinned(copy: SmallWarehouse) -> None:
     """As if every file had been made years ago."""
     before = files(copy)
@@ -141,6 +150,7 @@ def test_a_default_vacuum_removes_nothing_that_is_pinned(copy: SmallWarehouse) -
     assert files(copy) == before
 
 
+@pytest.mark.slow
 def test_after_a_forced_vacuum_the_current_release_is_whole(copy: SmallWarehouse) -> None:
     """By Spark of one table, by delta-rs of the other."""
     spark, before = copy.tables.spark, files(copy)

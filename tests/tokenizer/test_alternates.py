@@ -149,7 +149,8 @@ def test_rounding_is_by_largest_remainder(shares: list[float]) -> None:
 # ---- calibration ----
 
 
-def test_the_temperature_is_that_of_the_best_leave_one_out_reconstruction(x: torch.Tensor) -> None:
+@pytest.mark.parametrize("prior", [0, 1])
+def test_the_temperature_is_that_of_the_best_leave_one_out_reconstruction(x: torch.Tensor, prior: int) -> None:
     """Against a loop that takes each row out of its component and fits that mean anew."""
     rows = x[:200].double()
     near = torch.cdist(rows, rows[:12])
@@ -157,18 +158,19 @@ def test_the_temperature_is_that_of_the_best_leave_one_out_reconstruction(x: tor
     mean = rows.mean(0)
     sums = torch.zeros(12, 24, dtype=torch.float64).index_add(0, codes, rows)
     count = torch.bincount(codes, minlength=12)
-    means = (sums + mean) / (count + 1)[:, None]  # with a prior of one row at the mean, as fitted
+    assert int(count.min()) > 1
+    means = (sums + prior * mean) / (count + prior)[:, None]  # as fitted, the prior's rows at the mean of all
     gmm = spherical_gmm(means.float(), 0.5)
     errors = np.zeros(len(TEMPERATURES))
     for row, code in zip(rows, codes.tolist(), strict=True):
         others = sorted((k for k in range(12) if k != code), key=lambda k: float((row - means[k]).square().sum()))
         centres = means[[code, *others[: ALTERNATES - 1]]].clone()
-        centres[0] = (sums[code] - row + mean) / count[code]
+        centres[0] = (sums[code] - row + prior * mean) / (count[code] - 1 + prior)
         distance = (row - centres).square().sum(1) / (2 * 0.5)
         for place, temperature in enumerate(TEMPERATURES):
             weights = (-distance / temperature).softmax(0)
             errors[place] += float((row - weights @ centres).square().sum())
-    result = calibrated([gmm], x[:200], codes[:, None].int(), 200)
+    result = calibrated([gmm], x[:200], codes[:, None].int(), 200, prior)
     assert result == (TEMPERATURES[int(errors.argmin())],)
     assert TEMPERATURES[0] < result[0] < TEMPERATURES[-1]
 
