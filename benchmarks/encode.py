@@ -33,6 +33,8 @@ def encode(
     """Rows per second of encode and assign against faiss ResidualQuantizer (beam 1) and the GEMM roofline: `torch.mm`
     of the same shapes, and the faster products by oneDNN that encode itself uses.
     """
+    if components & (components - 1):
+        raise typer.BadParameter(f"--components is {components}; expected a power of 2, as faiss counts codes in bits")
     x = clustered(rows, dim)
     rqgmm = fit_rqgmm(x[:20_000], levels=levels, components=components, seed=0).rqgmm
     generator = torch.Generator().manual_seed(0)

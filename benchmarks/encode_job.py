@@ -109,7 +109,7 @@ def _one_process(groups: Sequence[RowGroup], rqgmm: RQGMM, out: Path) -> None:
     suffix = np.arange(len(codes)) - np.repeat(begins, np.diff(np.r_[begins, len(codes)]))
     with_suffix = pc.binary_join_element_wise(codes, pa.array(suffix).cast(pa.string()), "-")
     semantic_id = pc.if_else(pa.array(suffix == 0), codes, with_suffix)
-    names = ("item_id", "codes", "confidence", "log_likelihood", "content_hash", "held", "squared_error")
+    names = ("item_id", "codes", "confidence", "log_likelihood", "content_hash", "held", "alternates", "squared_error")
     columns = {
         **{name: table[name] for name in names},
         "suffix": suffix.astype(np.int32),
@@ -123,7 +123,7 @@ def _one_process(groups: Sequence[RowGroup], rqgmm: RQGMM, out: Path) -> None:
 
 
 def _codes_alone(groups: Sequence[RowGroup], rqgmm: RQGMM, out: Path) -> None:
-    """Codes, posterior and likelihood only, written as they come: no suffixes, so no sort."""
+    """What the library computes of each row, written as it comes: no suffixes, so no sort."""
     with pq.ParquetWriter(out, ENCODED) as writer:
         for batch in _codes(groups, rqgmm):
             writer.write_batch(batch)

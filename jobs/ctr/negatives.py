@@ -44,7 +44,7 @@ def with_negatives(rows: DataFrame, has_clock: bool, negatives: int, sampling: s
         user_id, item_id, label, ts; `logged` is false for what was sampled; `example` is false for a click without
         candidates, which is history of its user only; `drawn`: the counts of the item are without one earlier row.
     """
-    bucket = "CAST(pmod(xxhash64(item_id), 1024) AS INT)"  # without a clock every item is known at every moment
+    bucket = f"CAST(pmod(xxhash64(item_id), {BUCKETS}) AS INT)"  # without a clock every item is known at every moment
     if has_clock:
         bounds = rows.agg(F.min("ts"), F.max("ts")).first()
         assert bounds is not None
