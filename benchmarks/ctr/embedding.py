@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from benchmarks.ctr.impressions import ItemTokens
 from jobs.ctr.batch import Items, UserBatch
-from jobs.ctr.dmqn import RunningNorm
 from jobs.ctr.embedding import ItemEmbedding
+from jobs.ctr.head import RunningNorm, tower
 
 WIDTH = 16  # of every vector in the comparison
 USER_STD = 0.1  # of user vectors at the start; nearer to zero what differs between users is found many epochs later
@@ -89,14 +89,7 @@ class Head(nn.Module):
     def __init__(self, inputs: Inputs, width: int) -> None:
         super().__init__()
         self.normalize = RunningNorm(inputs.features)
-        self.mlp = nn.Sequential(
-            nn.Linear(width + inputs.features, 64),
-            nn.ReLU(),
-            nn.Dropout(0.1),
-            nn.Linear(64, 32),
-            nn.ReLU(),
-            nn.Linear(32, 1),
-        )
+        self.mlp = tower(width + inputs.features)
 
     def forward(self, batch: UserBatch, *vectors: Tensor) -> Tensor:
         """Vectors (n, .) -> logits (n,)"""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from jobs.ctr.batch import Items, UserBatch
+from jobs.ctr.head import DistributionEmbedding, RunningNorm, tower
 from jobs.ctr.windows import window_sums
 
 SMALL = 1e-6
@@ -42,6 +43,8 @@ class DMQNShape:
             `halving` steps of training.
         usage: Weight of the usage regulariser.
         noise: Whether assignments are noisy in training.
+        by_distribution: Whether numeric features are read by their place in their distribution.
+        experts: Of the first layer of the MLP; 0 is a plain layer.
     """
 
     features: int
@@ -54,6 +57,8 @@ class DMQNShape:
     halving: int = 500
     usage: float = 0.01
     noise: bool = True
+    by_distribution: bool = False
+    experts: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,15 +228,8 @@ class DMQN(nn.Module):
         self.quantize = MultiClusterQuantization(shape)
         self.interact = InterestClusterInteraction(shape)
         self.attend = ClusterTargetAttention(shape)
-        self.normalize = RunningNorm(shape.features)
-        self.mlp = nn.Sequential(
-            nn.Linear(d + n * (2 * d + 1) + shape.features, 64),
-            nn.ReLU(),
-            nn.Dropout(0.1),
-            nn.Linear(64, 32),
-            nn.ReLU(),
-            nn.Linear(32, 1),
-        )
+        self.normalize = DistributionEmbedding(shape.features) if shape.by_distribution else RunningNorm(shape.features)
+        self.mlp = tower(d + n * (2 * d + 1) + self.normalize.width, shape.experts)
 
     def forward(self, batch: UserBatch) -> Tensor:
         """Logits (n,)"""
@@ -262,28 +260,3 @@ class DMQN(nn.Module):
     def penalty(self) -> Tensor:
         """The usage regulariser of the last forward pass in training."""
         return self.quantize.penalty
-
-
-class RunningNorm(nn.Module):
-    """(x - mean) / standard deviation of every row seen in training so far, so that one row can be normalised too."""
-
-    count: Tensor
-    mean: Tensor
-    square: Tensor
-
-    def __init__(self, features: int) -> None:
-        super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(features, dtype=torch.float64))
-        self.register_buffer("square", torch.ones(features, dtype=torch.float64))  # mean of x^2
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, F) -> (n, F)"""
-        if self.training:
-            rows = x.detach().double()
-            self.count += len(rows)
-            share = len(rows) / self.count
-            self.mean.lerp_(rows.mean(0), share)
-            self.square.lerp_(rows.square().mean(0), share)
-        deviation = (self.square - self.mean.square()).clamp(min=SMALL).sqrt()
-        return ((x - self.mean) / deviation).to(x.dtype)

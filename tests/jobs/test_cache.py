@@ -91,6 +91,7 @@ def scores_differ_by(warehouse: Warehouse, ctr: CtrModel, version: int) -> float
     return float((score(ctr, lookup, ids, candidates, features) - whole).abs().max())
 
 
+@pytest.mark.slow
 def test_a_cache_is_filled_kept_up_to_date_switched_and_drained(
     warehouse: Warehouse, settings: Callable[..., Config], tmp_path: Path
 ) -> None:

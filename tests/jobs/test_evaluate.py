@@ -172,6 +172,7 @@ def test_a_report_that_is_reused_is_the_newest_again(
     assert warehouse.version(QUALITY_REPORTS) == version
 
 
+@pytest.mark.slow
 def test_a_table_of_an_earlier_release_gets_its_errors_with_the_next_encode(
     catalogue: tuple[Config, Warehouse, Registry, list[CodebookVersion]], spark: SparkSession, tmp_path: Path
 ) -> None:

@@ -130,6 +130,7 @@ def test_a_lost_worker_restarts_the_fit_from_its_last_level(
     assert same(fitted.rqgmm, fit.fit_table(config, rows, checkpoint(tmp_path / "one")).rqgmm)
 
 
+@pytest.mark.slow
 def test_the_error_of_a_worker_reaches_the_user(tmp_path: Path, spark: SparkSession) -> None:
     missing = EmbeddingFiles((f"file://{tmp_path}/gone.parquet",), 6, 50)
     with pytest.raises(FitFailed, match=r"worker \d of the fit failed(.|\n)*gone\.parquet"):

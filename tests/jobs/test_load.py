@@ -132,6 +132,7 @@ def test_a_delta_source_gives_the_rows_of_its_current_version(
     np.testing.assert_allclose(np.stack([embeddings[str(n)] for n in range(10)]), unit(x), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_reach_the_table_stop_the_load(
     tmp_path: Path, warehouse: Warehouse, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

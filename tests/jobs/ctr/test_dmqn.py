@@ -16,7 +16,6 @@ from jobs.ctr.dmqn import (
     InterestClusterInteraction,
     Interests,
     MultiClusterQuantization,
-    RunningNorm,
     unevenness,
 )
 from jobs.ctr.embedding import ItemEmbedding
@@ -240,11 +239,3 @@ def test_attention_to_clusters_of_equal_behaviours_is_full_attention_to_the_beha
     score = (behaviours @ query[:, 0, :, None])[..., 0] / 6**0.5
     torch.testing.assert_close(interest[:, 0], (score.softmax(1)[..., None] * behaviours).sum(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(share[:, 0], score.exp().mean(1).log(), rtol=1e-4, atol=1e-5)
-
-
-def test_features_are_normalised_by_all_rows_so_far() -> None:
-    norm, x = RunningNorm(2), 5 + 3 * torch.randn(100, 2, generator=torch.Generator().manual_seed(0))
-    for part in x.split([1, 30, 69]):
-        norm(part)
-    norm.eval()
-    torch.testing.assert_close(norm(x), (x - x.mean(0)) / x.std(0, unbiased=False))

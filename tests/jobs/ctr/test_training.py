@@ -189,6 +189,7 @@ def start(folder: Path, pace: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", CODE, __file__, str(folder), pace])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [1, 5])
 def test_killed_and_run_again_gives_the_same_model_bit_for_bit(tmp_path: Path, after: int) -> None:
     """Killed after its `after`-th checkpoint, within the first or the second epoch."""

@@ -131,6 +131,7 @@ def run_forks(code: str, folder: Path) -> str:
     return output.stdout
 
 
+@pytest.mark.slow
 def test_a_first_command_that_is_killed_leaves_no_half_made_store(tmp_path: Path) -> None:
     """Killed when the file that it makes has reached a size; the whole one has about 700 kB."""
     output = run_forks(
