@@ -68,7 +68,7 @@ def softened_rq_kmeans(x: Tensor, levels: int, components: int, seed: int) -> RQ
         variances = torch.full_like(means, float(residual.square().mean()))
         mixtures.append(DiagonalGMM(torch.full((components,), 1 / components), means, variances))
     hard = RQGMM(tuple(mixtures))
-    return replace(hard, temperatures=calibrated(mixtures, x, hard.encode(x), len(x)))
+    return replace(hard, temperatures=calibrated(mixtures, x, hard.encode(x), len(x), prior_rows=0))
 
 
 def _faiss_centres(components: int, seed: int) -> Centres:
