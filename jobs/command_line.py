@@ -230,7 +230,7 @@ def find_codebook(registry: Registry, name: str) -> CodebookVersion:
 
 
 def version_number(name: str) -> int | None:
-    """The version that a name such as `4` gives; None for an alias, and for what can be no version."""
+    """The version that a name such as `4` gives; None for anything else, such as an alias."""
     return int(name) if name.isascii() and name.isdecimal() and len(name) <= LONGEST_VERSION else None
 
 

@@ -38,7 +38,7 @@ def _as_text(value: object) -> object:
 
 
 def _as_whole(value: object) -> object:
-    """`1e5` is a whole number, as people write large ones so."""
+    """`1e5` is a whole number: large ones are often written in this form."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -86,8 +86,8 @@ class MlflowConfig(Section):
     catalogue: Text = Field(
         "",
         pattern=r"^[A-Za-z0-9._-]*$",
-        description="ends the registered names where several catalogues share an MLflow server; the default store "
-        "needs none",
+        description="suffix of the registered model names where several catalogues share an MLflow server; the default "
+        "store needs none",
     )
 
 
@@ -105,7 +105,7 @@ class LoadConfig(Section):
     )
     dims: dict[str, Whole] = Field({}, description="vector column -> dimension; empty: the commonest in the first rows")
     packed_dtype: dict[str, Literal["float32", "float16", "bfloat16", "float64", "int8", "uint8"]] = Field(
-        {}, description="column of packed bytes -> what a component is; empty: what the bytes can only be, else refused"
+        {}, description="column of packed bytes -> what a component is; empty: inferred if only one type fits"
     )
     normalize: bool = Field(True, description="scale each modality, then the fused vector, to unit length")
     dtype: Literal["float32", "float16"] = Field("float32", description="how a component is stored in item_embeddings")
@@ -146,7 +146,7 @@ class FitConfig(Section):
         1,
         ge=1,
         le=64,
-        description="tuples of codes that encode keeps from level to level; 1 is greedy; part of the codebook",
+        description="tuples of codes that encode keeps from level to level; 1 is greedy; stored in the codebook",
     )
     batch_rows: Whole = Field(8192, ge=1, le=10**7, description="rows of one batch in memory")
     memory_mib: Whole = Field(
@@ -186,13 +186,13 @@ class GateConfig(Section):
 
     min_utilization: float = Field(0.5, ge=0, le=1, description="least share of components in use, at every level")
     min_perplexity: float = Field(0.2, ge=0, le=1, description="least perplexity / K, at every level")
-    min_distinct: float = Field(
-        0.1, ge=0, le=1, description="least share of items with a code tuple of their own or first"
+    min_distinct: float = Field(0.1, ge=0, le=1, description="least number of distinct code tuples / items")
+    max_collision_share: float = Field(
+        0.05, gt=0, le=1, description="largest share of the items that one group of equal codes may have"
     )
-    max_collision_share: float = Field(0.05, gt=0, le=1, description="largest group of equal codes / items")
-    max_rmse_ratio: float = Field(1.05, gt=0, le=1000, description="RMSE against the champion's on the same items")
+    max_rmse_ratio: float = Field(1.05, gt=0, le=1000, description="largest RMSE / the champion's on the same items")
     max_churn: float = Field(
-        0.10, ge=0, le=1, description="share of the champion's items whose codes change on a refit"
+        0.10, ge=0, le=1, description="largest share of the champion's items whose codes change in a refit"
     )
 
 
@@ -200,13 +200,19 @@ class CtrGateConfig(Section):
     """By how much a new CTR model may be worse than the champion on the same impressions."""
 
     max_auc_drop: float = Field(
-        0.002, ge=0, le=1, description="AUC, GAUC or AUC of cold items below the champion's, for certain"
+        0.002,
+        ge=0,
+        le=1,
+        description="largest drop of AUC, GAUC or AUC of cold items; fails where the whole 95 % interval is worse",
     )
     max_log_loss_rise: float = Field(
-        0.002, ge=0, le=100, description="log-loss above the champion's in nats, for certain"
+        0.002,
+        ge=0,
+        le=100,
+        description="largest rise of the log-loss in nats; fails where the whole 95 % interval is worse",
     )
     max_calibration_drift: float = Field(
-        0.1, ge=0, le=100, description="how much further from 1 than the champion's the calibration may be (logarithm)"
+        0.1, ge=0, le=100, description="largest rise of |log(mean prediction / click rate)|"
     )
 
 
@@ -218,8 +224,8 @@ class TrainConfig(Section):
         0.5,
         ge=0,
         le=1,
-        description="largest share of interactions with items that have no semantic ID; above it the ids of the log "
-        "are taken for those of another catalogue, 1 allows all",
+        description="largest share of interactions with items that have no semantic ID; above it training is refused, "
+        "as the log seems to be about another catalogue; 1 allows all",
     )
     history: Whole = Field(200, ge=1, le=100_000, description="most recent behaviours kept per example")
     click_rating: float = Field(4.0, ge=-1e9, le=1e9, description="a rating at or above it is a click")
@@ -242,8 +248,10 @@ class TrainConfig(Section):
     control: bool = Field(
         False, description="also train the same model without semantic IDs, to see what they are worth (twice the time)"
     )
-    interest_codebooks: Whole = Field(4, ge=1, le=1024, description="N of DMQN")
-    codewords: Whole = Field(25, ge=1, le=65536, description="W of DMQN; N x W is about 100 in the paper")
+    interest_codebooks: Whole = Field(4, ge=1, le=1024, description="N, interest codebooks of DMQN")
+    codewords: Whole = Field(
+        25, ge=1, le=65536, description="W, codewords of each interest codebook; N x W is about 100 in the paper"
+    )
     width: Whole = Field(32, ge=4, le=8192, description="D, width of behaviour and cluster vectors")
     epochs: Whole = Field(3, ge=1, le=10_000, description="at most; training stops when the validation AUC falls")
     batch_positions: Whole = Field(
@@ -265,7 +273,8 @@ class NightlyConfig(Section):
         1.0,
         gt=0,
         le=1000,
-        description="refit when the new items' mean log-likelihood falls this many standard deviations",
+        description="refit when the new items' mean log-likelihood is this many standard deviations below that of the "
+        "earlier ones",
     )
 
 

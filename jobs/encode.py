@@ -43,7 +43,7 @@ BATCHES_A_RUN = 8  # batches that a task sorts together
 GROUPS = "uri STRING, index INT, rows BIGINT"
 PENDING = "ARRAY<STRUCT<item_id STRING, codes ARRAY<INT>, suffix INT, final BOOLEAN>>"
 ALTERNATE = pa.struct([("codes", pa.list_(pa.int32())), ("weights", pa.list_(pa.int16()))])
-ADDED = ("alternates", "squared_error")  # columns that are null in rows of earlier releases of this software
+ADDED = ("alternates", "squared_error")  # columns that are null in rows of development versions before 0.1.0
 ENCODED = pa.schema(
     [
         ("codebook_version", pa.int32()),
@@ -66,7 +66,7 @@ ENCODED = pa.schema(
 class EncodeResult:
     codebook_version: int
     encoded: int  # items that got an ID or a new row
-    completed: int  # rows of an earlier release of this software whose ADDED columns were computed
+    completed: int  # rows of a development version before 0.1.0 whose ADDED columns were computed
     version: int  # of semantic_ids after the run
     embeddings_version: int  # of item_embeddings
     seconds: float = 0.0
@@ -87,7 +87,7 @@ def run(
 ) -> EncodeResult:
     """Give every item of the newest `item_embeddings` a semantic ID of codebook `model`, in one commit.
 
-    Rows of earlier releases of this software first get the ADDED columns, in a commit of its own; their IDs stay.
+    Rows of development versions before 0.1.0 first get the ADDED columns, in a commit of its own; their IDs stay.
     `selection` limits the run to some items.
 
     Raises:

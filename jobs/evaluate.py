@@ -99,7 +99,7 @@ def run(
         **catalogue_metrics(ids, champion_ids, model.dim),
         "neighbour_recall": _sampled_recall(embeddings, ids, rqgmm, config.evaluate.neighbour_sample),
     }
-    # Held items last: they keep the codes of an earlier codebook, whose posterior under this one is low on purpose.
+    # Held items last: their codes are not the most probable ones, so their confidence is low by intent.
     uncertain = ids.orderBy("held", "confidence", "item_id").limit(LEAST_CERTAIN)
     columns = [field.name for field in fields(UncertainItem)]
     least_certain = tuple(UncertainItem(**row.asDict()) for row in uncertain.select(columns).collect())
@@ -202,7 +202,7 @@ def catalogue_metrics(ids: DataFrame, champion_ids: DataFrame, dim: int) -> dict
     that both encoded from the same vector. `churn` is the share of the champion's items whose codes differ.
 
     Raises:
-        SchemaError: rows have no squared error, as an earlier release of this software wrote them.
+        SchemaError: rows have no squared error, as a development version before 0.1.0 wrote them.
     """
     champion = champion_ids.select(
         "item_id",
@@ -237,8 +237,8 @@ def catalogue_metrics(ids: DataFrame, champion_ids: DataFrame, dim: int) -> dict
     for version in (row["incomplete"], row["champion_incomplete"]):
         if version is not None:
             raise SchemaError(
-                f"semantic_ids of codebook version {version} have rows without squared_error, which an earlier release "
-                f"of this software wrote; expected it in every row. Run `sid encode --codebook {version}`, which "
+                f"semantic_ids of codebook version {version} have rows without squared_error, which a development "
+                f"version before 0.1.0 wrote; expected it in every row. Run `sid encode --codebook {version}`, which "
                 "computes it; no ID changes"
             )
     names = ("mean_confidence", "mean_log_likelihood", "std_log_likelihood", "held")

@@ -94,7 +94,9 @@ def parse_date(text: str) -> date:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_bytes().decode("utf-8-sig"))  # editors on Windows begin a file with a mark
+        return tomllib.loads(
+            file.read_bytes().decode("utf-8-sig")
+        )  # editors on Windows begin a file with a byte order mark
     except FileNotFoundError:
         wrong = "does not exist; give the path of a TOML file such as infra/conf/local.toml"
     except IsADirectoryError:

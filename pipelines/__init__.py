@@ -1,1 +1,1 @@
-"""The order of things: what a night is made of, and how a codebook is promoted."""
+"""The order of the stages in a night, and the promotion of codebooks."""

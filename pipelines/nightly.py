@@ -95,8 +95,8 @@ def run(
 ) -> Night:
     """Carry out the night of `run_date`. Call with the writer lock held.
 
-    The interactions are checked before anything is written. Where the gate does not pass, nothing is trained and the
-    champion stays.
+    The interactions are checked before anything is written, their item ids after `load`. Where the gate does not pass,
+    nothing is trained and the champion stays.
     """
     stages = _Stages(config, warehouse, registry, run_date, pictures, reporter)
     log = stages.check_interactions()
@@ -136,7 +136,7 @@ def run(
 
 
 def refit_reason(config: Config, warehouse: Warehouse, champion: CodebookVersion | None, run_date: date) -> str | None:
-    """Why the night needs a new codebook; None if the champion will do."""
+    """Why the night needs a new codebook; None if the champion can stay."""
     if champion is None:
         return "there is no champion yet"
     if (champion.levels, champion.components) != (config.fit.levels, config.fit.components):

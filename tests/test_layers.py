@@ -20,7 +20,7 @@ MAY_IMPORT = {
 }
 TOKENIZER_USES = {"torch", "numpy", "safetensors", "faiss", "tokenizer"}
 STAGES = ("load", "fit", "encode", "evaluate", "train", "cache")
-ROOMS = ("files", "spark", "warehouse", "embeddings", "models", "ctr")  # each may import those before it
+SHARED = ("files", "spark", "warehouse", "embeddings", "models", "ctr")  # each may import those before it
 FILES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -81,15 +81,15 @@ def test_results_of_stages_follow_one_rule(stage: str) -> None:
     assert get_type_hints(result.summary) == {"return": str}
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_rooms_import_only_those_below(room: str) -> None:
-    allowed = set(ROOMS[: ROOMS.index(room) + 1])
-    for path in sorted((ROOT / "jobs" / room).rglob("*.py")):
-        assert parts_of_jobs(path) & {*ROOMS, *STAGES, "__main__"} <= allowed, path
+@pytest.mark.parametrize("folder", SHARED)
+def test_shared_folders_import_only_those_before_them(folder: str) -> None:
+    allowed = set(SHARED[: SHARED.index(folder) + 1])
+    for path in sorted((ROOT / "jobs" / folder).rglob("*.py")):
+        assert parts_of_jobs(path) & {*SHARED, *STAGES, "__main__"} <= allowed, path
 
 
 def test_every_folder_of_jobs_has_its_rank() -> None:
-    assert {path.parent.name for path in (ROOT / "jobs").glob("*/*.py")} == set(ROOMS)
+    assert {path.parent.name for path in (ROOT / "jobs").glob("*/*.py")} == set(SHARED)
 
 
 def test_one_file_of_the_library_knows_processes_and_one_knows_speed() -> None:

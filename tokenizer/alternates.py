@@ -76,11 +76,12 @@ def calibrated(
 ) -> tuple[float, ...]:
     """The temperature of each level at which soft IDs reconstruct rows best that the means have not seen.
 
-    It minimises the mean over rows of |r - sum_k w_k mu_k|^2 over TEMPERATURES, r the residual and k the code of the
-    row and its ALTERNATES - 1 most probable others. A row of the fit has pulled the mean of its own component towards
-    itself, so that mean is taken without the row (leave-one-out): of n_k rows and a prior of a rows, r - mu_k becomes
-    (r - mu_k)(1 + 1 / (n_k + a - 1)). A row that is alone in its component and has no prior counts as one of two.
-    Softer than the best mixes in components that are too far away, harder loses where in its cell a row lies.
+    It minimises the mean over rows of |r - sum_k w_k mu_k|^2 over TEMPERATURES; r is the residual, and k runs over the
+    code of the row and its ALTERNATES - 1 most probable others. A row of the fit has pulled the mean of its own
+    component towards itself, so that mean is taken without the row (leave-one-out): of n_k rows and a prior of a rows,
+    r - mu_k becomes (r - mu_k)(1 + 1 / (n_k + a - 1)). With a = 1, in a component of 4 rows a row at distance 1 counts
+    as at 1.25. A row that is alone in its component and has no prior counts as one of two. A higher temperature mixes
+    in components that are too far away; a lower one ignores where in its cell a row lies.
 
     Args:
         levels: the fitted levels.

@@ -93,7 +93,7 @@ def fit_level(level: Level, iterations: int) -> DiagonalGMM:
 
 
 def refit_level(level: Level, champion: DiagonalGMM, steps: int) -> DiagonalGMM:
-    """`steps` from the champion's level. A component without rows moves in any case, as no ID is lost by it."""
+    """`steps` from the champion's level. Components without rows always move: no item has their codes."""
     if level.method == "em":
         return em(level, champion, steps)
     residuals = level.residuals

@@ -43,7 +43,7 @@ class SemanticIds(Assignment):
 
 @dataclass(frozen=True, eq=False)
 class Codebook:
-    """A fitted RQ-GMM. `manifest` says how it was made, `hash` names what decides which codes an item gets."""
+    """A fitted RQ-GMM. `manifest` says how it was made, `hash` is that of all that decides codes and weights."""
 
     rqgmm: RQGMM
     manifest: Mapping[str, Any] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Codebook:
         """How the embeddings were made, if the manifest says so.
 
         Raises:
-            CodebookError: it says something else.
+            CodebookError: its entry is not a valid recipe.
         """
         recipe = self.manifest.get("fusion")
         try:
@@ -96,7 +96,7 @@ def fit(
 ) -> Codebook:
     """A codebook of embeddings (N, D), or of a re-iterable of batches of them; see `fit_rqgmm`.
 
-    `progress` is called with each step; by default, and where standard error is a terminal, a line there tells it.
+    `progress` is called with each step. By default a line of progress is printed if standard error is a terminal.
     """
     line = progress is None and sys.stderr.isatty()
     fitted = fit_rqgmm(
@@ -122,7 +122,7 @@ def _progress_line(step: Iteration) -> None:
 
 
 def content_hash(rqgmm: RQGMM, fusion: Any = None) -> str:
-    """sha256 over every tensor, the fusion recipe and the beam: what decides which code an item gets."""
+    """sha256 over every tensor, the fusion recipe and the beam: all that decides an item's codes and their weights."""
     digest = hashlib.sha256(json.dumps(fusion, sort_keys=True).encode())
     if rqgmm.beam > 1:
         digest.update(f"beam{rqgmm.beam}".encode())

@@ -25,7 +25,7 @@ def distributed() -> bool:
 def _lost_worker() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # all that torch.distributed says when a peer has closed its connection
+    except RuntimeError as error:  # the whole message of torch.distributed when a peer has closed its connection
         raise LostWorker(
             f"another worker of the fit is gone ({error}); expected all of them. Resume the fit"
         ) from error

@@ -94,14 +94,14 @@ class Rows:
 
 
 class Residuals:
-    """What the levels fitted so far leave of the rows; with a beam, for each of the paths (tuples of codes) it keeps.
+    """The residuals of the rows after the levels fitted so far; with a beam, one of each path (tuple of codes) kept.
 
     Rows in memory: the residuals are kept. Streamed rows: the codes are kept, and each pass subtracts the means again.
 
     Attributes:
         rows: number of residuals of all processes, each path of an item counted.
         largest: bound of |r_nd|.
-        floor: least variance worth the name.
+        floor: least variance of a component.
     """
 
     def __init__(self, source: Rows, beam: int) -> None:

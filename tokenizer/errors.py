@@ -2,7 +2,7 @@
 
 
 class TokenizerError(ValueError):
-    """Something the caller can put right; the message says how."""
+    """A mistake that the caller can correct; the message says how."""
 
 
 class DataError(TokenizerError):

@@ -47,8 +47,8 @@ def fit_rqgmm(
     """Fit RQ-GMM (arXiv 2602.12593, section 3).
 
     By default with one spherical covariance per level, shared by its components, and flat weights, annealed level by
-    level and then refined jointly: the paper's own model, diagonal covariances and weights by EM, is k-means with noise
-    in hundreds of dimensions, and reconstructs worse than k-means does. It is method="em".
+    level and then refined jointly (ours). The paper's own model is method="em": diagonal covariances and weights by EM.
+    In hundreds of dimensions it reconstructs worse than k-means.
 
     Args:
         data: float tensor (N, D), or a re-iterable of float batches that may be larger than memory. Where
@@ -61,10 +61,10 @@ def fit_rqgmm(
         shrinkage: how far variances are pulled to the level's pooled variance, 0 to 1. Below 1 there are no joint
             steps.
         beam: tuples of codes that encode keeps from level to level; each level is fitted on the residuals of all of
-            them, and the trace's errors are theirs. 1 is greedy, and costs that many times less.
+            them, and the trace's errors are theirs. 1 is greedy; fit and encode take about `beam` times as long.
         device: where rows and their statistics are computed; the codebook comes back on the CPU.
         resume: what `on_level` got last from a fit of the same arguments that was interrupted; the result is that of a
-            fit that was not.
+            fit that was not interrupted.
         on_iteration: called with each step.
         on_level: called with the levels done so far, after each level.
 

@@ -42,7 +42,7 @@ def check_gate(
     if baseline is not None:
         limits.append(("rmse", report["rmse"], "<=", thresholds.max_rmse_ratio * baseline["rmse"]))
     reasons = tuple(
-        f"{name} is {value:.4g}, the gate wants {side} {limit:.4g}"
+        f"{name} is {value:.4g}, the limit is {side} {limit:.4g}"
         for name, value, side, limit in limits
         if not (value >= limit if side == ">=" else value <= limit)
     )

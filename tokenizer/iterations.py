@@ -14,8 +14,8 @@ class Iteration:
     """One step of a fit.
 
     Attributes:
-        level: from 1; 0 for the joint steps of all levels, whose iteration 0 is the state that the levels one by one
-            led to. Its RMSE is of what the last level leaves, its perplexity and use are the last level's.
+        level: from 1; 0 for the joint steps of all levels, whose iteration 0 is the state after the fit
+            level by level. Its RMSE is that of the last residuals, its perplexity and `used` are the last level's.
         temperature: 0 for a hard step.
         rmse: sqrt(expected squared error / (rows * dimensions)).
         max_posterior: mean of each row's largest responsibility, at the step's temperature.

@@ -121,7 +121,7 @@ def refine_jointly(
     """Alternate a joint least-squares update of all means (codes fixed) and re-encoding.
 
     Stops when the relative gain of a step is below JOINT_GAIN or a component would lose its last row. The prior of a
-    mean is one row at its value before the first step; of the last level, whose overfitting no later level makes good,
+    mean is one row at its value before the first step; in the last level, whose overfitting no later level can correct,
     one row at the level's mean.
     """
     levels, elements = list(levels), source.total * source.dim

@@ -1,6 +1,6 @@
-"""Speed, and nothing else: fast CPU forms of a few plain operations.
+"""Fast CPU versions of a few operations.
 
-Each has a plain twin in tests/tokenizer/test_kernels.py that it must agree with. On a GPU the plain forms are used.
+Each must agree with its plain version in tests/tokenizer/test_kernels.py. On a GPU the plain operations are used.
 """
 
 from __future__ import annotations
@@ -113,8 +113,8 @@ def exp_minus(scores: Tensor, shift: Tensor) -> Tensor:
 class Responsibilities:
     """gamma_nk = exp(log_joint_nk) / sum_j exp(log_joint_nj), dense or sparse.
 
-    Where most are negligible, those below `truncation` times their row's largest are set to zero; the others of a row
-    then sum to 1.
+    Sparse if few would stay: then those below `truncation` times their row's largest are set to zero and the others are
+    scaled to sum to 1. With truncation 1e-4 a row (0.9, 0.1, 0.00001) becomes (0.9, 0.1) of the components 0 and 1.
     """
 
     log_evidence: Tensor  # (N,)  log sum_k exp(log_joint_nk)

@@ -1,6 +1,7 @@
 """Packed vectors: the components of a row as little-endian bytes, one after the other.
 
-What is stored is float32 or float16, which the number of bytes tells apart. The bytes of others may be any of DTYPES.
+What is stored is float32 or float16, which the number of bytes tells apart. Packed vectors of other programs
+may have any type of DTYPES.
 """
 
 from __future__ import annotations

@@ -160,9 +160,7 @@ class RQGMM:
             if alternates:
                 temperature = self.temperatures[level] if self.temperatures else None
                 soft.append(level_alternates(scores, code, alternates, temperature))
-            log_evidence = (
-                exp_minus(scores, best).sum(dim=1).log_().add_(best)
-            )  # (n,): log p(residual) less its row term
+            log_evidence = exp_minus(scores, best).sum(dim=1).log_().add_(best)  # (n,), without the row term
             log_posterior += chosen - log_evidence
             path.choose(code, chosen)
             codes.append(code)

@@ -20,7 +20,7 @@ from jobs.ctr.metrics import SortedScores
 
 ITEMS, CATEGORIES, STYLES, DIM = 8000, 64, 48, 64
 LIKED_CATEGORIES, LIKED_STYLES = 8, 8
-IMPRESSIONS = 20  # of each user, over the second half of his sequence
+IMPRESSIONS = 20  # of each user, over the second half of their sequence
 STRENGTH = 1.3  # of category and style in the logit, each in its standard deviations
 
 Floats = npt.NDArray[np.float64]

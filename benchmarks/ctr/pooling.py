@@ -1,4 +1,4 @@
-"""Mean pooling: a user is the mean of all his behaviours, whatever the candidate."""
+"""Mean pooling: a user is the mean of all their behaviours, whatever the candidate."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def ctr_champion(registry: Registry, codebook_hash: str) -> CtrVersion | None:
 
 
 def last_champion(registry: Registry, codebook_hash: str) -> CtrVersion | None:
-    """What a candidate is compared with: the champion of its codebook, or of an earlier codebook if it has none."""
+    """What a candidate is compared with: the champion of its codebook, else the newest of another codebook."""
     return ctr_champion(registry, codebook_hash) or registry.ctr_models.newest(lambda version: version.passed)
 
 

@@ -61,16 +61,16 @@ def coverage_of(log: Log, catalogue: DataFrame, train: TrainConfig) -> Coverage:
         if share <= min(limit, LOOKALIKES_FROM) or limit == 1:
             return coverage
         # Of the interactions without an item, those whose id is one of the catalogue's but for how it is written.
-        twins = catalogue.groupBy(_bare(F.col(ITEM)).alias("bare")).agg(F.min(ITEM).alias("twin"))
-        without = items.where(missing).withColumn("bare", _bare(F.col(ITEM))).join(twins, "bare", how="left")
-        alike = without.agg(F.sum(F.when(F.col("twin").isNotNull(), F.col("count")))).first()
+        spellings = catalogue.groupBy(_bare(F.col(ITEM)).alias("bare")).agg(F.min(ITEM).alias("spelling"))
+        without = items.where(missing).withColumn("bare", _bare(F.col(ITEM))).join(spellings, "bare", how="left")
+        alike = without.agg(F.sum(F.when(F.col("spelling").isNotNull(), F.col("count")))).first()
         assert alike is not None
         same = 2 * int(alike[0] or 0) > coverage.interactions_without
         if share <= limit and not same:
             return coverage
-        shown = without.orderBy(F.col("twin").isNull(), F.desc("count"), ITEM).limit(SHOWN).collect()
+        shown = without.orderBy(F.col("spelling").isNull(), F.desc("count"), ITEM).limit(SHOWN).collect()
         known_ids = [row[ITEM] for row in catalogue.orderBy(ITEM).limit(SHOWN).collect()]
-        twin = shown[0]["twin"]
+        spelling = shown[0]["spelling"]
     finally:
         items.unpersist()
     raise SchemaError(
@@ -78,7 +78,7 @@ def coverage_of(log: Log, catalogue: DataFrame, train: TrainConfig) -> Coverage:
         f"{coverage.items_without:,} of {coverage.items:,} items of {train.interactions} have no semantic ID. The log "
         f"has ids such as {', '.join(repr(row[ITEM]) for row in shown)}, "
         f"the catalogue such as {', '.join(map(repr, known_ids))}"
-        + (f"; most differ only in how they are written ({shown[0][ITEM]!r} is {twin!r})" if same else "")
+        + (f"; most differ only in how they are written ({shown[0][ITEM]!r} is {spelling!r})" if same else "")
         + ". Expected the ids of load.source; write them alike, or allow more with train.max_share_without_id"
         + (f" (now {limit:g})" if share > limit else " = 1")
     )

@@ -1,8 +1,8 @@
 """`ctr_examples`: one row a user and part, with the user's behaviours and the impressions to learn from.
 
-Everything about an impression is as of its moment: its history ends, and its features count, strictly before it. For
-clicks and sampled negatives alike. Spark joins, counts and sorts; tasks then see the rows of some whole users at a
-time, with the codes of their items joined in, so that no process holds the log or the catalogue. The rows of one user
+What is known of an impression, a click or a sampled negative, is what happened strictly before it: its history ends
+there, and its features count up to there. Spark joins, counts and sorts; tasks then see the rows of some whole users at
+a time, with the codes of their items joined in, so that no process holds the log or the catalogue. The rows of one user
 are in memory at once.
 """
 
@@ -26,9 +26,8 @@ from jobs.warehouse.tables import BEHAVIOUR, CTR_EXAMPLES, IMPRESSION
 
 # Of what build_examples writes. With a higher number every warehouse builds its examples and trains its model anew.
 EXAMPLES_RECIPE = 4
-EXAMPLE_SETTINGS = frozenset(
-    {"history", "click_rating", "negatives", "negative_sampling", "seed"}
-)  # that it depends on
+# The settings of `train` that build_examples depends on.
+EXAMPLE_SETTINGS = frozenset({"history", "click_rating", "negatives", "negative_sampling", "seed"})
 FEATURES = (
     "log history length",
     "user's click rate so far",
@@ -69,9 +68,11 @@ def build_examples(rows: DataFrame, ids: DataFrame, log: Log, train: TrainConfig
 
 
 def item_codes(ids: DataFrame) -> DataFrame:
-    """item_id, codes, weights of the items of a codebook: the alternates of each level one after the other, most
-    probable first but for the item's own code, which is the first of its level. Where `alternates` are absent, only
-    that one has weight.
+    """item_id, codes and weights of the items of a codebook, the alternates of all levels in one list each.
+
+    Of each level the item's own code comes first, then the most probable others. The alternates 12 (weight 200), 7 (55)
+    and 87 (255), 3 (0) of two levels give codes [12, 7, 87, 3] and weights [200, 55, 255, 0]. An item without
+    alternates has its own codes alone, each with all the weight: [12, 87] and [255, 255].
     """
     one = F.transform("codes", lambda code: F.lit(FULL_WEIGHT).cast("smallint"))
     if "alternates" not in ids.columns:

@@ -1,4 +1,4 @@
-"""Ids as numbers that are the same everywhere and always, so that nobody holds a list of the ids there are."""
+"""Ids as numbers that are the same everywhere and always, so that no process needs a list of all ids."""
 
 from __future__ import annotations
 

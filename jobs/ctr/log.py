@@ -37,7 +37,7 @@ class Log:
         rows_used: rows that are learned from.
         dropped: reason -> rows that are not.
         note: how labels and times are read.
-        seen_before: the examples of this warehouse are made of this very log.
+        seen_before: the examples of this warehouse were made from this log.
     """
 
     source: Source = field(repr=False)

@@ -71,8 +71,8 @@ def clicks_of_labels(column: pa.Array) -> pa.Array:
     other = labels.filter(pc.invert(pc.or_(pc.equal(labels, 0), pc.equal(labels, 1))))
     if other := other.drop_null():
         raise SchemaError(
-            f"column 'label' holds {other[0].as_py():g}; expected 0 or 1. What 1 means is not ours to guess: "
-            "write labels as 0 and 1, or name a column of degrees `rating` and set train.click_rating"
+            f"column 'label' holds {other[0].as_py():g}; expected 0 or 1. Write labels as 0 "
+            "and 1, or, if the values are degrees, name the column `rating` and set train.click_rating"
         )
     return labels.cast(pa.int32())
 

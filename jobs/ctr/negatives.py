@@ -6,6 +6,9 @@ tell the label. So the candidates for a click are as of its moment: never an ite
 the kind of the clicked item, which is one of three: the user chose it before, else the log has shown it before, else
 it has not.
 
+For example, the log has shown the items a, b and c, of which the user chose a. The candidates for a click on b, which
+is new to the user, are c; for one on d, which is new to the log, the other items that the log has not shown.
+
 `uniform`: every candidate is equally likely, exactly, however many of them the user has chosen.
 `popularity`: for a click on an item that is new to the user, items are drawn in proportion to how often the log has
 shown them before, exactly, by drawing earlier rows of the log. An item drawn so has been shown once more than the

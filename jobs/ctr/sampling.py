@@ -13,9 +13,8 @@ import numpy.typing as npt
 
 from jobs.ctr.users import Int64, starts_of
 
-SPARSE = (
-    0.05  # share of a range that is allowed, below which its numbers are listed instead of drawn until one is allowed
-)
+# Share of a range that is allowed, below which its numbers are listed instead of drawn until one is allowed.
+SPARSE = 0.05
 
 Bools = npt.NDArray[np.bool_]
 Keys = npt.NDArray[np.uint64]
@@ -68,11 +67,16 @@ def sample(
 
 
 class Candidates:
-    """The candidates of each click: what the numbers of [low, high) stand for, less what is not `allowed`.
+    """The candidates of each click, as numbers of a range [low, high) of which some are not `allowed`.
 
-    Of a click on an item that its user chose before (`repeat`) the numbers are the items that he chose before the
-    moment, and those that he chooses at it are not allowed. Of any other click they are ranks, those below `known` if
-    its own is, else those from `known`, and what the user chose by the moment is not allowed.
+    A click on an item that its user chose before (`repeat`): the numbers count the items that the user chose before the
+    moment; those that the user chooses at the moment are not allowed. Any other click: the numbers are ranks, of the
+    items that the log has shown (below `known`) if the clicked item is one of them, else of the others; what the user
+    has chosen by the moment is not allowed.
+
+    For example, the log has shown the items 0 to 9 (`known` = 10) and the user has chosen 2 and 5 before. A click on 7:
+    range [0, 10), without 2, 5 and 7. A click on 5: range [0, 2), which stands for 2 and 5, without 5. A click on 12 of
+    20 items: range [10, 20), without 12.
 
     Attributes:
         repeat, low, high: (n,)

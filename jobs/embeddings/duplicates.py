@@ -9,8 +9,8 @@ from pyspark.sql import functions as F
 def split_duplicates(verdicts: DataFrame) -> tuple[DataFrame, DataFrame]:
     """From the verdicts of all rows (`passes.VERDICTS`) one row per item to store, and the rejected rows.
 
-    Of identical copies of an item the first is kept. Different vectors under one id are all rejected: which of them is
-    right is not ours to guess.
+    Of identical copies of an item the first is kept. Different vectors under one id are all rejected, since the
+    right one is not known.
 
     Returns:
         Good rows (item_id, content_hash, row_group, row), and rejected ones (item_id, reason, detail, excerpt).

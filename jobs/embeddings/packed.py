@@ -1,7 +1,7 @@
 """Columns of packed vectors: Arrow arrays of bytes to float32 matrices and back.
 
-`item_embeddings` has float32 or float16. Those that others wrote may have more types, which `infer_packed` infers from
-samples, or refuses to.
+`item_embeddings` has float32 or float16. Sources may have more types, which `infer_packed` infers from samples where
+only one fits.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Recipe:
     packed: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The recipe of the table, without `packed`; this is also the fusion in the manifest of a codebook."""
+        """The recipe of the table, without `packed`; `Fusion.from_json` reads the fusion from it."""
         return json.dumps({**self.fusion.to_dict(), "item_id": self.item_id}, sort_keys=True)
 
     @staticmethod

@@ -120,7 +120,7 @@ def list_files(location: str) -> Listing:
 
 
 def _check_links(root: str) -> None:
-    """Listing would pass over links to nothing without a word, and follow links to a folder above for ever.
+    """A listing skips broken links silently, and follows a link to a folder above itself without end.
 
     Raises:
         SchemaError: there is one.

@@ -1,4 +1,4 @@
-"""Parquet files: footers, row groups and their batches, read with pyarrow past the JVM.
+"""Parquet files: footers, row groups and their batches, read with pyarrow instead of Spark.
 
 Rows that Spark hands to Python cross from the JVM at a tenth of the speed at which pyarrow reads them, so tasks get row
 groups instead of rows. Files of our tables are whole versions, because deletion vectors are off.

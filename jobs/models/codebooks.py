@@ -40,7 +40,7 @@ _loaded: dict[str, RQGMM] = {}  # one codebook per worker process, by content ha
 def codebook_files(registry: Registry, model: CodebookVersion) -> Files:
     """The verified files of a registered codebook, from the warehouse.
 
-    Files that only the registry has, as of earlier releases of this software, are copied into the warehouse first.
+    Files that only the registry has, as after a development version before 0.1.0, are copied into the warehouse first.
 
     Raises:
         CodebookError: the files are damaged.

@@ -101,9 +101,9 @@ def default_uri(root: str) -> str:
 
 
 def _experiment(client: MlflowClient, name: str, artefacts: str | None, create: bool) -> str:
+    """The id of an experiment; with `create` it is created if it does not exist, else empty."""
     from mlflow.exceptions import MlflowException
 
-    """The id of an experiment; with `create` it is created if it does not exist, else empty."""
     experiment = client.get_experiment_by_name(name)
     if experiment is None and create:
         try:

@@ -35,7 +35,7 @@ class RegisteredVersion:
 
     @property
     def warehouse(self) -> str | None:
-        """Id of the warehouse that registered the version; None if an earlier release of this software did."""
+        """Id of the warehouse that registered the version; None if a development version before 0.1.0 did."""
         return self.tags.get(WAREHOUSE_TAG)
 
     @property
@@ -78,7 +78,7 @@ class CodebookVersion:
 
     @classmethod
     def of(cls, registered: RegisteredVersion) -> CodebookVersion:
-        """The codebook with these tags, in their present form or in that of earlier releases of this software.
+        """The codebook with these tags, in their present form or in that of development versions before 0.1.0.
 
         Raises:
             RegistryMismatch: its files are gone, or a tag is missing.

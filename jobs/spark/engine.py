@@ -134,8 +134,8 @@ def _default_file_system(variable: str) -> str:
         values = {entry.findtext("name"): entry.findtext("value") for entry in ElementTree.parse(file).iter("property")}
     except (ElementTree.ParseError, OSError) as error:
         raise EnvironmentProblem(
-            f"{file} ({variable}) cannot be read as XML ({error}); expected a Hadoop configuration. Mend it, or unset "
-            f"{variable}"
+            f"{file} ({variable}) cannot be read as XML ({error}); expected a Hadoop configuration. Correct it, or "
+            f"unset {variable}"
         ) from error
     return (values.get("fs.defaultFS") or values.get("fs.default.name") or "file:///").strip()
 

@@ -111,12 +111,13 @@ SEMANTIC_IDS = Table(
         "log_likelihood": "log of the sum of p(x, codes) over the codes of the last level, in nats",
         "codebook_hash": "content hash of the codebook",
         "content_hash": "of the vector that was encoded",
-        "held": "whether the item keeps the codes of an earlier codebook that are not the most probable ones",
+        "held": "whether the item keeps codes that are not the most probable ones of this codebook: after a refit, or "
+        "after its vector changed",
         "run_date": "day of the run that wrote the row",
         "alternates": "the soft ID: per level the code and the most probable other codes with weights in 1/255; null "
-        "in rows that an earlier version wrote",
-        "squared_error": "squared distance of the vector to the sum of its components' means; null until the next "
-        "encode in rows of earlier releases",
+        "in rows that a development version before 0.1.0 wrote",
+        "squared_error": "squared distance of the vector to the sum of its components' means; null in rows that "
+        "a development version before 0.1.0 wrote, until the next encode",
     },
 )
 # Nullable, as Delta cannot hold a column inside an array to NOT NULL.

@@ -1,4 +1,4 @@
-"""evaluate: its metrics against slow loops, and tables of an earlier release of the software. One small warehouse."""
+"""evaluate: its metrics against slow loops, and tables of a development version before 0.1.0. One small warehouse."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Soft semantic IDs: laws of the alternates, their slow twin, and the calibration of the temperatures."""
+"""Soft semantic IDs: laws of the alternates, their slow loop, and the calibration of the temperatures."""
 
 from __future__ import annotations
 

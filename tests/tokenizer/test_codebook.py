@@ -237,7 +237,7 @@ def test_neighbour_recall_is_the_slow_loop() -> None:
 def test_the_gate_names_both_numbers() -> None:
     assert check_gate(GOOD, LIMITS).passed
     verdict = check_gate({**GOOD, "utilization": 0.4, "churn": 0.3}, LIMITS)
-    assert verdict.reasons == ("utilization is 0.4, the gate wants >= 0.5", "churn is 0.3, the gate wants <= 0.1")
+    assert verdict.reasons == ("utilization is 0.4, the limit is >= 0.5", "churn is 0.3, the limit is <= 0.1")
     assert not check_gate({**GOOD, "rmse": 1.2}, LIMITS, {"rmse": 1.0}).passed
     assert not check_gate({**GOOD, "rmse": float("nan")}, LIMITS, {"rmse": 1.0}).passed
 

@@ -1,4 +1,4 @@
-"""Each fast form against its plain twin."""
+"""Each fast function against its plain version."""
 
 from __future__ import annotations
 
