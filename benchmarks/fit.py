@@ -6,8 +6,6 @@ sid bench fit --json fit.json
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -25,6 +23,7 @@ import typer
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
+from benchmarks.memory import draw, printed_numbers
 from benchmarks.opponents import faiss_kernels, rq_gmm, rq_kmeans
 from tokenizer import DiagonalGMM, e_step, fit_rqgmm, m_step
 from tokenizer.annealing import ANNEALING_TRUNCATION
@@ -148,18 +147,12 @@ def rows_of(x: torch.Tensor, components: int) -> Residuals:
 MEMORY = """
 import sys
 from tokenizer import fit_rqgmm
-from benchmarks.fit import peak_mib
+from benchmarks.memory import peak_mib
 from jobs.embeddings.batches import EmbeddingFiles
 before = peak_mib()
 fit_rqgmm(EmbeddingFiles((sys.argv[1],), 128, 8192), levels=2, components=128, seed=0, iterations=2)
 print(before, peak_mib())
 """
-
-
-def peak_mib() -> float:
-    """Peak resident memory of this process; what getrusage says starts from that of the parent."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def memory(rows: int, folder: Path) -> tuple[float, float]:
@@ -170,30 +163,9 @@ def memory(rows: int, folder: Path) -> tuple[float, float]:
         for start in range(0, rows, 50_000):
             part = clustered(min(50_000, rows - start), 128, seed=start).numpy()
             writer.write_table(pa.table({"embedding": [row.tobytes() for row in part]}, schema), row_group_size=16_384)
-    finished = subprocess.run(
-        [sys.executable, "-c", MEMORY, path.resolve().as_uri()], capture_output=True, text=True, check=True
-    )
-    before, after = map(float, finished.stdout.split())
+    before, after = printed_numbers(MEMORY, path.resolve().as_uri())
     path.unlink()
     return before, after
-
-
-def draw(peaks: dict[int, tuple[float, float]], file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    sizes = [rows / 1e6 for rows in peaks]
-    axes.plot(sizes, [after for _, after in peaks.values()], "o-", label="peak while fitting from Parquet")
-    axes.plot(sizes, [before for before, _ in peaks.values()], "s--", color="grey", label="imports alone")
-    axes.plot(
-        sizes, [size * 1e6 * 512 / 2**20 for size in sizes], ":", color="tab:red", label="the rows themselves, float32"
-    )
-    axes.set(xlabel="million rows of 128", ylabel="MiB", title="Memory of a streaming fit", ylim=(0, None))
-    axes.legend()
-    axes.grid(alpha=0.3)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
 
 
 def fit(
@@ -229,7 +201,14 @@ def fit(
                 peaks[size] = memory(size, Path(scratch))
         figures["rss_mib"] = {str(size): round(after - before, 1) for size, (before, after) in peaks.items()}
         if picture is not None:
-            draw(peaks, picture)
+            before, after = zip(*peaks.values(), strict=True)
+            lines = {
+                "peak while fitting from Parquet": after,
+                "imports alone": before,
+                "the rows themselves, float32": [size * 512 / 2**20 for size in peaks],
+            }
+            millions = [size / 1e6 for size in peaks]
+            draw(picture, millions, lines, title="Memory of a streaming fit", size_label="million rows of 128")
     for name, value in figures.items():
         typer.echo(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}")
     if json_file is not None:

@@ -152,10 +152,10 @@ def _found(weight: Floats, relevant: npt.NDArray[np.bool_], share: Floats) -> Fl
 def behaviour_weights(model: Any, batch: UserBatch) -> Tensor:
     """(S,): what each behaviour weighs in the attention of the only impression of a batch; they sum to 1."""
     if isinstance(model, DMQN):
-        interests, row = model.interests(batch)
+        interests, _ = model.interests(batch)
         query = model.embed(batch.candidates) @ model.quantize.project
-        score, _ = model.attend.scores(query, interests.clusters[:, row], interests.count[:, row])
-        attention = score.softmax(dim=-1)  # (N, 1, W)
+        score, _ = model.attend.scores(query[:, None], interests.clusters, interests.count)
+        attention = score[:, 0].softmax(dim=-1)  # (N, 1, W)
         assignment = model.quantize.assign(
             model.quantize.similarity(model.embed(batch.behaviours)[0] @ model.quantize.project)
         )  # (N, S, W)

@@ -201,16 +201,19 @@ class ClusterTargetAttention(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros(shape.interest_codebooks, 1, 1))
 
     def forward(self, query: Tensor, clusters: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, n, D), (N, n, W, D), (N, n, W) -> interest (N, n, D) and share (N, n), both zero without a history."""
+        """C candidates of each of Q histories (N, Q, C, D), clusters (N, Q, W, D), counts (N, Q, W) -> interest
+        (N, Q, C, D) and share (N, Q, C), both zero without a history.
+        """
         score, known = self.scores(query, clusters, count)
-        weight = score.softmax(dim=-1) * known[..., None]
-        return (weight[..., None, :] @ clusters)[..., 0, :], torch.where(known, score.logsumexp(dim=-1), 0.0)
+        log_weight = score.log_softmax(dim=-1)
+        share = score[..., 0] - log_weight[..., 0]  # the same for each w, and in half the time of logsumexp
+        return (log_weight.exp() @ clusters) * known[..., None], torch.where(known, share, 0.0)
 
     def scores(self, query: Tensor, clusters: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-        """s of each cluster (N, n, W), and which histories are not empty (N, n)."""
-        similarity = (clusters @ query[..., None])[..., 0] * self.log_scale.exp() / query.shape[-1] ** 0.5
+        """s of each cluster (N, Q, C, W), and which histories are not empty (N, Q, 1)."""
+        similarity = query @ clusters.mT * (self.log_scale.exp() / query.shape[-1] ** 0.5)[..., None]
         total = count.sum(-1, keepdim=True)
-        return similarity + (count / total.clamp(min=SMALL) + SMALL).log(), total[..., 0] > 0
+        return similarity + (count / total.clamp(min=SMALL) + SMALL).log()[..., None, :], total > 0
 
 
 class DMQN(nn.Module):
@@ -252,7 +255,11 @@ class DMQN(nn.Module):
         """CTAM and MLP: candidates (n,), each with its `history` (n,) of the Q, features (n, F) -> logits (n,)."""
         candidate = self.embed(candidates)  # (n, D)
         query = candidate @ self.quantize.project  # (N, n, D), as a behaviour's
-        interest, share = self.attend(query, interests.clusters[:, history], interests.count[:, history])
+        if interests.count.shape[1] == 1:  # a request with one user: their clusters are not copied for each candidate
+            attended = self.attend(query[:, None], interests.clusters, interests.count)
+        else:
+            attended = self.attend(query[:, :, None], interests.clusters[:, history], interests.count[:, history])
+        interest, share = (part.flatten(1, 2) for part in attended)
         inputs = [candidate, *interest, *(query * interest), share.T, self.normalize(features)]
         logits: Tensor = self.mlp(torch.cat(inputs, dim=1))[:, 0]
         return logits

@@ -96,7 +96,7 @@ def usable(ctr: CtrModel, entries: Iterable[Entry], history_hashes: Mapping[str,
 def score(ctr: CtrModel, lookup: Lookup, users: Sequence[str], candidates: Items, features: Tensor) -> Tensor:
     """Probability of a click of candidates (n,) of these users (n,), each of which is in `lookup.row`."""
     history = torch.tensor([lookup.row[user] for user in users])
-    with torch.no_grad():
+    with torch.inference_mode():
         logits = ctr.model.score(lookup.interests, history, candidates, features)
     return logits.sigmoid()
 

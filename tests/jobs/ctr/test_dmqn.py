@@ -102,8 +102,11 @@ def test_a_score_from_kept_interests_is_the_whole_forward() -> None:
             user, first, last = (int(part[n]) for part in (batch.user, batch.first, batch.last))
             history = batch.behaviours[torch.tensor(user), torch.arange(first, last)]
             kept = dmqn.user_interests(history, torch.tensor([0]), torch.tensor([last - first]))
-            score = dmqn.score(kept, torch.tensor([0]), batch.candidates[[n]], batch.features[[n]])
-            torch.testing.assert_close(score, expected[n : n + 1], rtol=1e-5, atol=1e-5)
+            of_user = batch.user == user
+            of_history = of_user & (batch.first == first) & (batch.last == last)
+            zero = torch.zeros(int(of_user.sum()), dtype=torch.int64)
+            scores = dmqn.score(kept, zero, batch.candidates[of_user], batch.features[of_user])
+            torch.testing.assert_close(scores[of_history[of_user]], expected[of_history], rtol=1e-5, atol=1e-5)
 
 
 def test_ten_thousand_behaviours_lose_no_precision() -> None:
@@ -232,10 +235,12 @@ def test_interaction_is_the_slow_loop() -> None:
 def test_attention_to_clusters_of_equal_behaviours_is_full_attention_to_the_behaviours() -> None:
     attend = model().attend
     g = torch.Generator().manual_seed(0)
-    query, clusters = torch.randn(2, 1, 6, generator=g), torch.randn(2, 1, 5, 6, generator=g)
+    query, clusters = torch.randn(2, 1, 3, 6, generator=g), torch.randn(2, 1, 5, 6, generator=g)
     count = torch.tensor([3.0, 1, 0, 7, 2]).expand(2, 1, 5)
     interest, share = attend(query, clusters, count)
     behaviours = clusters[:, 0].repeat_interleave(count[0, 0].long(), dim=1)  # (N, 13, D)
-    score = (behaviours @ query[:, 0, :, None])[..., 0] / 6**0.5
-    torch.testing.assert_close(interest[:, 0], (score.softmax(1)[..., None] * behaviours).sum(1), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(share[:, 0], score.exp().mean(1).log(), rtol=1e-4, atol=1e-5)
+    for candidate in range(3):
+        score = (behaviours @ query[:, 0, candidate, :, None])[..., 0] / 6**0.5
+        expected = (score.softmax(1)[..., None] * behaviours).sum(1)
+        torch.testing.assert_close(interest[:, 0, candidate], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(share[:, 0, candidate], score.exp().mean(1).log(), rtol=1e-4, atol=1e-5)
