@@ -70,12 +70,13 @@ class ExampleStream:
         order = random.permutation(len(self.groups)) if self.shuffle else np.arange(len(self.groups))
         own = [self.groups[number] for number in order[self.rank :: self.world]]
         for window in _windows(own):
-            table = pa.concat_tables([group.read(COLUMNS) for group in window])
-            users = UserTable.of(table, self.split, self.inputs)
-            for rows in _cut(
-                users.behaviours, users.impressions, self.batch_positions, random if self.shuffle else None
-            ):
-                yield users.batch(rows)
+            yield from self._of_window(window, random if self.shuffle else None)
+
+    def _of_window(self, window: Sequence[ExampleRowGroup], random: np.random.Generator | None) -> Iterator[UserBatch]:
+        """Nothing of a window is referred to after its last batch, so that two are never in memory together."""
+        users = UserTable.of(pa.concat_tables([group.read(COLUMNS) for group in window]), self.split, self.inputs)
+        for rows in _cut(users.behaviours, users.impressions, self.batch_positions, random):
+            yield users.batch(rows)
 
 
 def row_groups(uris: Sequence[str]) -> tuple[ExampleRowGroup, ...]:
