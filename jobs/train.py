@@ -274,7 +274,9 @@ def _verdict(
     ids = warehouse.read(SEMANTIC_IDS).where(F.col("codebook_version") == champion.codebook_version)
     with (
         warehouse.staged(read_rows(log, warehouse.spark), "interactions") as rows,
-        warehouse.staged(build_examples(rows, item_codes(ids), log, config.train), "champion_examples") as examples,
+        warehouse.staged(
+            build_examples(rows, item_codes(ids), log, config.train), "champion_examples", CTR_EXAMPLES
+        ) as examples,
     ):
         return compared(row_groups(data_files(examples)))
 

@@ -68,7 +68,7 @@ class Warehouse:
                 .property("delta.columnMapping.mode", "none")
                 .property("delta.enableChangeDataFeed", str(table.change_feed).lower())
             )
-            for name, value in RETENTION.items():
+            for name, value in {**RETENTION, **table.properties}.items():
                 builder = builder.property(name, value)
             for name, condition in table.checks.items():
                 builder = builder.property(f"delta.constraints.{name}", condition)
@@ -85,21 +85,22 @@ class Warehouse:
             shutil.rmtree(folder)
 
     def _to_write(self, table: Table) -> DeltaTable:
-        """The table to write to, with retention and optional columns that older tables lack.
+        """The table to write to, with properties and optional columns that older tables lack.
 
         They are added only before a write, so a night without work adds no table version.
         """
         target = self.create(table)
+        declared = {**RETENTION, **table.properties}
         with open_table(self.root, table) as log:
-            properties = log.metadata().configuration if log is not None else RETENTION
+            properties = log.metadata().configuration if log is not None else declared
             columns = [] if log is None else [field.name for field in log.schema().fields]
         added = [field for field in table.schema if columns and field.nullable and field.name not in columns]
         if added:
             types = ", ".join(f"{field.name} {field.dataType.simpleString()}" for field in added)
             self.spark.sql(f"ALTER TABLE {self._identifier(table)} ADD COLUMNS ({types})")
             target = self.create(table)
-        if not set(RETENTION) <= set(properties):
-            self._set_properties(table, RETENTION)  # in one statement: Delta compares the two
+        if not set(declared) <= set(properties):  # in one statement: Delta compares the two of RETENTION
+            self._set_properties(table, {name: properties.get(name, value) for name, value in declared.items()})
         return target
 
     def version(self, table: Table) -> int:
@@ -215,10 +216,13 @@ class Warehouse:
             path.getFileSystem(self.spark._jsc.hadoopConfiguration()).delete(path, True)
 
     @contextmanager
-    def staged(self, rows: DataFrame, name: str) -> Iterator[DataFrame]:
-        """`rows`, computed once and stored as Parquet for the block: MERGE reads its source twice, a count again."""
+    def staged(self, rows: DataFrame, name: str, like: Table | None = None) -> Iterator[DataFrame]:
+        """`rows`, computed once and stored as Parquet for the block: MERGE reads its source twice, a count again.
+
+        Written with the settings of the table that they are `like`.
+        """
         with self.staging(name) as folder:
-            rows.write.mode("overwrite").parquet(folder)
+            rows.write.mode("overwrite").options(**(like.properties if like else {})).parquet(folder)
             # Without the option Spark reads brackets and stars in the path as a pattern.
             yield self.spark.read.schema(rows.schema).option("__globPaths__", "false").parquet(folder)
 

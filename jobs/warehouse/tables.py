@@ -12,7 +12,8 @@ from pyspark.sql import types as T
 class Table:
     """A declared table, from which docs/tables.md is generated.
 
-    `key` identifies a row; `checks` are Delta CHECK constraints by name; `meaning` describes each column.
+    `key` identifies a row; `checks` are Delta CHECK constraints by name; `properties` are further properties of the
+    Delta table, from which its Parquet writer takes its settings too; `meaning` describes each column.
     """
 
     name: str
@@ -20,6 +21,7 @@ class Table:
     schema: T.StructType
     partition_by: tuple[str, ...] = ()
     checks: Mapping[str, str] = field(default_factory=dict)
+    properties: Mapping[str, str] = field(default_factory=dict)
     change_feed: bool = False
     description: str = ""
     meaning: Mapping[str, str] = field(default_factory=dict)
@@ -205,6 +207,9 @@ CTR_EXAMPLES = Table(
         impressions=T.ArrayType(IMPRESSION),
     ),
     partition_by=("length_bucket",),
+    # Training holds some row groups at a time. By default a row group has 128 MiB, and no fewer than 100 rows, which of
+    # users with long histories is more.
+    properties={"parquet.block.size": str(2**24), "parquet.page.size.row.check.min": "1"},
     description="Training examples of the CTR model, one row per user and part: a user with very many impressions has "
     "several. The history of an impression is `behaviours[max(0, known - train.history) : known]`.",
     meaning={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 from pyspark.errors import AnalysisException
 from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from jobs.errors import SchemaError
+from jobs.files.parquet import footers
 from jobs.warehouse.delta_rs import read_rows
 from jobs.warehouse.delta_spark import Warehouse, check_columns
-from jobs.warehouse.tables import ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, TABLES, Table
+from jobs.warehouse.tables import CTR_EXAMPLES, ITEM_EMBEDDINGS, REJECTED_EMBEDDINGS, TABLES, Table
 
 DAY, NEXT = date(2026, 1, 1), date(2026, 1, 2)
 
@@ -113,6 +116,38 @@ def test_names_types_and_order_of_columns_are_checked(warehouse: Warehouse) -> N
     ):
         with pytest.raises(SchemaError, match=message):
             check_columns(wrong, ITEM_EMBEDDINGS)
+
+
+def test_row_groups_are_as_large_as_the_table_declares_also_where_rows_are_long(warehouse: Warehouse) -> None:
+    """40 users of 2,000 behaviours are a few MB; with the writer's defaults they are one row group."""
+    bound = 2**17
+    table = replace(CTR_EXAMPLES, properties={**CTR_EXAMPLES.properties, "parquet.block.size": str(bound)})
+    codes = F.transform(F.sequence(F.lit(1), F.lit(16)), lambda k: F.abs(F.hash("id", "behaviour", k)) % 128)
+    behaviours = (
+        warehouse.spark.range(0, 40, numPartitions=1)
+        .select("id", F.explode(F.sequence(F.lit(1), F.lit(2000))).alias("behaviour"))
+        .select(
+            "id",
+            F.struct(
+                F.concat(F.lit("item-"), "behaviour").alias("item_id"),
+                F.col("behaviour").cast("long").alias("ts"),
+                codes.alias("codes"),
+                codes.cast("array<smallint>").alias("weights"),
+            ).alias("one"),
+        )
+    )
+    rows = behaviours.groupBy("id").agg(F.collect_list("one").alias("behaviours"))
+    none = F.array().cast(table.schema["impressions"].dataType)
+    named = {"user_id": F.col("id").cast("string"), "part": F.lit(0), "last": F.lit(True), "length_bucket": F.lit(10)}
+    rows = rows.withColumns({**named, "impressions": none}).select(table.schema.names).coalesce(1)
+    version = warehouse.replace(table, rows, "")
+    sizes = [
+        footer.row_group(index).total_byte_size
+        for footer in footers(warehouse.files(table, version))
+        for index in range(footer.num_row_groups)
+    ]
+    assert sum(sizes) > 10 * bound
+    assert max(sizes) < 2 * bound
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
