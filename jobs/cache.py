@@ -1,7 +1,8 @@
 """cache: `ctr_examples` + the champion of the CTR models -> `user_interests`, the interests of every user.
 
 Only users whose behaviours have changed are computed. For a new model all are, and written beside the entries of the
-previous model, which readers may still use; those of older models are deleted.
+previous model, which readers may still use; those of older models are deleted. A server gets what has changed if it
+holds a whole copy of the table as it was before, else all entries of the model.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from pyspark.sql import DataFrame, Row
@@ -23,10 +25,14 @@ from jobs.ctr.champion import ctr_champion, ctr_files
 from jobs.ctr.example_table import EXAMPLES_OF
 from jobs.ctr.interest_cache import Entry, compute
 from jobs.errors import SchemaError
+from jobs.fingerprint import fingerprint
 from jobs.models.registry import Registry
 from jobs.models.versions import CodebookVersion
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import CTR_EXAMPLES, USER_INTERESTS
+
+if TYPE_CHECKING:
+    from redis import Redis
 
 ENTRIES = to_arrow_schema(USER_INTERESTS.schema)
 
@@ -82,22 +88,19 @@ def run(
     own = warehouse.read(USER_INTERESTS).where(F.col("ctr_version") == champion.number)
     current = own.where((F.col("model_digest") == ctr.digest) & (F.col("codebook_hash") == ctr.codebook_hash))
     pending = users.join(current.select("user_id", "history_hash"), ["user_id", "history_hash"], "left_anti")
+    server = config.cache.redis
+    copied = bool(server) and _server_holds(server, ctr, _content(warehouse), own.count())
     report("interests of users with new behaviours")
-    with warehouse.staged(_entries(pending, files, champion.number, warehouse.cores), "user_interests") as rows:
-        computed = rows.count()
+    with warehouse.staged(_entries(pending, files, champion.number, warehouse.cores), "user_interests") as changed:
+        computed = changed.count()
         if computed:
-            warehouse.merge(USER_INTERESTS, rows, update=True)
-    versions = sorted(row[0] for row in warehouse.read(USER_INTERESTS).select("ctr_version").distinct().collect())
-    before = [version for version in versions if version < champion.number]
-    deleted = tuple(version for version in versions if version not in (champion.number, *before[-1:]))
-    if deleted:
-        kept_none = warehouse.read(USER_INTERESTS).limit(0)
-        warehouse.replace(USER_INTERESTS, kept_none, f"ctr_version IN ({', '.join(map(str, deleted))})")
-    own = warehouse.read(USER_INTERESTS).where(F.col("ctr_version") == champion.number)
-    if config.cache.redis:
-        report("writing to the server")
-        _write_to_server(config.cache.redis, ctr, own)
-    count = own.count()
+            warehouse.merge(USER_INTERESTS, changed, update=True)
+        deleted = _delete_older(warehouse, champion.number)
+        own = warehouse.read(USER_INTERESTS).where(F.col("ctr_version") == champion.number)
+        count = own.count()
+        if server:
+            report(f"writing {computed if copied else count:,} entries to the server")
+            _write_to_server(server, ctr, changed if copied else own, _content(warehouse))
     return CacheResult(
         ctr_version=champion.number,
         codebook_hash=codebook.hash,
@@ -130,25 +133,53 @@ def _entries(users: DataFrame, files: tuple[bytes, bytes], version: int, tasks: 
     return users.repartition(tasks).mapInArrow(rows, USER_INTERESTS.schema)
 
 
-def _write_to_server(url: str, ctr: CtrModel, rows: DataFrame) -> None:
-    """Write the entries of a model from the tasks, and make them the current ones.
+def _delete_older(warehouse: Warehouse, champion: int) -> tuple[int, ...]:
+    """Delete the entries of models older than the one before the champion; the versions of these models."""
+    versions = sorted(row[0] for row in warehouse.read(USER_INTERESTS).select("ctr_version").distinct().collect())
+    before = [version for version in versions if version < champion]
+    deleted = tuple(version for version in versions if version not in (champion, *before[-1:]))
+    if deleted:
+        kept_none = warehouse.read(USER_INTERESTS).limit(0)
+        warehouse.replace(USER_INTERESTS, kept_none, f"ctr_version IN ({', '.join(map(str, deleted))})")
+    return deleted
+
+
+def _content(warehouse: Warehouse) -> str:
+    """Names the rows of `user_interests`: the same files, whose names are never used twice, have the same rows."""
+    return fingerprint(warehouse.files(USER_INTERESTS, warehouse.version(USER_INTERESTS)))
+
+
+def _server_holds(url: str, ctr: CtrModel, content: str, entries: int) -> bool:
+    with _server(url) as server:
+        return interest_store.holds(server, ctr.digest, content, entries)
+
+
+def _write_to_server(url: str, ctr: CtrModel, rows: DataFrame, content: str) -> None:
+    """Write the entries of a model from the tasks, and make them the current ones, a copy of `content`."""
+    digest = ctr.digest
+
+    def of_partition(part: Iterator[Row]) -> None:
+        with _server(url) as server:
+            interest_store.write(server, digest, (_entry(row) for row in part))
+
+    with _server(url) as server:
+        interest_store.forget_content(server)
+    rows.foreachPartition(of_partition)
+    with _server(url) as server:
+        interest_store.switch(server, digest, content)
+
+
+def _server(url: str) -> Redis:
+    """A client of the server.
 
     Raises:
-        ConfigError: the client is not installed.
+        ConfigError: the package is not installed.
     """
     try:
         from redis import Redis
     except ModuleNotFoundError as error:
         raise ConfigError("cache.redis needs the package redis; expected it. Install it: pip install redis") from error
-    digest = ctr.digest
-
-    def of_partition(part: Iterator[Row]) -> None:
-        with Redis.from_url(url) as server:
-            interest_store.write(server, digest, (_entry(row) for row in part))
-
-    rows.foreachPartition(of_partition)
-    with Redis.from_url(url) as server:
-        interest_store.switch(server, digest)
+    return Redis.from_url(url)
 
 
 def _entry(row: Row) -> Entry:

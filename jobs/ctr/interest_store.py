@@ -2,7 +2,8 @@
 
 Entries of a model stand under its digest, and a pointer names the model whose entries are complete. Those of a new
 model are written beside the old ones, then the pointer moves in one command, then the old ones are deleted: a reader
-sees one model or the other, and each entry says itself which one it is of.
+sees one model or the other, and each entry says itself which one it is of. With the pointer stands the content of the
+table that the entries are a copy of, so that the next writer knows whether to write all of them or what has changed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PREFIX = "sid:interests"
-POINTER = f"{PREFIX}:current"
+POINTER, CONTENT = f"{PREFIX}:current", f"{PREFIX}:content"
 AT_ONCE = 1000  # entries of a pipeline
 HEADER = struct.Struct("<qIHH")  # history_hash, checksum, lengths of model digest and codebook hash
 
@@ -36,9 +37,16 @@ def write(server: Redis, model_digest: str, entries: Iterable[Entry]) -> int:
     return count
 
 
-def switch(server: Redis, model_digest: str) -> int:
-    """Make the entries of this model the current ones and delete those of all others; the number of deleted ones."""
-    server.set(POINTER, model_digest)
+def forget_content(server: Redis) -> None:
+    """From the first entry written until `switch` the entries are a copy of nothing."""
+    server.delete(CONTENT)
+
+
+def switch(server: Redis, model_digest: str, content: str) -> int:
+    """Make the entries of this model, now a copy of `content`, the current ones and delete those of all others; the
+    number of deleted ones.
+    """
+    server.mset({POINTER: model_digest, CONTENT: content})
     own = _key(model_digest, "")
     old = (key for key in server.scan_iter(f"{PREFIX}:*", count=AT_ONCE) if _is_old(key.decode(), own))
     return sum(int(server.unlink(*keys)) for keys in _parts(old))
@@ -48,6 +56,13 @@ def current(server: Redis) -> str | None:
     """Digest of the model whose entries readers use; None before the first `switch`."""
     digest = server.get(POINTER)
     return digest.decode() if isinstance(digest, bytes) else None
+
+
+def holds(server: Redis, model_digest: str, content: str, entries: int) -> bool:
+    """Whether the current entries are all `entries` of this model, a copy of `content`; counts them by their keys."""
+    if server.mget([POINTER, CONTENT]) != [model_digest.encode(), content.encode()]:
+        return False
+    return sum(1 for _ in server.scan_iter(_key(model_digest, "*"), count=AT_ONCE)) == entries
 
 
 def read(server: Redis, model_digest: str, users: Sequence[str]) -> Iterator[Entry]:
@@ -70,7 +85,7 @@ def _key(model_digest: str, user: str) -> str:
 
 
 def _is_old(key: str, own: str) -> bool:
-    return key != POINTER and not key.startswith(own)
+    return key not in (POINTER, CONTENT) and not key.startswith(own)
 
 
 def _encode(entry: Entry) -> bytes:

