@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,7 @@ from tokenizer.kernels import without_denormals
 HISTORY = 10_000
 SHORTEST, LONGEST = 20, 2 * HISTORY  # impressions of a user, half of them clicks
 USERS = 100  # of a row group, which then has about the bytes of one that Spark writes
+VALIDATION_BATCHES = 20
 CHILD = "import sys; from benchmarks.ctr_memory import measure; measure(sys.argv[1], int(sys.argv[2]))"
 
 
@@ -59,11 +61,8 @@ def write_log(folder: Path, impressions: int) -> int:
 
 
 def measure(folder: str, every: int) -> None:
-    """Print the peak MiB of this process before, after a training pass and after validation, and the seconds of the
-    pass.
-    """
-    peaks = [peak_mib()]
-    began = time.perf_counter()
+    """Print the peak MiB of this process before and after a pass of training, and its seconds."""
+    before, began = peak_mib(), time.perf_counter()
     config = Config().train
     inputs, shape = default_model(HISTORY)
     groups = row_groups(sorted(map(str, Path(folder).glob("*.parquet"))))
@@ -76,20 +75,18 @@ def measure(folder: str, every: int) -> None:
         for number, batch in enumerate(stream("train", shuffle=True).at(epoch)):
             if number % every == 0:
                 yield batch
-        peaks.append(peak_mib())
-        print(f"  pass of {time.perf_counter() - began:.0f} s", file=sys.stderr)
 
     torch.manual_seed(0)
     with without_denormals():
         train(
             new_model(inputs, shape),
             batches,
-            stream("validation"),
+            list(islice(stream("validation"), VALIDATION_BATCHES)),
             epochs=1,
             learning_rate=config.learning_rate,
             progress=lambda progress: print(f"  {progress}", file=sys.stderr),
         )
-    print(*peaks, peak_mib())
+    print(before, peak_mib(), time.perf_counter() - began)
 
 
 def ctr_memory(
@@ -100,21 +97,21 @@ def ctr_memory(
 ) -> None:
     """Peak memory of a training pass over logs of growing size, with histories of up to 10,000 behaviours."""
     rows = []
-    typer.echo("impressions | imports MiB | after a pass of training | after validation too | the rows as Arrow")
+    typer.echo("impressions | MiB: peak of training | imports alone | the rows as Arrow | seconds")
     for size in (int(float(text)) for text in impressions.split(",")):
         with tempfile.TemporaryDirectory() as folder:
             in_memory = write_log(Path(folder), size) / 2**20
-            before, trained, validated = printed_numbers(CHILD, folder, str(every))
+            before, trained, seconds = printed_numbers(CHILD, folder, str(every))
         rows.append(
             {
                 "impressions": size,
-                "imports_mib": before,
                 "training_mib": trained,
-                "validation_mib": validated,
+                "imports_mib": before,
                 "arrow_mib": in_memory,
+                "seconds": seconds,
             }
         )
-        typer.echo(f"{size:>11,} | {before:,.0f} | {trained:,.0f} | {validated:,.0f} | {in_memory:,.0f}")
+        typer.echo(f"{size:>11,} | {trained:,.0f} | {before:,.0f} | {in_memory:,.0f} | {seconds:,.0f}")
     if picture is not None:
         lines = {
             "peak while training from Parquet": [row["training_mib"] for row in rows],
