@@ -255,7 +255,10 @@ class TrainConfig(Section):
     width: Whole = Field(32, ge=4, le=8192, description="D, width of behaviour and cluster vectors")
     epochs: Whole = Field(3, ge=1, le=10_000, description="at most; training stops when the validation AUC falls")
     batch_positions: Whole = Field(
-        1024, ge=1, le=10**8, description="behaviours (with padding) and impressions of one step; a user is never cut"
+        1024,
+        ge=1,
+        le=10**8,
+        description="behaviours (with padding) and impressions of one step; a user with more impressions is cut",
     )
     learning_rate: float = Field(3e-3, gt=0, le=10, description="of the optimizer")
     seed: Seed = 0

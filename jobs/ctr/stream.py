@@ -41,8 +41,8 @@ class ExampleStream:
         groups: What to read: `row_groups` of the files of a version of `ctr_examples`.
         split: Which impressions: "train", "validation" or "test".
         inputs: How items and histories become what the model reads.
-        batch_positions: Behaviours and impressions of a batch, padding included. A row of the table is never cut: a
-            longer one is a batch by itself.
+        batch_positions: Behaviours and impressions of a batch, padding included. The impressions of a user are cut at
+            this number, the behaviours never, so a batch can be longer by one history.
         shuffle: In random order; without it in the order of the files, for scoring.
         seed, epoch: What the random order depends on.
         rank, world: Of `world` processes this one reads its share of the row groups.
@@ -74,7 +74,9 @@ class ExampleStream:
 
     def _of_window(self, window: Sequence[ExampleRowGroup], random: np.random.Generator | None) -> Iterator[UserBatch]:
         """Nothing of a window is referred to after its last batch, so that two are never in memory together."""
-        users = UserTable.of(pa.concat_tables([group.read(COLUMNS) for group in window]), self.split, self.inputs)
+        table = pa.concat_tables([group.read(COLUMNS) for group in window])
+        users = UserTable.of(table, self.split, self.inputs).cut(self.batch_positions)
+        del table
         for rows in _cut(users.behaviours, users.impressions, self.batch_positions, random):
             yield users.batch(rows)
 

@@ -5,7 +5,7 @@ Training, scoring, the cache of interests and the pyfunc all make their batches 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -121,6 +121,23 @@ class UserTable:
             features=features[rows],
             label=impressions["label"].to_numpy(zero_copy_only=False)[rows].astype(np.float32),
             shown=impressions["shown"].to_numpy(zero_copy_only=False)[rows].astype(np.int64),
+        )
+
+    def cut(self, impressions: int) -> UserTable:
+        """Users with more than this many impressions as several, each with the behaviours that its own need; no copy
+        is made of what the table holds.
+        """
+        parts = -(-self.impressions // impressions)
+        user = np.repeat(np.arange(len(parts)), parts)
+        first = self.impression.first[user] + impressions * ranges(np.zeros_like(parts), parts)
+        last = np.minimum(first + impressions, self.impression.last[user])
+        low, begin = np.maximum(0, self.known[first] - self.inputs.history), self.behaviour.first[user]
+        return replace(
+            self,
+            number=self.number[user],
+            behaviour=replace(self.behaviour, first=begin + low, last=begin + self.known[last - 1]),
+            impression=replace(self.impression, first=first, last=last),
+            known=self.known - np.repeat(low, last - first),
         )
 
     def batch(self, users: Int64) -> UserBatch:

@@ -48,8 +48,10 @@ def groups(tmp_path: Path) -> tuple[stream.ExampleRowGroup, ...]:
     return row_groups([f"{tmp_path}/{name}.parquet" for name in "ab"])
 
 
-def stream_of(groups: tuple[stream.ExampleRowGroup, ...], split: str = "train", **more: object) -> ExampleStream:
-    return ExampleStream(groups, split, ModelInputs(SCHEME, ITEM_ROWS, HISTORY), batch_positions=60, **more)
+def stream_of(
+    groups: tuple[stream.ExampleRowGroup, ...], split: str = "train", size: int = 60, **more: object
+) -> ExampleStream:
+    return ExampleStream(groups, split, ModelInputs(SCHEME, ITEM_ROWS, HISTORY), batch_positions=size, **more)
 
 
 def impressions_of(batch: UserBatch) -> list[tuple[object, ...]]:
@@ -99,6 +101,16 @@ def test_every_impression_comes_once_with_its_history(groups: tuple[stream.Examp
         assert (batch.behaviours.weights[~used] == 0).all()
         assert (batch.last - batch.first <= HISTORY).all()
         assert (batch.shown > 0).all()
+
+
+def test_users_with_more_impressions_than_a_batch_are_cut(groups: tuple[stream.ExampleRowGroup, ...]) -> None:
+    batches = list(stream_of(groups, size=3))
+    assert sorted(one for batch in batches for one in impressions_of(batch)) == expected("train")
+    assert max(map(len, batches)) == 3
+    for batch in batches:
+        users, longest = len(batch.length), int(batch.length.max())
+        assert users == 1 or users * longest + len(batch) <= 3
+        assert (batch.length == torch.stack([batch.last[batch.user == user].max() for user in range(users)])).all()
 
 
 def test_tokens_are_those_of_the_scheme(groups: tuple[stream.ExampleRowGroup, ...]) -> None:
