@@ -49,8 +49,8 @@ def test_pipelines_ask_the_tables_by_named_functions(path: Path) -> None:
     """Queries are in jobs/warehouse/queries.py and in the stages: no Spark, no SQL and no table is read here."""
     assert "pyspark" not in imported(path)
     attributes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)]
-    owners = {node.attr: getattr(node.value, "id", getattr(node.value, "attr", "")) for node in attributes}
-    assert [name for name, owner in owners.items() if owner == "warehouse" and name != "root"] == []
+    owners = [(getattr(node.value, "id", getattr(node.value, "attr", "")), node.attr) for node in attributes]
+    assert [name for owner, name in owners if owner == "warehouse" and name != "root"] == []
 
 
 def parts_of_jobs(path: Path) -> set[str]:

@@ -67,12 +67,27 @@ def test_each_target_of_the_readme_exists(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
+def files_in_tables(text: str) -> set[str]:
+    """The paths in the tables of a README: of the first column, or of the second below a folder in the first."""
+    paths, folder = set(), ""
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            folder = ""
+            continue
+        first, second = [cell.strip() for cell in line.split("|")][1:3]
+        if named := re.fullmatch(r"`([\w/]+/)`", first):
+            folder = named[1]
+        names = second if named or not first else first
+        paths |= {folder + name for name in re.findall(r"`([\w/]+\.py)`", names)}
+    return paths
+
+
 @pytest.mark.parametrize("folder", ["benchmarks", "jobs", "pipelines", "tests", "tokenizer"])
 def test_the_readme_of_a_folder_lists_each_of_its_files(folder: str) -> None:
-    text = (ROOT / folder / "README.md").read_text()
-    files = [path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py"]
+    files = {path.relative_to(ROOT / folder).as_posix() for path in (ROOT / folder).rglob("*.py")}
+    files = {file for file in files if not file.endswith("__init__.py")}
     assert files
-    assert [path.name for path in files if f"{path.name}`" not in text] == []
+    assert files_in_tables((ROOT / folder / "README.md").read_text()) == files
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from ctr_data import ctr_model, users
 
 from jobs.ctr.artefact import CtrModel
 from jobs.ctr.examples import FEATURES
-from jobs.ctr.interest_cache import DAMAGED, FOREIGN, STALE, Entry, compute, entry_bytes, newest_batch, score, usable
+from jobs.ctr.interest_cache import DAMAGED, FOREIGN, STALE, compute, entry_bytes, newest_batch, score, usable
 
 
 def test_scores_from_the_cache_are_those_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +75,14 @@ def test_no_entries_give_an_empty_look_up() -> None:
     assert lookup.interests.clusters.shape[1] == 0
 
 
-def test_the_checksum_covers_every_field() -> None:
-    entry = compute(ctr_model(), users(count=2))[0]
-    assert Entry.of(ctr_model(), entry.user_id, entry.history_hash, entry.interests) == entry
+@pytest.mark.parametrize("field", ["user_id", "model_digest", "codebook_hash", "history_hash", "interests"])
+def test_the_checksum_covers_every_field(field: str) -> None:
+    """An entry with one other value is damaged, also for a model that has this digest and codebook."""
+    ctr = ctr_model()
+    first, second = (compute(ctr, users())[row] for row in (0, 1))
+    values = {**vars(second), "model_digest": "e" * 64, "codebook_hash": "d" * 64}
+    changed = replace(first, **{field: values[field]})
+    assert changed != first
+    model = CtrModel(ctr.model, ctr.inputs, changed.codebook_hash, changed.model_digest)
+    assert first.problem(ctr, None) is None
+    assert changed.problem(model, None) == DAMAGED
