@@ -31,7 +31,7 @@ from tokenizer.kernels import without_denormals
 
 HISTORY = 10_000
 SHORTEST, LONGEST = 20, 2 * HISTORY  # impressions of a user, half of them clicks
-USERS = 100  # of a row group, which then has about the bytes of one that Spark writes
+USERS = 100  # of a row group, which then has 25 MiB, more than those that Spark writes
 VALIDATION_BATCHES = 20
 CHILD = "import sys; from benchmarks.ctr_memory import measure; measure(sys.argv[1], int(sys.argv[2]))"
 
