@@ -248,6 +248,11 @@ class TrainConfig(Section):
     control: bool = Field(
         False, description="also train the same model without semantic IDs, to see what they are worth (twice the time)"
     )
+    warm_start: bool = Field(
+        False,
+        description="start from the champion's parameters, under a new codebook with tokens that keep the items' "
+        "vectors: good from the first step, in the end a little worse (docs/ctr.md); not with train.control",
+    )
     interest_codebooks: Whole = Field(4, ge=1, le=1024, description="N, interest codebooks of DMQN")
     codewords: Whole = Field(
         25, ge=1, le=65536, description="W, codewords of each interest codebook; N x W is about 100 in the paper"
@@ -261,6 +266,12 @@ class TrainConfig(Section):
         description="behaviours (with padding) and impressions of one step; a user with more impressions is cut",
     )
     learning_rate: float = Field(3e-3, gt=0, le=10, description="of the optimizer")
+    workers: Whole = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="processes of the training, which share each step; more than one runs on TorchDistributor",
+    )
     seed: Seed = 0
 
 

@@ -21,7 +21,7 @@ EXIT_CODES = {
     "NoWayBack": WRONG_DATA,
     "WarehouseError": UNUSABLE,
     "EnvironmentProblem": UNUSABLE,
-    "FitFailed": UNUSABLE,
+    "WorkersFailed": UNUSABLE,
     "IntruderError": UNUSABLE,
 }
 SAFE = (

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.config import Config, ConfigError, FitConfig
-from jobs.distributed_fit import fit_device, fit_on_workers
+from jobs.distributed_fit import fit_on_workers
 from jobs.embeddings.batches import EmbeddingFiles
 from jobs.embeddings.recipe import FUSION
 from jobs.errors import SchemaError
@@ -29,6 +29,7 @@ from jobs.models.versions import CodebookVersion, codebook_tags
 from jobs.pictures import draw_convergence
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import ITEM_EMBEDDINGS
+from jobs.workers import local_device
 from tokenizer import Fusion, Iteration, RQGMMFit, fit_rqgmm, save_codebook
 
 RECIPE = 1  # version of the fit's algorithm: under another one the same inputs are fitted again
@@ -66,7 +67,7 @@ def run(
     Raises:
         SchemaError: there are no item embeddings.
         ConfigError: there are fewer items than components, or no such device, or not as many slots as workers.
-        FitFailed: see `fit_on_workers`.
+        WorkersFailed: see `Workers.run`.
     """
     began = time.monotonic()
     fusion_text = warehouse.property(ITEM_EMBEDDINGS, FUSION)
@@ -167,7 +168,7 @@ def fit_table(
         data.rows(),
         init=checkpoint.start(),
         resume=checkpoint.latest(),
-        device=fit_device(config.device),
+        device=local_device(config.device),
         on_iteration=progress,
         on_level=checkpoint.save,
         **settings,

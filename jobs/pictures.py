@@ -79,16 +79,20 @@ def draw_likelihood(known: npt.NDArray[np.float32], new: npt.NDArray[np.float32]
 
 
 def draw_ctr(
-    curves: Mapping[str, Sequence[float]], rarity: Sequence[str], aucs: Mapping[str, Sequence[float]], path: Path
+    curves: Mapping[str, Sequence[float]],
+    rarity: Sequence[str],
+    aucs: Mapping[str, Sequence[float]],
+    path: Path,
+    first_epoch: int = 1,
 ) -> None:
-    """Validation AUC by epoch, and test AUC by how often an item was shown in training, of each model."""
+    """Validation AUC from `first_epoch` on, and test AUC by how often an item was shown in training, of each model."""
     figure = _figure(8.6, 3.4)
     left, right = figure.subplots(1, 2)
     colours = dict(zip(curves, ("tab:blue", "tab:gray"), strict=False))
     for name, values in curves.items():
-        left.plot(range(1, len(values) + 1), values, marker="o", color=colours[name], label=name)
-    epochs = max(map(len, curves.values()))
-    left.set(title="validation", xlabel="epoch", ylabel="AUC", xticks=range(1, epochs + 1))
+        left.plot(range(first_epoch, first_epoch + len(values)), values, marker="o", color=colours[name], label=name)
+    epochs = range(first_epoch, first_epoch + max(map(len, curves.values())))
+    left.set(title="validation", xlabel="epoch", ylabel="AUC", xticks=epochs)
     left.legend(frameon=False)
     position, width = np.arange(len(rarity)), 0.8 / len(aucs)
     for number, (name, values) in enumerate(aucs.items()):

@@ -1,8 +1,8 @@
 """train: interactions + `semantic_ids` of a release -> `ctr_examples` and the CTR model (DMQN).
 
 Spark writes the examples with the codes of their items joined in; training reads them from the files, batch by batch,
-so neither the log nor the catalogue is ever in memory. The control, where it is asked for, is the same model without
-tokens.
+so neither the log nor the catalogue is ever in memory. It can start from the champion. The control, where it is asked
+for, is the same model without tokens.
 """
 
 from __future__ import annotations
@@ -15,36 +15,44 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
-import numpy as np
-import torch
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
-from jobs.config import Config, ConfigError, TrainConfig
-from jobs.ctr.artefact import new_model, save_model
+from jobs.config import Config, ConfigError
+from jobs.ctr.artefact import save_model
 from jobs.ctr.champion import last_champion, load_ctr, restore_ctr_champion
 from jobs.ctr.coverage import coverage_of
-from jobs.ctr.dmqn import DMQN, DMQNShape
-from jobs.ctr.example_table import check_splits, examples_key, write_examples
+from jobs.ctr.dmqn import DMQNShape
+from jobs.ctr.example_table import Examples, examples_key, read_examples, write_examples
 from jobs.ctr.examples import FEATURES, build_examples, item_codes
 from jobs.ctr.gate import CtrLimits, CtrVerdict, compare
 from jobs.ctr.log import Log, read_rows
-from jobs.ctr.metrics import Scores, auc, measure
+from jobs.ctr.metrics import Scores, auc_by_rarity, measure
 from jobs.ctr.stream import ExampleRowGroup, ExampleStream, row_groups
 from jobs.ctr.tokens import TokenScheme
-from jobs.ctr.training import predict, train
 from jobs.ctr.training_state import TrainingCheckpoint
 from jobs.ctr.user_table import ModelInputs
+from jobs.ctr.warm_start import (
+    Champion,
+    Start,
+    TokenPairs,
+    bridge_tokens,
+    code_pairs,
+    random_start,
+    take_over,
+    why_not,
+)
 from jobs.fingerprint import fingerprint
 from jobs.models.registry import CANDIDATE, CTR_MODEL, Registry, register
-from jobs.models.versions import CodebookVersion, CtrVersion, ctr_tags
+from jobs.models.versions import CodebookVersion, ctr_tags
 from jobs.pictures import draw_ctr
+from jobs.train_model import TrainedModel, scored, train_model
 from jobs.warehouse.delta_spark import Warehouse, data_files
 from jobs.warehouse.tables import CTR_EXAMPLES, SEMANTIC_IDS
-from tokenizer.kernels import without_denormals
 
 RECIPE = 2  # of the model and its training. With a higher number every warehouse trains its model anew.
 CHECKPOINTS = "_training"  # folder in the warehouse
-ABOUT_THE_LOG = {"interactions", "max_share_without_id"}  # settings that do not change the model
+NOT_OF_THE_MODEL = {"interactions", "max_share_without_id", "workers"}  # settings that change it in no kind
 WITH_IDS, WITHOUT_IDS = "semantic IDs", "no IDs"
 
 
@@ -54,25 +62,27 @@ class TrainResult:
     and nothing was trained.
     """
 
-    version: int | None
-    auc: float | None
-    auc_control: float | None
-    gauc: float | None
-    gauc_control: float | None
-    gauc_users: int  # with clicks and non-clicks in the test split, over which GAUC is the mean
-    log_loss: float | None
-    log_loss_control: float | None
-    calibration: float | None  # mean prediction / click rate
-    auc_cold: float | None  # of items that the training split shows fewer than 5 times
-    rows_in: int  # of the log: rows_used + those dropped
-    rows_used: int
-    dropped: Mapping[str, int]  # by reason
-    examples: int
-    without_negative: int  # rows for which no negative could be sampled: behaviour, but no examples
-    items: int  # of the log
-    without_id: int  # of these, how many have no semantic ID
-    share_without_id: float  # of the used rows of the log, those about such items
-    note: str
+    version: int | None = None
+    auc: float | None = None
+    auc_control: float | None = None
+    gauc: float | None = None
+    gauc_control: float | None = None
+    gauc_users: int = 0  # with clicks and non-clicks in the test split, over which GAUC is the mean
+    log_loss: float | None = None
+    log_loss_control: float | None = None
+    calibration: float | None = None  # mean prediction / click rate
+    auc_cold: float | None = None  # of items that the training split shows fewer than 5 times
+    rows_in: int = 0  # of the log: rows_used + those dropped
+    rows_used: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)  # by reason
+    examples: int = 0
+    without_negative: int = 0  # rows for which no negative could be sampled: behaviour, but no examples
+    items: int = 0  # of the log
+    without_id: int = 0  # of these, how many have no semantic ID
+    share_without_id: float = 0.0  # of the used rows of the log, those about such items
+    note: str = ""
+    validation_from: int | None = None  # first moment after the training split, in microseconds; None without a clock
+    started_from: int | None = None  # version of the model whose parameters training started from
     champion: int | None = None  # version of the model that the gate compared with
     same_codebook: bool = True  # whether that model was trained on the current codebook and so can go on serving
     reasons: Sequence[str] = ()  # why the gate refuses the model
@@ -132,41 +142,24 @@ def run(
     """
     began = time.monotonic()
     if not log.rows_used:
-        return _nothing(log)
-    inputs = model_inputs(config, codebook)
-    ids_key = f"{codebook.hash[:16]}-{versions[SEMANTIC_IDS.name]}"
-    settings = fingerprint(
-        [
-            config.train.model_dump(mode="json", exclude=ABOUT_THE_LOG),
-            config.ctr_gate.model_dump(mode="json"),
-            asdict(inputs),
-        ]
-    )[:16]
-    train_key = f"{RECIPE}-{ids_key}-{examples_key(config, log.source.fingerprint)}-{settings}"
-    done = registry.ctr_models.newest(lambda version: version.train_key == train_key)
+        return TrainResult(rows_in=log.rows_in, dropped=log.dropped, note=log.note, nothing_to_do=True)
+    stage = _Stage(config, warehouse, registry, codebook, versions, report, log, model_inputs(config, codebook))
+    done = registry.ctr_models.newest(lambda version: version.train_key == stage.train_key)
     if done is not None:
         restore_ctr_champion(registry, codebook.hash)
         stored = {**done.result, "version": done.number, "nothing_to_do": True}
         return TrainResult(**{**stored, "seconds": time.monotonic() - began})
 
-    published = warehouse.read(SEMANTIC_IDS, versions[SEMANTIC_IDS.name]).where(
-        F.col("codebook_version") == codebook.number
-    )
-    coverage = coverage_of(log, published.select("item_id"), config.train)
-    report("building examples")
-    examples_version = write_examples(config, warehouse, published, log, ids_key)
-    sizes = check_splits(warehouse.read(CTR_EXAMPLES, examples_version), log)
-    groups = row_groups(warehouse.files(CTR_EXAMPLES, examples_version))
-
-    def fitted(name: str, inputs: ModelInputs) -> _Fitted:
-        checkpoint = TrainingCheckpoint(
-            f"{warehouse.root}/{CHECKPOINTS}/{name.replace(' ', '-')}", f"{train_key}-{name}"
-        )
-        return _fit(config.train, inputs, groups, checkpoint, lambda text: report(f"{name}, {text}"))
-
-    models = {WITH_IDS: fitted(WITH_IDS, inputs)}
+    coverage = coverage_of(log, stage.published.select("item_id"), config.train)
+    examples = stage.examples()
+    champion = stage.champion()
+    models = {WITH_IDS: stage.trained(WITH_IDS, examples, stage.start(examples, champion))}
     if config.train.control:
-        models[WITHOUT_IDS] = fitted(WITHOUT_IDS, replace(inputs, scheme=None))
+        models[WITHOUT_IDS] = stage.trained(
+            WITHOUT_IDS, examples, stage.random_start(replace(stage.inputs, scheme=None))
+        )
+    verdict = stage.verdict(examples, champion, models[WITH_IDS].test)
+
     metrics = {name: measure(model.test) for name, model in models.items()}
     ours, control = metrics[WITH_IDS], metrics.get(WITHOUT_IDS)
     result = TrainResult(
@@ -183,50 +176,27 @@ def run(
         rows_in=log.rows_in,
         rows_used=log.rows_used,
         dropped=log.dropped,
-        examples=sum(rows for rows, _ in sizes.values()),
-        without_negative=log.rows_used - sum(clicks for _, clicks in sizes.values()) if log.positives_only else 0,
+        examples=examples.impressions,
+        without_negative=log.rows_used - examples.clicks if log.positives_only else 0,
         items=coverage.items,
         without_id=coverage.items_without,
         share_without_id=coverage.share_without,
         note=log.note,
-    )
-    champion = last_champion(registry, codebook.hash)
-    verdict = _verdict(config, warehouse, registry, champion, codebook, log, groups, models[WITH_IDS].test, report)
-    result = replace(
-        result,
-        champion=champion.number if champion else None,
-        same_codebook=champion is None or champion.codebook_hash == codebook.hash,
+        validation_from=examples.validation_from,
+        started_from=models[WITH_IDS].started_from,
+        champion=champion.version.number if champion else None,
+        same_codebook=champion is None or champion.version.codebook_hash == codebook.hash,
         reasons=verdict.reasons,
         differences={name: asdict(difference) for name, difference in verdict.differences.items()},
     )
     picture = pictures / f"ctr-{codebook.hash[:12]}.png"
     curves = {name: model.validation_auc for name, model in models.items()}
-    draw_ctr(curves, *_by_rarity({name: model.test for name, model in models.items()}), picture)
-    table_versions = {**versions, CTR_EXAMPLES.name: examples_version}
-    tags = ctr_tags(
-        codebook=codebook,
-        train_key=train_key,
-        passed=result.passed,
-        table_versions=table_versions,
-        run_date=run_date,
-        result=asdict(result),
-    )
-    with (
-        registry.run("train", config, {k: v for k, v in tags.items() if k != "result"}) as run_,
-        tempfile.TemporaryDirectory() as scratch,
-    ):
-        for name, value in _metrics(result).items():
-            registry.client.log_metric(run_.info.run_id, name, value)
-        registry.client.log_artifact(run_.info.run_id, str(picture), "pictures")
-        folder = Path(scratch) / "dmqn"
-        facts = {"features": list(FEATURES), "table_versions": table_versions}
-        save_model(folder, models[WITH_IDS].model, inputs, codebook.hash, facts)
-        model = register(registry, CTR_MODEL, Path(__file__).parent / "ctr" / "dmqn_model.py", folder, tags)
-    registry.ctr_models.set_alias(CANDIDATE, model.number)
-    restore_ctr_champion(registry, codebook.hash)
-    for fit in models.values():
-        fit.checkpoint.delete()
-    return replace(result, version=model.number, seconds=time.monotonic() - began)
+    rarity = auc_by_rarity({name: model.test for name, model in models.items()})
+    draw_ctr(curves, *rarity, picture, first_epoch=1 if result.started_from is None else 0)
+    number = stage.register(models[WITH_IDS], examples, result, run_date, picture)
+    for model in models.values():
+        model.checkpoint.delete()
+    return replace(result, version=number, seconds=time.monotonic() - began)
 
 
 def model_inputs(config: Config, codebook: CodebookVersion) -> ModelInputs:
@@ -245,132 +215,158 @@ def model_inputs(config: Config, codebook: CodebookVersion) -> ModelInputs:
     return ModelInputs(scheme, config.train.item_rows, config.train.history)
 
 
-def _verdict(
-    config: Config,
-    warehouse: Warehouse,
-    registry: Registry,
-    champion: CtrVersion | None,
-    codebook: CodebookVersion,
-    log: Log,
-    groups: tuple[ExampleRowGroup, ...],
-    test: Scores,
-    report: Callable[[str], None],
-) -> CtrVerdict:
-    """The gate's verdict on scores of the test split. A champion of another codebook scores the same impressions with
-    codes of its own. The first model passes.
-    """
-    if champion is None:
-        return CtrVerdict((), {})
-    report("comparing with the champion")
-    limits = CtrLimits(**config.ctr_gate.model_dump())
-    ctr = load_ctr(registry, champion)
+@dataclass(frozen=True)
+class _Stage:
+    """The steps of `run`, with what all of them need."""
 
-    def compared(groups: tuple[ExampleRowGroup, ...]) -> CtrVerdict:
-        stream = ExampleStream(groups, "test", ctr.inputs, config.train.batch_positions)
-        return compare(test, predict(ctr.model, stream), limits, config.train.seed)
+    config: Config
+    warehouse: Warehouse
+    registry: Registry
+    codebook: CodebookVersion
+    versions: Mapping[str, int]
+    report: Callable[[str], None]
+    log: Log
+    inputs: ModelInputs
 
-    if champion.codebook_hash == codebook.hash:
-        return compared(groups)
-    ids = warehouse.read(SEMANTIC_IDS).where(F.col("codebook_version") == champion.codebook_version)
-    with (
-        warehouse.staged(read_rows(log, warehouse.spark), "interactions") as rows,
-        warehouse.staged(
-            build_examples(rows, item_codes(ids), log, config.train), "champion_examples", CTR_EXAMPLES
-        ) as examples,
-    ):
-        return compared(row_groups(data_files(examples)))
+    @property
+    def ids_key(self) -> str:
+        """Identifies the semantic IDs."""
+        return f"{self.codebook.hash[:16]}-{self.versions[SEMANTIC_IDS.name]}"
 
+    @property
+    def examples_key(self) -> str:
+        """Identifies the log and the settings of the examples."""
+        return examples_key(self.config, self.log.source.fingerprint)
 
-@dataclass(frozen=True, eq=False)
-class _Fitted:
-    """A trained model and its scores of the test split."""
+    @property
+    def train_key(self) -> str:
+        """Identifies data and settings. What the training starts from is not part of it: the model that a night trains
+        becomes the champion, and the same night again would start from that one and never be done.
+        """
+        train, gate = self.config.train.model_dump(mode="json", exclude=NOT_OF_THE_MODEL), self.config.ctr_gate
+        settings = fingerprint([train, gate.model_dump(mode="json"), asdict(self.inputs)])[:16]
+        return f"{RECIPE}-{self.ids_key}-{self.examples_key}-{settings}"
 
-    model: DMQN
-    validation_auc: tuple[float, ...]
-    test: Scores
-    checkpoint: TrainingCheckpoint
+    @property
+    def published(self) -> DataFrame:
+        """The semantic IDs to train on."""
+        return self._ids(self.codebook.number, self.versions[SEMANTIC_IDS.name])
 
+    def _ids(self, codebook: int, version: int | None = None) -> DataFrame:
+        return self.warehouse.read(SEMANTIC_IDS, version).where(F.col("codebook_version") == codebook)
 
-def _fit(
-    config: TrainConfig,
-    inputs: ModelInputs,
-    groups: tuple[ExampleRowGroup, ...],
-    checkpoint: TrainingCheckpoint,
-    report: Callable[[str], None],
-) -> _Fitted:
-    """Train a model on the files of `ctr_examples`; a training that was killed goes on from its checkpoint."""
+    def examples(self) -> Examples:
+        """Write `ctr_examples`, unless it is made of this log and these IDs already."""
+        self.report("building examples")
+        version = write_examples(self.config, self.warehouse, self.published, self.log, self.ids_key)
+        return read_examples(self.config, self.warehouse, version, self.log)
 
-    def stream(split: str, *, shuffle: bool = False) -> ExampleStream:
-        return ExampleStream(groups, split, inputs, config.batch_positions, shuffle=shuffle, seed=config.seed)
+    def champion(self) -> Champion | None:
+        """The model to start from and to compare with."""
+        version = last_champion(self.registry, self.codebook.hash)
+        return None if version is None else Champion(version, load_ctr(self.registry, version))
 
-    shape = DMQNShape(len(FEATURES), config.width, config.interest_codebooks, config.codewords)
-    with torch.random.fork_rng():
-        torch.manual_seed(config.seed)
-        model = new_model(inputs, shape).to("cuda" if torch.cuda.is_available() else "cpu")
-    with without_denormals():
-        trained = train(
-            model,
-            stream("train", shuffle=True).at,
-            stream("validation"),
-            epochs=config.epochs,
-            learning_rate=config.learning_rate,
-            seed=config.seed,
-            checkpoint=checkpoint,
-            progress=lambda progress: report(str(progress)),
+    def random_start(self, inputs: ModelInputs) -> Start:
+        train = self.config.train
+        shape = DMQNShape(len(FEATURES), train.width, train.interest_codebooks, train.codewords)
+        return random_start(inputs, shape, train.seed)
+
+    def start(self, examples: Examples, champion: Champion | None) -> Start:
+        """The champion's parameters where that is possible, else random ones."""
+        start = self.random_start(self.inputs)
+        if champion is None or not self.config.train.warm_start or self.config.train.control:
+            return start
+        number, previous = champion.version.number, champion.ctr
+        reason = why_not(start, champion, examples)
+        if reason is not None:
+            self.report(f"not starting from CTR model version {number}: {reason}")
+            return start
+        old, new = previous.inputs.scheme, self.inputs.scheme
+        assert old is not None
+        assert new is not None
+        same_tokens = champion.version.codebook_hash == self.codebook.hash and old == new
+        take_over(start.model, previous.model, tokens=same_tokens)
+        bridged = ""
+        if not same_tokens:
+            codes = code_pairs(self._ids(champion.version.codebook_version), self.published)
+            with self.warehouse.staged(codes, "code_pairs") as staged:
+                pairs = TokenPairs(data_files(staged), old, new)
+                items = bridge_tokens(start.model.embed, previous.model.embed, new.fields, pairs)
+            bridged = f", with tokens for the codes of {items:,} items that both codebooks know"
+        self.report(f"starting from CTR model version {number}{bridged}")
+        return replace(start, version=number)
+
+    def trained(self, name: str, examples: Examples, start: Start) -> TrainedModel:
+        """A trained model; a training that was killed goes on from its checkpoint."""
+        checkpoint = TrainingCheckpoint(
+            f"{self.warehouse.root}/{CHECKPOINTS}/{name.replace(' ', '-')}",
+            f"{self.train_key}-{name}-from-{start.version}-by-{self.config.train.workers}",
         )
-        return _Fitted(model, trained.validation_auc, predict(model, stream("test")), checkpoint)
+        return train_model(
+            self.config.train, examples.groups, start, checkpoint, lambda text: self.report(f"{name}, {text}")
+        )
 
+    def verdict(self, examples: Examples, champion: Champion | None, test: Scores) -> CtrVerdict:
+        """The gate's verdict on scores of the test split. A champion of another codebook scores the same impressions
+        with codes of its own. The first model passes.
+        """
+        if champion is None:
+            return CtrVerdict((), {})
+        self.report("comparing with the champion")
+        limits, train = CtrLimits(**self.config.ctr_gate.model_dump()), self.config.train
 
-def _nothing(log: Log) -> TrainResult:
-    return TrainResult(
-        version=None,
-        auc=None,
-        auc_control=None,
-        gauc=None,
-        gauc_control=None,
-        gauc_users=0,
-        log_loss=None,
-        log_loss_control=None,
-        calibration=None,
-        auc_cold=None,
-        rows_in=log.rows_in,
-        rows_used=0,
-        dropped=log.dropped,
-        examples=0,
-        without_negative=0,
-        items=0,
-        without_id=0,
-        share_without_id=0.0,
-        note=log.note,
-        nothing_to_do=True,
-    )
+        def compared(groups: tuple[ExampleRowGroup, ...]) -> CtrVerdict:
+            stream = ExampleStream(groups, "test", champion.ctr.inputs, train.batch_positions)
+            return compare(test, scored(champion.ctr.model, stream), limits, train.seed)
+
+        if champion.version.codebook_hash == self.codebook.hash:
+            return compared(examples.groups)
+        ids = item_codes(self._ids(champion.version.codebook_version))
+        with (
+            self.warehouse.staged(read_rows(self.log, self.warehouse.spark), "interactions") as rows,
+            self.warehouse.staged(
+                build_examples(rows, ids, self.log, train), "champion_examples", CTR_EXAMPLES
+            ) as rebuilt,
+        ):
+            return compared(row_groups(data_files(rebuilt)))
+
+    def register(
+        self, trained: TrainedModel, examples: Examples, result: TrainResult, run_date: date, picture: Path
+    ) -> int:
+        """Register the model as candidate and, if it passed, champion; returns its version."""
+        table_versions = {**self.versions, CTR_EXAMPLES.name: examples.version}
+        tags = ctr_tags(
+            codebook=self.codebook,
+            train_key=self.train_key,
+            passed=result.passed,
+            table_versions=table_versions,
+            run_date=run_date,
+            result=asdict(result),
+            started_from=result.started_from,
+        )
+        with (
+            self.registry.run("train", self.config, {k: v for k, v in tags.items() if k != "result"}) as run_,
+            tempfile.TemporaryDirectory() as scratch,
+        ):
+            for name, value in _metrics(result).items():
+                self.registry.client.log_metric(run_.info.run_id, name, value)
+            self.registry.client.log_artifact(run_.info.run_id, str(picture), "pictures")
+            folder = Path(scratch) / "dmqn"
+            facts = {"features": list(FEATURES), "table_versions": table_versions}
+            save_model(folder, trained.model, trained.inputs, self.codebook.hash, facts)
+            model = register(self.registry, CTR_MODEL, Path(__file__).parent / "ctr" / "dmqn_model.py", folder, tags)
+        self.registry.ctr_models.set_alias(CANDIDATE, model.number)
+        restore_ctr_champion(self.registry, self.codebook.hash)
+        return model.number
 
 
 def _metrics(result: TrainResult) -> dict[str, float]:
     """The numbers of a result under the names they have in MLflow."""
     facts = {**asdict(result), **{f"dropped_{reason}": count for reason, count in result.dropped.items()}}
-    left_out = ("version", "champion", "same_codebook", "seconds", "nothing_to_do")
+    left_out = ("version", "validation_from", "started_from", "champion", "same_codebook", "seconds", "nothing_to_do")
     return {name: value for name, value in facts.items() if isinstance(value, int | float) and name not in left_out}
 
 
 def _defined(value: float) -> float | None:
     """None instead of NaN, which JSON does not have."""
     return None if math.isnan(value) else value
-
-
-def _by_rarity(test: Mapping[str, Scores]) -> tuple[list[str], dict[str, list[float]]]:
-    """Test AUC of each model by how often the item was shown in training: the ranges, and the AUCs by model."""
-    first = next(iter(test.values()))
-    shown = first.shown
-    bounds = [-1, 0]
-    if (shown > 0).any():
-        bounds += np.unique(np.quantile(shown[shown > 0], [0.25, 0.5, 0.75]).astype(int)).tolist()
-    names: list[str] = []
-    aucs: dict[str, list[float]] = {name: [] for name in test}
-    for low, high in zip(bounds, [*bounds[1:], int(shown.max())], strict=True):
-        rows = (shown > low) & (shown <= high)
-        if rows.sum() >= 50 and 0 < first.label[rows].sum() < rows.sum():
-            names.append("0" if high == 0 else f"{low + 1}-{high}")
-            for name, scores in test.items():
-                aucs[name].append(auc(scores.label[rows], scores.score[rows]))
-    return names, aucs

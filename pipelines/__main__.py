@@ -239,6 +239,7 @@ def _add_bench() -> None:
     """Add the benchmarks, which need packages of the `dev` extra that a production image does not have."""
     try:
         from benchmarks.cache import cache
+        from benchmarks.ctr.bridge import ctr_bridge
         from benchmarks.ctr.figures import ctr_figures
         from benchmarks.ctr.harness import ctr
         from benchmarks.ctr_memory import ctr_memory
@@ -253,7 +254,7 @@ def _add_bench() -> None:
             f"`sid bench` needs {error.name}, which is not installed; expected the repository with its dev extra. "
             "Run `make setup`"
         ) from error
-    for benchmark in (quantizers, fit, encode, encode_job, gpu, ctr, ctr_figures, train, cache, ctr_memory):
+    for benchmark in (quantizers, fit, encode, encode_job, gpu, ctr, ctr_bridge, ctr_figures, train, cache, ctr_memory):
         bench.command()(benchmark)
     app.add_typer(bench, name="bench")
 

@@ -30,10 +30,11 @@ WITHOUT_TRAINING = "train.interactions="
 
 
 class Progress:
-    """Prints nothing and keeps the names of the stages that began."""
+    """Prints nothing and keeps the names of the stages that began, and their notes."""
 
     def __init__(self) -> None:
         self.began: list[str] = []
+        self.notes: list[str] = []
 
     @contextmanager
     def step(self, name: str, why: str) -> Iterator[None]:
@@ -42,7 +43,8 @@ class Progress:
 
     def done(self, name: str, facts: str) -> None: ...
     def iteration(self, step: Iteration) -> None: ...
-    def note(self, text: str) -> None: ...
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 class SmallWarehouse:

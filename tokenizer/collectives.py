@@ -27,7 +27,7 @@ def _lost_worker() -> Iterator[None]:
         yield
     except RuntimeError as error:  # the whole message of torch.distributed when a peer has closed its connection
         raise LostWorker(
-            f"another worker of the fit is gone ({error}); expected all of them. Resume the fit"
+            f"another worker is gone ({error}); expected all of them. Run again to go on from what is finished"
         ) from error
 
 
@@ -51,15 +51,6 @@ def gather_rows(own: Tensor) -> Tensor:
 
 def sum_statistics(own: GMMStatistics) -> GMMStatistics:
     """The statistics of the rows of all processes, on the CPU. Exact for statistics that `on_grid` has rounded."""
-
-    def total(value: Tensor) -> Tensor:
-        # all_reduce adds memory, so the order of elements in memory must be the same on every rank.
-        value = value.cpu().contiguous()
-        if distributed():
-            with _lost_worker():
-                dist.all_reduce(value)
-        return value
-
     return GMMStatistics(
         count=total(own.count),
         sum_x=total(own.sum_x),
@@ -68,6 +59,16 @@ def sum_statistics(own: GMMStatistics) -> GMMStatistics:
         log_likelihood=total(own.log_likelihood),
         max_posterior=total(own.max_posterior),
     )
+
+
+def total(own: Tensor) -> Tensor:
+    """The sum of the tensors of all processes, on the CPU; a tensor that is there is overwritten."""
+    # all_reduce adds memory, so the order of elements in memory must be the same on every rank.
+    own = own.cpu().contiguous()
+    if distributed():
+        with _lost_worker():
+            dist.all_reduce(own)
+    return own
 
 
 def on_grid(stats: GMMStatistics, rows: int, largest: float) -> GMMStatistics:

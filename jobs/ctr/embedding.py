@@ -44,7 +44,7 @@ class ItemEmbedding(nn.Module):
     def forward(self, items: Items) -> Tensor:
         """Items of shape (...) -> (..., D)"""
         item = F.embedding(items.item, self.item, padding_idx=0)
-        return item + self._sum(items.tokens, items.weights) if items.tokens.shape[-1] else item
+        return item + self.sum_tokens(items.tokens, items.weights) if items.tokens.shape[-1] else item
 
     def fields(self, items: Items, sizes: Sequence[int]) -> Tensor:
         """Items of shape (...) -> (..., 1 + F, D): the terms of `forward`, the item and each field of tokens.
@@ -54,11 +54,11 @@ class ItemEmbedding(nn.Module):
         """
         parts = [F.embedding(items.item, self.item, padding_idx=0)]
         tokens, weights = (torch.split(part, list(sizes), dim=-1) for part in (items.tokens, items.weights))
-        parts += [self._sum(*field) for field in zip(tokens, weights, strict=True)]
+        parts += [self.sum_tokens(*field) for field in zip(tokens, weights, strict=True)]
         return torch.stack(parts, dim=-2)
 
-    def _sum(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """(..., T), (..., T) -> (..., D)"""
+    def sum_tokens(self, rows: Tensor, weights: Tensor) -> Tensor:
+        """Rows (..., T) and weights (..., T) of tokens -> (..., D)"""
         flat = F.embedding_bag(
             rows.flatten(0, -2), self.token, mode="sum", per_sample_weights=weights.flatten(0, -2), padding_idx=0
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -11,6 +13,7 @@ from jobs.config import Config, ConfigError
 from jobs.ctr.coverage import coverage_of
 from jobs.ctr.examples import EXAMPLE_SETTINGS, EXAMPLES_RECIPE, build_examples, item_codes
 from jobs.ctr.log import Log, examine, read_rows
+from jobs.ctr.stream import ExampleRowGroup, row_groups
 from jobs.errors import SchemaError
 from jobs.files.sources import open_source
 from jobs.fingerprint import fingerprint
@@ -70,20 +73,61 @@ def write_examples(config: Config, warehouse: Warehouse, published: DataFrame, l
     return warehouse.version(CTR_EXAMPLES)
 
 
-def check_splits(examples: DataFrame, log: Log) -> dict[str, tuple[int, int]]:
-    """Impressions and clicks of each split.
+@dataclass(frozen=True)
+class Split:
+    """Of the training, validation or test split: impressions, clicks among them, and the first moment."""
+
+    impressions: int
+    clicks: int
+    begins: int
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A version of `ctr_examples`.
+
+    Attributes:
+        key: `examples_key` of what it is made of.
+        splits: By name.
+        validation_from: First moment after the training split, in microseconds; None for a log without a clock.
+    """
+
+    version: int
+    key: str
+    groups: tuple[ExampleRowGroup, ...]
+    splits: Mapping[str, Split]
+    validation_from: int | None
+
+    @property
+    def impressions(self) -> int:
+        return sum(split.impressions for split in self.splits.values())
+
+    @property
+    def clicks(self) -> int:
+        return sum(split.clicks for split in self.splits.values())
+
+
+def read_examples(config: Config, warehouse: Warehouse, version: int, log: Log) -> Examples:
+    """The version of `ctr_examples` that was made of a log.
 
     Raises:
         SchemaError: a split has only clicks, or none.
     """
-    impressions = examples.select(F.explode("impressions").alias("one")).groupBy("one.split")
-    counted = impressions.agg(F.count(F.lit(1)), F.sum("one.label")).collect()
-    sizes = {row[0]: (int(row[1]), int(row[2])) for row in counted}
+    impressions = warehouse.read(CTR_EXAMPLES, version).select(F.explode("impressions").alias("one"))
+    counted = impressions.groupBy("one.split").agg(F.count(F.lit(1)), F.sum("one.label"), F.min("one.ts")).collect()
+    splits = {str(row[0]): Split(*map(int, row[1:])) for row in counted}
     for name in SPLITS:
-        rows, clicks = sizes.get(name, (0, 0))
-        if not 0 < clicks < rows:
+        split = splits.get(name, Split(0, 0, 0))
+        if not 0 < split.clicks < split.impressions:
             raise SchemaError(
-                f"the {name} split has {clicks:,} clicks in {rows:,} examples; expected clicks and non-clicks in each "
-                f"of {', '.join(SPLITS)}, which follow each other in time ({log.note}). Give a longer log"
+                f"the {name} split has {split.clicks:,} clicks in {split.impressions:,} examples; expected clicks and "
+                f"non-clicks in each of {', '.join(SPLITS)}, which follow each other in time ({log.note}). Give a "
+                "longer log"
             )
-    return sizes
+    return Examples(
+        version=version,
+        key=examples_key(config, log.source.fingerprint),
+        groups=row_groups(warehouse.files(CTR_EXAMPLES, version)),
+        splits=splits,
+        validation_from=splits["validation"].begins if log.has_clock else None,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -131,3 +132,21 @@ def losses(label: Labels, score: Array) -> Array:
 def calibration(label: Labels, score: Array) -> float:
     """Mean prediction / click rate; 1 is right, NaN without clicks."""
     return float(score.mean() / label.mean()) if label.any() else float("nan")
+
+
+def auc_by_rarity(test: Mapping[str, Scores]) -> tuple[list[str], dict[str, list[float]]]:
+    """AUC of each model by how often the item was shown in training: the ranges, and the AUCs by model."""
+    first = next(iter(test.values()))
+    shown = first.shown
+    bounds = [-1, 0]
+    if (shown > 0).any():
+        bounds += np.unique(np.quantile(shown[shown > 0], [0.25, 0.5, 0.75]).astype(int)).tolist()
+    names: list[str] = []
+    aucs: dict[str, list[float]] = {name: [] for name in test}
+    for low, high in zip(bounds, [*bounds[1:], int(shown.max())], strict=True):
+        rows = (shown > low) & (shown <= high)
+        if rows.sum() >= 50 and 0 < first.label[rows].sum() < rows.sum():
+            names.append("0" if high == 0 else f"{low + 1}-{high}")
+            for name, scores in test.items():
+                aucs[name].append(auc(scores.label[rows], scores.score[rows]))
+    return names, aucs

@@ -45,7 +45,8 @@ class ExampleStream:
             this number, the behaviours never, so a batch can be longer by one history.
         shuffle: In random order; without it in the order of the files, for scoring.
         seed, epoch: What the random order depends on.
-        rank, world: Of `world` processes this one reads its share of the row groups.
+        rank, world: Of `world` processes this one has its share of the row groups, or of the users of each where there
+            are fewer groups than processes.
     """
 
     groups: tuple[ExampleRowGroup, ...]
@@ -68,17 +69,22 @@ class ExampleStream:
     def _batches(self) -> Iterator[UserBatch]:
         random = np.random.default_rng([self.seed, self.epoch])
         order = random.permutation(len(self.groups)) if self.shuffle else np.arange(len(self.groups))
-        own = [self.groups[number] for number in order[self.rank :: self.world]]
+        share, whole = slice(self.rank, None, self.world), slice(None)
+        of_groups, of_users = (share, whole) if len(order) >= self.world else (whole, share)
+        own = [self.groups[number] for number in order[of_groups]]
         for window in _windows(own):
-            yield from self._of_window(window, random if self.shuffle else None)
+            yield from self._of_window(window, of_users, random if self.shuffle else None)
 
-    def _of_window(self, window: Sequence[ExampleRowGroup], random: np.random.Generator | None) -> Iterator[UserBatch]:
+    def _of_window(
+        self, window: Sequence[ExampleRowGroup], share: slice, random: np.random.Generator | None
+    ) -> Iterator[UserBatch]:
         """Nothing of a window is referred to after its last batch, so that two are never in memory together."""
         table = pa.concat_tables([group.read(COLUMNS) for group in window])
         users = UserTable.of(table, self.split, self.inputs).cut(self.batch_positions)
         del table
-        for rows in _cut(users.behaviours, users.impressions, self.batch_positions, random):
-            yield users.batch(rows)
+        own = np.arange(len(users.number))[share]
+        for rows in _cut(users.behaviours[own], users.impressions[own], self.batch_positions, random):
+            yield users.batch(own[rows])
 
 
 def row_groups(uris: Sequence[str]) -> tuple[ExampleRowGroup, ...]:

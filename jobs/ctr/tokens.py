@@ -54,10 +54,15 @@ class TokenScheme:
             )
 
     @property
+    def fields(self) -> tuple[int, ...]:
+        """Tokens of each field, coarsest first: the levels or prefixes in turn, then the tuple of all codes."""
+        each = self.alternates if self._soft else 1
+        return (each,) * self.levels + (() if self._by_prefix else (1,))
+
+    @property
     def tokens(self) -> int:
         """T, tokens of an item."""
-        used = self.alternates if self._soft else 1
-        return self.levels * used + (0 if self._by_prefix else 1)
+        return sum(self.fields)
 
     @property
     def level_rows(self) -> tuple[slice, ...]:

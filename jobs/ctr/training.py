@@ -23,7 +23,7 @@ from jobs.ctr.batch import UserBatch
 from jobs.ctr.metrics import Scores, auc
 from jobs.ctr.training_state import TrainingCheckpoint, TrainingState
 from jobs.errors import SchemaError
-from tokenizer.collectives import gather_rows
+from tokenizer.collectives import distributed, gather_rows, total
 
 REPORT_SECONDS = 5.0
 
@@ -36,13 +36,15 @@ class TrainingDiverged(ConfigError):
 class Progress:
     """Where training is. `validation_auc` is of the epoch that has just ended, None within one."""
 
-    epoch: int  # from 1
+    epoch: int  # from 1; 0 before the first step
     examples: int  # of this epoch, all processes
     examples_per_second: float
     loss: float  # mean of this epoch
     validation_auc: float | None = None
 
     def __str__(self) -> str:
+        if not self.epoch:
+            return f"at the start, validation AUC {self.validation_auc:.4f}"
         text = (
             f"epoch {self.epoch}, {self.examples:,} examples, {self.examples_per_second:,.0f} a second, "
             f"loss {self.loss:.4f}"
@@ -56,7 +58,7 @@ class Trained:
 
     Attributes:
         model: In eval mode.
-        validation_auc: Of each epoch.
+        validation_auc: Of each epoch; before these that of the start, if the model was trained before.
         examples_per_second: Of training alone, since the last start.
     """
 
@@ -75,6 +77,7 @@ def train(
     weight_decay: float = 0.0,
     patience: int = 1,
     seed: int = 0,
+    trained_before: bool = False,
     checkpoint: TrainingCheckpoint | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Trained:
@@ -89,6 +92,7 @@ def train(
     Args:
         batches: The training batches of an epoch (from 0); the same for the same epoch.
         validation: Re-iterable.
+        trained_before: The model as it is given counts as one of the epochs of which the best is kept.
 
     Raises:
         TrainingDiverged: the loss is no number.
@@ -96,6 +100,8 @@ def train(
     """
     with torch.random.fork_rng():
         run = _Run(model, learning_rate, weight_decay, patience, seed, checkpoint, progress)
+        if trained_before and not (run.epoch or run.batch):
+            run.count_start(auc_of(predict(model, validation)))
         while run.epoch < epochs and not run.stopped:
             run.train_epoch(batches(run.epoch))
             run.end_epoch(auc_of(predict(model, validation)))
@@ -121,7 +127,7 @@ class _Run:
         self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
         self.patience = patience
         self.device = next(model.parameters()).device
-        self.distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self.distributed = distributed()
         self.rank = dist.get_rank() if self.distributed else 0
         self.learning_rate = learning_rate
         self.epoch = self.batch = self.examples = 0
@@ -173,7 +179,7 @@ class _Run:
         """One step of all processes, of which this one may have no batch left; the number of examples, 0 for none."""
         torch.manual_seed(_seed(self.seed, self.rank, self.epoch, self.batch))
         self.optimizer.zero_grad(set_to_none=not self.distributed)
-        own = total = len(batch) if batch is not None else 0
+        own = everyone = len(batch) if batch is not None else 0
         loss = torch.zeros((), device=self.device)
         if batch is not None:
             batch = batch.to(self.device)
@@ -182,16 +188,16 @@ class _Run:
             (loss if penalty is None else loss + penalty()).backward()
         value = float(loss.detach()) * own
         if self.distributed:
-            total, value = self.average_gradients(own, value)
-        if total:
+            everyone, value = self.average_gradients(own, value)
+        if everyone:
             if not math.isfinite(value):
                 raise TrainingDiverged(
                     f"training diverged: with train.learning_rate = {self.learning_rate:g} the loss is "
-                    f"{value / total} in epoch {self.epoch + 1}; expected a number. Lower it"
+                    f"{value / everyone} in epoch {self.epoch + 1}; expected a number. Lower it"
                 )
             self.optimizer.step()
             self.loss += value
-        return total
+        return everyone
 
     def average_gradients(self, own: int, loss: float) -> tuple[int, float]:
         """Gradients become the mean over the examples of all processes; the number of examples and the sum of
@@ -201,16 +207,12 @@ class _Run:
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        numbers = torch.tensor([own, loss], dtype=torch.float64)
-        dist.all_reduce(numbers)
-        total = int(numbers[0])
-        if total:
+        everyone, loss = total(torch.tensor([own, loss], dtype=torch.float64)).tolist()
+        if everyone:
             for parameter in parameters:
                 assert parameter.grad is not None
-                gradient = parameter.grad.mul_(own / total).cpu()
-                dist.all_reduce(gradient)
-                parameter.grad.copy_(gradient)
-        return total, float(numbers[1])
+                parameter.grad.copy_(total(parameter.grad.mul_(own / everyone)))
+        return int(everyone), loss
 
     def end_epoch(self, validation_auc: float) -> None:
         self.validation_auc.append(validation_auc)
@@ -220,6 +222,11 @@ class _Run:
         self.epoch, self.batch, self.examples, self.loss = self.epoch + 1, 0, 0, 0.0
         if self.checkpoint:
             self.save()
+
+    def count_start(self, validation_auc: float) -> None:
+        self.validation_auc = [validation_auc]
+        if self.progress is not None and self.rank == 0:
+            self.progress(Progress(0, 0, 0.0, math.nan, validation_auc))
 
     def report(self, validation_auc: float | None) -> None:
         if self.progress is not None and self.rank == 0:
@@ -235,7 +242,7 @@ class _Run:
 def predict(model: nn.Module, batches: Iterable[UserBatch]) -> Scores:
     """The model's probabilities, of all processes' batches in the order of ranks."""
     device = next(model.parameters()).device
-    if dist.is_available() and dist.is_initialized():
+    if distributed():
         _average_buffers(model)
     model.eval()
     columns: list[tuple[Tensor, ...]] = []
@@ -260,9 +267,7 @@ def _average_buffers(model: nn.Module) -> None:
     """What models count while training, such as the mean of a feature, is each process's own until here."""
     for buffer in model.buffers():
         if buffer.is_floating_point():
-            mean = buffer.cpu() / dist.get_world_size()
-            dist.all_reduce(mean)
-            buffer.copy_(mean)
+            buffer.copy_(total(buffer.cpu() / dist.get_world_size()))
 
 
 def _seed(*numbers: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,11 @@ class TrainingState:
             for name, value in values.items()
         }
         return TrainingState(model.state_dict(), best, moments, *numbers)
+
+    @staticmethod
+    def before(model: nn.Module) -> TrainingState:
+        """The state before the first step."""
+        return TrainingState(model.state_dict(), copy.deepcopy(model.state_dict()), {}, 0, 0, 0, 0.0, ())
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         model.load_state_dict(self.model)

@@ -173,21 +173,30 @@ def _fields(table: pa.Table, name: str) -> dict[str, pa.Array]:
 
 def _flat(fields: dict[str, pa.Array], rows: Int64, first: Int64, last: Int64, inputs: ModelInputs) -> _Table:
     """These `rows` of the fields, or one of padding where there are none."""
-    scheme = inputs.scheme
-    levels, alternates = (scheme.levels, scheme.alternates) if scheme else (0, 0)
-    codes = np.full((max(1, len(rows)), levels, alternates), -1, np.int32)
-    weights = np.zeros(codes.shape, np.uint8)
-    item, ts = np.zeros(len(codes), np.int64), np.zeros(len(codes), np.int64)
-    if len(rows):
-        taken = {name: fields[name].take(pa.array(rows)) for name in ("item_id", "ts", "codes", "weights")}
-        names = taken["item_id"].dictionary_encode()
-        item = item_row(names.dictionary.to_pylist(), inputs.item_rows)[names.indices.to_numpy(zero_copy_only=False)]
-        ts = taken["ts"].to_numpy(zero_copy_only=False)
-        length = taken["codes"].value_lengths().to_numpy(zero_copy_only=False)
-        for number in np.unique(length[length > 0]) if scheme else ():  # one, but where encode.alternates has changed
-            same = length == number
-            kept = min(alternates, number // levels)
-            for name, into in (("codes", codes), ("weights", weights)):
-                values = taken[name].filter(pa.array(same)).flatten().to_numpy(zero_copy_only=False)
-                into[same, :, :kept] = values.reshape(-1, levels, number // levels)[:, :, :kept]
-    return _Table(first, last, item, ts, codes, weights)
+    levels, alternates = (inputs.scheme.levels, inputs.scheme.alternates) if inputs.scheme else (0, 0)
+    if not len(rows):
+        codes, zero = np.full((1, levels, alternates), -1, np.int32), np.zeros(1, np.int64)
+        return _Table(first, last, zero, zero, codes, np.zeros(codes.shape, np.uint8))
+    taken = {name: fields[name].take(pa.array(rows)) for name in ("item_id", "ts", "codes", "weights")}
+    names = taken["item_id"].dictionary_encode()
+    item = item_row(names.dictionary.to_pylist(), inputs.item_rows)[names.indices.to_numpy(zero_copy_only=False)]
+    ts = taken["ts"].to_numpy(zero_copy_only=False)
+    return _Table(first, last, item, ts, *code_arrays(taken["codes"], taken["weights"], levels, alternates))
+
+
+def code_arrays(
+    codes: pa.ListArray, weights: pa.ListArray, levels: int, alternates: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
+    """Codes and weights (N, levels, alternates) of items from lists of levels x m numbers, the first `alternates` of
+    the m; -1 and 0 where there are fewer, or none.
+    """
+    shape = len(codes), levels, alternates
+    code, weight = np.full(shape, -1, np.int32), np.zeros(shape, np.uint8)
+    length = codes.value_lengths().to_numpy(zero_copy_only=False)
+    for number in np.unique(length[length > 0]) if levels else ():  # one, but where encode.alternates has changed
+        same = length == number
+        kept = min(alternates, number // levels)
+        for column, into in ((codes, code), (weights, weight)):
+            values = column.filter(pa.array(same)).flatten().to_numpy(zero_copy_only=False)
+            into[same, :, :kept] = values.reshape(-1, levels, number // levels)[:, :, :kept]
+    return code, weight

@@ -1,7 +1,7 @@
-"""The checkpoint of a fit: a folder in the warehouse with finished levels, progress, and errors of workers.
+"""The checkpoint of a fit: a folder in the warehouse with finished levels.
 
-A killed fit goes on from it. Driver and workers of a distributed fit exchange data through it: it is beside the tables,
-so every worker on a cluster can read and write it.
+A killed fit goes on from it. Driver and workers of a distributed fit exchange levels through it: it is beside the
+tables, so every worker on a cluster can read and write it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,12 @@ class Checkpoint:
         filesystem, root = filesystem_of(self.root)
         return filesystem, f"{root}/{FOLDER}"
 
+    @property
+    def folder(self) -> str:
+        return f"{self.root}/{FOLDER}/{self.key}"
+
     def open(self) -> None:
-        """Create the folder, without the errors of an earlier attempt.
+        """Create the folder.
 
         Checkpoints of other fits are removed: there is one writer at a time, so those fits were abandoned.
         """
@@ -46,9 +50,6 @@ class Checkpoint:
         for other in filesystem.get_file_info(fs.FileSelector(folder)):
             if other.base_name != self.key:
                 filesystem.delete_dir(other.path)
-        for name in self._names():
-            if name.startswith("error-"):
-                filesystem.delete_file(f"{folder}/{self.key}/{name}")
 
     def close(self) -> None:
         """Remove the folder."""
@@ -77,20 +78,6 @@ class Checkpoint:
     def start(self) -> RQGMM | None:
         """The codebook that the fit starts from, if any."""
         return self._load_codebook("start") if "start" in self._names() else None
-
-    def save_progress(self, step: Iteration) -> None:
-        self._write("progress.json", json.dumps(asdict(step)))
-
-    def progress(self) -> Iteration | None:
-        return Iteration(**json.loads(self._read("progress.json"))) if "progress.json" in self._names() else None
-
-    def save_error(self, rank: int, text: str) -> None:
-        self._write(f"error-{rank}.txt", text)
-
-    def error(self) -> tuple[int, str] | None:
-        """Rank and trace of a worker that raised; workers that lost another worker store none."""
-        names = sorted(name for name in self._names() if name.startswith("error-"))
-        return (int(names[0][6:-4]), self._read(names[0])) if names else None
 
     def _names(self) -> list[str]:
         filesystem, folder = self._location

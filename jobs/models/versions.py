@@ -164,8 +164,9 @@ class CtrVersion:
     number: int
     codebook_hash: str
     codebook_version: int
-    train_key: str  # identifies the inputs of the training: equal keys, equal models
+    train_key: str  # identifies data and settings of the training, not the model that it started from
     passed: bool  # the gate, against the champion of its time; false for models from before there was one
+    started_from: int | None  # number of the model whose parameters its training started from
     table_versions: Mapping[str, int]
     run_date: date
     result: Mapping[str, Any]  # metrics and counts of the training
@@ -185,6 +186,7 @@ class CtrVersion:
             codebook_version=int(registered.required("codebook_version")),
             train_key=registered.tags.get("train_key", ""),
             passed=registered.tags.get("verdict") == PASSED,
+            started_from=int(registered.tags.get("started_from_version") or 0) or None,
             table_versions=json.loads(registered.tags.get("table_versions", "{}")),
             run_date=date.fromisoformat(registered.required("run_date")),
             result=json.loads(registered.tags.get("result", "{}")),
@@ -201,6 +203,7 @@ def ctr_tags(
     table_versions: Mapping[str, int],
     run_date: date,
     result: Mapping[str, Any],
+    started_from: int | None = None,
 ) -> dict[str, str]:
     """The tags of a registered CTR model, which `CtrVersion.of` reads."""
     return {
@@ -208,6 +211,7 @@ def ctr_tags(
         "codebook_hash": codebook.hash,
         "train_key": train_key,
         "verdict": PASSED if passed else FAILED,
+        "started_from_version": str(started_from or ""),
         "table_versions": json.dumps(dict(table_versions), sort_keys=True),
         "run_date": run_date.isoformat(),
         "result": json.dumps(dict(result)),

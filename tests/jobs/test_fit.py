@@ -19,10 +19,10 @@ from pyspark.sql import SparkSession
 
 from jobs import fit
 from jobs.config import ConfigError, FitConfig
-from jobs.distributed_fit import FitFailed
 from jobs.embeddings.batches import EmbeddingFiles
 from jobs.embeddings.packed import pack
 from jobs.models.checkpoint import Checkpoint
+from jobs.workers import WorkersFailed
 from tokenizer import FIT_BLOCK, RQGMM, Iteration, Method
 
 # TorchDistributor leaves the pipe to its workers open.
@@ -133,7 +133,7 @@ def test_a_lost_worker_restarts_the_fit_from_its_last_level(
 @pytest.mark.slow
 def test_the_error_of_a_worker_reaches_the_user(tmp_path: Path, spark: SparkSession) -> None:
     missing = EmbeddingFiles((f"file://{tmp_path}/gone.parquet",), 6, 50)
-    with pytest.raises(FitFailed, match=r"worker \d of the fit failed(.|\n)*gone\.parquet"):
+    with pytest.raises(WorkersFailed, match=r"worker \d of the fit failed(.|\n)*gone\.parquet"):
         fit.fit_table(FitConfig(components=8, workers=2), missing, checkpoint(tmp_path))
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from warehouse import CLICKS, ITEMS, WITHOUT_TRAINING, SmallWarehouse
+from warehouse import CLICKS, ITEMS, WITHOUT_TRAINING, Progress, SmallWarehouse
 
 from jobs.ctr.artefact import ArtefactError, load_model
 from jobs.ctr.champion import ctr_champion, load_ctr
 from jobs.models.registry import CANDIDATE, CHAMPION
 from pipelines.promote import rollback
 
-LEARNS = ("train.learning_rate=0.01", "train.epochs=2", "train.batch_positions=200")
+LEARNS = ("train.learning_rate=0.01", "train.epochs=2", "train.batch_positions=200", "train.warm_start=true")
 
 
 def write_clicks(small: SmallWarehouse) -> str:
@@ -43,13 +43,13 @@ def test_the_ctr_champion_follows_gate_and_codebook(small: SmallWarehouse) -> No
     assert good is not None
     assert good.auc is not None
     assert good.auc > 0.7
-    assert (good.version, good.champion, good.passed) == (2, 1, True)
+    assert (good.version, good.champion, good.started_from, good.passed) == (2, 1, 1, True)
     assert models.alias(CHAMPION) == 2
 
     night = small.night(date(2026, 1, 3), log, "train.learning_rate=1e-9")
     bad = night.trained
     assert bad is not None
-    assert (bad.version, bad.champion, bad.passed) == (3, 2, False)
+    assert (bad.version, bad.champion, bad.started_from, bad.passed) == (3, 2, None, False)
     assert any(reason.startswith("auc -0.") for reason in bad.reasons)
     assert (models.alias(CHAMPION), models.alias(CANDIDATE)) == (2, 3)
     assert "CTR model version 3 did not pass the gate" in night.refusals[0]
@@ -58,10 +58,21 @@ def test_the_ctr_champion_follows_gate_and_codebook(small: SmallWarehouse) -> No
 
     first_codebook = small.release.codebook_hash
     small.write_items(ITEMS + 50)
-    refit = small.night(date(2026, 2, 10), log, *LEARNS).trained
+    progress = Progress()
+    refit = small.night(date(2026, 2, 10), log, *LEARNS, progress=progress).trained
     assert refit is not None
     assert small.release.codebook_version == 2
-    assert (refit.version, refit.champion, refit.passed) == (4, 2, True)
+    assert (refit.version, refit.champion, refit.started_from, refit.passed) == (4, 2, 2, True)
+    note = (
+        f"starting from CTR model version 2, with tokens for the codes of {ITEMS + 50} items that both codebooks know"
+    )
+    assert note in progress.notes
+    version = models.version(4)
+    assert version is not None
+    assert version.started_from == 2
+    again = small.night(date(2026, 2, 10), log, *LEARNS).trained
+    assert again is not None
+    assert (again.version, again.started_from, again.nothing_to_do) == (4, 2, True)
     assert abs(refit.differences["auc"]["mean"]) < 0.05
     assert models.alias(CHAMPION) == 4
 

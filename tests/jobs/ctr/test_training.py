@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn; a planted taste; resuming after kill -9; several processes; divergence; warm start."""
+"""Metrics against scikit-learn; a planted taste; resuming after kill -9; several processes; divergence."""
 
 from __future__ import annotations
 
@@ -115,8 +115,10 @@ def test_a_planted_taste_is_learned_through_tokens_and_not_without() -> None:
     assert aucs[False] < 0.65
 
 
-@pytest.mark.parametrize("patience", [1, 3])
-def test_the_best_epoch_is_kept_and_training_stops_after_it(patience: int) -> None:
+@pytest.mark.parametrize(("patience", "trained_before"), [(1, False), (3, False), (1, True)])
+def test_the_best_epoch_is_kept_and_training_stops_after_it(patience: int, trained_before: bool) -> None:
+    """The start of a model that was trained before counts as an epoch."""
+
     class Worsening(nn.Module):
         """Its prediction is right until it has trained for two epochs."""
 
@@ -134,12 +136,19 @@ def test_the_best_epoch_is_kept_and_training_stops_after_it(patience: int) -> No
     reports: list[Progress] = []
     batches = planted(16, 0)
     trained = train(
-        Worsening(), lambda _: batches, batches, epochs=9, learning_rate=0.1, patience=patience, progress=reports.append
+        Worsening(),
+        lambda _: batches,
+        batches,
+        epochs=9,
+        learning_rate=0.1,
+        patience=patience,
+        trained_before=trained_before,
+        progress=reports.append,
     )
     assert trained.validation_auc == (1.0, 1.0, 0.0, 0.0)[: 1 + patience]  # none is better than the first: stop
-    assert float(trained.model.steps) == 1
+    assert float(trained.model.steps) == (0 if trained_before else 1)
     assert tuple(report.validation_auc for report in reports) == trained.validation_auc
-    assert "epoch 1, 96 examples" in str(reports[0])
+    assert ("at the start, validation AUC 1" if trained_before else "epoch 1, 96 examples") in str(reports[0])
 
 
 def test_a_loss_that_is_no_number_ends_with_a_sentence() -> None:
