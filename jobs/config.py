@@ -272,6 +272,13 @@ class TrainConfig(Section):
         le=1024,
         description="processes of the training, which share each step; more than one runs on TorchDistributor",
     )
+    threads: Whole = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="threads of a process of the training on a CPU; more help only where no other work is: they wait "
+        "for each other after each of many small operations",
+    )
     seed: Seed = 0
 
 

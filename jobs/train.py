@@ -52,7 +52,7 @@ from jobs.warehouse.tables import CTR_EXAMPLES, SEMANTIC_IDS
 
 RECIPE = 2  # of the model and its training. With a higher number every warehouse trains its model anew.
 CHECKPOINTS = "_training"  # folder in the warehouse
-NOT_OF_THE_MODEL = {"interactions", "max_share_without_id", "workers"}  # settings that change it in no kind
+NOT_OF_THE_MODEL = {"interactions", "max_share_without_id", "workers", "threads"}  # settings that change it in no kind
 WITH_IDS, WITHOUT_IDS = "semantic IDs", "no IDs"
 
 
@@ -317,7 +317,7 @@ class _Stage:
 
         def compared(groups: tuple[ExampleRowGroup, ...]) -> CtrVerdict:
             stream = ExampleStream(groups, "test", champion.ctr.inputs, train.batch_positions)
-            return compare(test, scored(champion.ctr.model, stream), limits, train.seed)
+            return compare(test, scored(champion.ctr.model, stream, train.threads), limits, train.seed)
 
         if champion.version.codebook_hash == self.codebook.hash:
             return compared(examples.groups)

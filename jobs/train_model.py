@@ -7,9 +7,12 @@ is equal in kind. Driver and workers exchange the model through the checkpoint o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import torch
 
 from jobs.config import TrainConfig
 from jobs.ctr.artefact import new_model
@@ -21,7 +24,7 @@ from jobs.ctr.training_state import TrainingCheckpoint, TrainingState
 from jobs.ctr.user_table import ModelInputs
 from jobs.ctr.warm_start import Start
 from jobs.workers import WorkerFiles, Workers, local_device, worker
-from tokenizer.kernels import one_thread, without_denormals
+from tokenizer.kernels import without_denormals
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +69,7 @@ class Training:
 
     def train(self, model: DMQN, progress: Callable[[Progress], None], rank: int = 0, world: int = 1) -> Trained:
         """Train from the checkpoint, or `model` as it is where there is none."""
-        with one_thread(), without_denormals():
+        with compute_threads(self.config.threads), without_denormals():
             return train(
                 model,
                 self.stream("train", rank, world).at,
@@ -98,13 +101,24 @@ def train_model(
     if config.workers > 1:
         _train_on_workers(training, model, report)
     trained = training.train(model, lambda progress: report(str(progress)))  # after workers there is nothing left to do
-    test = scored(model, training.stream("test", 0, 1))
+    test = scored(model, training.stream("test", 0, 1), config.threads)
     return TrainedModel(model, start.inputs, start.version, trained.validation_auc, test, checkpoint)
 
 
-def scored(model: DMQN, stream: ExampleStream) -> Scores:
-    with one_thread(), without_denormals():
+def scored(model: DMQN, stream: ExampleStream, threads: int) -> Scores:
+    with compute_threads(threads), without_denormals():
         return predict(model, stream)
+
+
+@contextmanager
+def compute_threads(count: int) -> Iterator[None]:
+    """Operations by `count` threads for the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train_on_workers(training: Training, model: DMQN, report: Callable[[str], None]) -> None:
