@@ -24,7 +24,7 @@ from jobs.ctr.artefact import CtrModel, model_of
 from jobs.ctr.champion import ctr_champion, ctr_files
 from jobs.ctr.example_table import EXAMPLES_OF
 from jobs.ctr.interest_cache import Entry, compute
-from jobs.errors import SchemaError
+from jobs.errors import SchemaError, WarehouseError, first_line
 from jobs.fingerprint import fingerprint
 from jobs.models.registry import Registry
 from jobs.models.versions import CodebookVersion
@@ -150,8 +150,21 @@ def _content(warehouse: Warehouse) -> str:
 
 
 def _server_holds(url: str, ctr: CtrModel, content: str, entries: int) -> bool:
+    """Whether the server has a whole copy of these entries; the first that is asked of it.
+
+    Raises:
+        WarehouseError: it does not answer.
+    """
     with _server(url) as server:
-        return interest_store.holds(server, ctr.digest, content, entries)
+        from redis import RedisError
+
+        try:
+            return interest_store.holds(server, ctr.digest, content, entries)
+        except RedisError as error:
+            raise WarehouseError(
+                f"the server of cache.redis does not answer ({first_line(error)}); expected one with the Redis "
+                "protocol. Start it, or leave cache.redis empty"
+            ) from error
 
 
 def _write_to_server(url: str, ctr: CtrModel, rows: DataFrame, content: str) -> None:
@@ -173,13 +186,16 @@ def _server(url: str) -> Redis:
     """A client of the server.
 
     Raises:
-        ConfigError: the package is not installed.
+        ConfigError: the package is not installed, or the URL is none of a server.
     """
     try:
         from redis import Redis
     except ModuleNotFoundError as error:
         raise ConfigError("cache.redis needs the package redis; expected it. Install it: pip install redis") from error
-    return Redis.from_url(url)
+    try:
+        return Redis.from_url(url)
+    except ValueError as error:
+        raise ConfigError(f"cache.redis: {first_line(error)}; expected a URL such as redis://HOST:6379/0") from error
 
 
 def _entry(row: Row) -> Entry:

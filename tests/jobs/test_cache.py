@@ -22,7 +22,7 @@ from jobs.ctr.example_table import EXAMPLES_OF
 from jobs.ctr.examples import user_rows
 from jobs.ctr.interest_cache import Entry, newest_batch, score, usable
 from jobs.ctr.interest_store import current, read
-from jobs.errors import SchemaError
+from jobs.errors import SchemaError, WarehouseError
 from jobs.models.registry import CTR_MODEL, Registry, open_registry, register
 from jobs.models.versions import CodebookVersion, ctr_tags
 from jobs.warehouse.delta_spark import Warehouse
@@ -157,3 +157,15 @@ def test_examples_of_another_codebook_are_refused(
     register_model(registry, config, 0, tmp_path)
     with pytest.raises(SchemaError, match="ctr_examples has codes of codebook dddddddddddd"):
         cache.run(config, warehouse, registry, CODEBOOK, print)
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "message"),
+    [
+        ("localhost:6379", ConfigError, "cache.redis: Redis URL must .*; expected a URL such as redis://HOST:6379/0"),
+        ("redis://127.0.0.1:1", WarehouseError, "the server of cache.redis does not answer .*Connection refused"),
+    ],
+)
+def test_a_server_that_cannot_be_reached_is_one_sentence(url: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        cache._server_holds(url, ctr_model(), "", 0)
