@@ -136,7 +136,7 @@ class EM:
         gmm = self.start
         for _ in range(ITERATIONS):
             stats = self.rows.sum(partial(e_step, gmm), gmm.components)
-            gmm = m_step(stats, gmm, shrinkage=0.0, fitted_weights=True, floor=1e-9)
+            gmm = m_step(stats, gmm, diagonal=True, floor=1e-9)
 
 
 def rows_of(x: torch.Tensor, components: int) -> Residuals:

@@ -22,7 +22,7 @@ from jobs.command_line import (
     find_codebook,
     open_workspace,
     print_result,
-    restored_champion,
+    restore_alias,
     run_commands,
 )
 from jobs.config import ConfigError
@@ -52,7 +52,7 @@ def fit(options: Options) -> None:
     from jobs import fit as stage
 
     with open_workspace(options.resolve(), options.run_date) as work:
-        champion = restored_champion(work.registry)
+        champion = restore_alias(work.registry)
         result = stage.run(work.config, work.warehouse, work.registry, work.run_date, work.pictures, champion)
         print_result(result, options.json_file)
 
@@ -63,7 +63,7 @@ def encode(options: Options, name: Codebook = "candidate") -> None:
     from jobs import encode as stage
 
     with open_workspace(options.resolve(), options.run_date) as work:
-        restored_champion(work.registry)
+        restore_alias(work.registry)
         codebook = find_codebook(work.registry, name)
         print_result(stage.run(work.config, work.warehouse, work.registry, codebook, work.run_date), options.json_file)
 
@@ -74,7 +74,7 @@ def evaluate(options: Options, name: Codebook = "candidate") -> None:
     from jobs import evaluate as stage
 
     with open_workspace(options.resolve(), options.run_date) as work:
-        champion = restored_champion(work.registry)
+        champion = restore_alias(work.registry)
         codebook = find_codebook(work.registry, name)
         result = stage.run(work.config, work.warehouse, work.registry, codebook, champion, work.run_date, work.pictures)
         print_result(result, options.json_file)
@@ -89,7 +89,7 @@ def train(options: Options) -> None:
 
     with open_workspace(options.resolve(), options.run_date) as work:
         log = check_interactions(work.config, work.warehouse)
-        codebook = restored_champion(work.registry)
+        codebook = restore_alias(work.registry)
         release = current_release(work.warehouse.root)
         if release is None or codebook is None:
             raise ConfigError(
@@ -115,7 +115,7 @@ def cache(options: Options) -> None:
     from jobs import cache as stage
 
     with open_workspace(options.resolve(), options.run_date) as work:
-        codebook = restored_champion(work.registry)
+        codebook = restore_alias(work.registry)
         if codebook is None:
             raise ConfigError("this warehouse has no release; expected one with a CTR model. Run `sid nightly` first")
         result = stage.run(work.config, work.warehouse, work.registry, codebook, typer.echo)

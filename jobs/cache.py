@@ -94,7 +94,7 @@ def run(
     with warehouse.staged(_entries(pending, files, champion.number, warehouse.cores), "user_interests") as changed:
         computed = changed.count()
         if computed:
-            warehouse.merge(USER_INTERESTS, changed, update=True)
+            warehouse.merge(USER_INTERESTS, changed)
         deleted = _delete_older(warehouse, champion.number)
         own = warehouse.read(USER_INTERESTS).where(F.col("ctr_version") == champion.number)
         count = own.count()

@@ -74,20 +74,23 @@ class CommandGroup(TyperGroup):
         try:
             return super().invoke(ctx)
         except BaseException as error:
-            # typer's own: an exit code, or a usage error, which it prints itself. Ids may begin with "-".
-            if hasattr(error, "exit_code"):
-                if (
-                    ctx.invoked_subcommand == "explain"
-                    and hasattr(error, "message")
-                    and hasattr(error, "format_message")
-                ):
-                    error.message = (
-                        f"{error.format_message()}\nAn item id that begins with '-' goes after '--': sid explain -- -ID"
-                    )
+            if hasattr(error, "exit_code"):  # typer's own: an exit code, or a usage error, which it prints itself
+                _add_hint(error)
                 raise
             if isinstance(error, SystemExit):
                 raise
             sys.exit(failures.report(error, f"sid {ctx.invoked_subcommand or ''}".strip()))
+
+
+def _add_hint(error: Any) -> None:
+    """Add to the message of an unknown option how a command takes an argument, such as an id, that begins with `-`."""
+    if not hasattr(error, "option_name") or error.ctx is None:
+        return
+    for argument in error.ctx.command.params:
+        if argument.param_type_name == "argument":
+            name = argument.name.upper()
+            hint = f"a value of {name} that begins with '-' goes after '--': {error.ctx.command_path} -- -{name}"
+            error.message = f"{error.format_message()}\n{hint[0].upper()}{hint[1:]}"
 
 
 def command_group(help: str | None = None) -> typer.Typer:
@@ -198,8 +201,11 @@ def open_workspace(config: Config, run_date: str = "", *, write: bool = True) ->
             yield Workspace(config, day, Warehouse(session.spark, root), registry, pictures, session.start_seconds)
 
 
-def restored_champion(registry: Registry, *, verify_files: bool = True) -> CodebookVersion | None:
-    """The champion, checked against the releases. Prints a line on standard error if its alias had to be restored."""
+def restore_alias(registry: Registry, *, verify_files: bool = True) -> CodebookVersion | None:
+    """Set the alias `champion` to the current release's codebook, with a line on standard error if it differed.
+
+    Returns the champion, checked against the releases; None without one.
+    """
     from jobs.models.champion import restore_champion
 
     champion, repair = restore_champion(registry, verify_files=verify_files)

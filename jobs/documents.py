@@ -24,7 +24,7 @@ def tables_page() -> str:
             facts.append(f"Partitioned by {_names(table.partition_by)}.")
         facts += [f"Check `{name}`: `{condition}`." for name, condition in table.checks.items()]
         if table.change_feed:
-            facts.append("Its change data feed is on.")
+            facts.append("Its change data feed is on: it gives consumers the rows that changed between two versions.")
         parts += [f"## {table.name}", table.description, " ".join(facts), _columns(table)]
     return "\n\n".join(parts) + "\n"
 

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from datetime import date
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyspark.sql import DataFrame, Window
@@ -27,7 +28,7 @@ from pyspark.sql.pandas.types import from_arrow_schema
 from jobs.config import Config, EncodeConfig
 from jobs.embeddings.packed import Float32, unpack
 from jobs.files.parquet import RowGroup, row_groups
-from jobs.models.champion import check_rows
+from jobs.models.champion import check_hashes
 from jobs.models.codebooks import usable_files, worker_codebook
 from jobs.models.registry import Registry
 from jobs.models.versions import CodebookVersion
@@ -36,6 +37,9 @@ from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.queries import Selection
 from jobs.warehouse.tables import ITEM_EMBEDDINGS, SEMANTIC_IDS
 from tokenizer import RQGMM, Alternates
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROWS_A_TASK = 250_000  # of a first encode: rows that a task encodes, and later numbers and writes as one file
 SUFFIX_ORDER = ("joined", "first_seen", "item_id")  # suffixes count items with equal codes in this order
@@ -96,7 +100,7 @@ def run(
         SchemaError: it was fitted on vectors of another recipe.
     """
     began = time.monotonic()
-    check_rows(warehouse.root, model)
+    check_hashes(warehouse.root, model)
     files = usable_files(warehouse, registry, model)
     embeddings_version = warehouse.version(ITEM_EMBEDDINGS)
     embeddings = warehouse.read(ITEM_EMBEDDINGS, embeddings_version)
@@ -149,7 +153,7 @@ def run(
             rows = _published(staged, own, model, run_date)
             if new_version:
                 return result(staged.count(), warehouse.replace(SEMANTIC_IDS, rows, whole_version))
-            return result(staged.count(), warehouse.merge(SEMANTIC_IDS, rows, update=True))
+            return result(staged.count(), warehouse.merge(SEMANTIC_IDS, rows))
     finally:
         pending.unpersist()
 
@@ -355,7 +359,7 @@ def _as_lists(soft: Alternates) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(np.arange(0, items * levels + 1, levels, dtype=np.int32)), of_level)
 
 
-def _squared_error(rqgmm: RQGMM, x: Any, codes: Any) -> Float32:
+def _squared_error(rqgmm: RQGMM, x: Tensor, codes: npt.NDArray[np.int32]) -> Float32:
     """(n,): squared distance of each row of x (n, D) to its decoded codes (n, L)."""
     import torch
 

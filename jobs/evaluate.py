@@ -23,7 +23,7 @@ from jobs.config import Config
 from jobs.embeddings.packed import unpack
 from jobs.errors import SchemaError
 from jobs.fingerprint import fingerprint
-from jobs.models.champion import check_rows
+from jobs.models.champion import check_hashes
 from jobs.models.codebooks import load_files, usable_files
 from jobs.models.registry import Registry
 from jobs.models.versions import CodebookVersion
@@ -68,7 +68,7 @@ def run(
         CodebookError: its files are damaged.
     """
     began = time.monotonic()
-    check_rows(warehouse.root, model)
+    check_hashes(warehouse.root, model)
     versions = versions_to_evaluate(warehouse, model.number)
     other = champion if champion is not None and champion.number != model.number else None
     run_id = fingerprint([RECIPE, versions, model.hash, config.digest("gate", "evaluate")])[:16]
@@ -136,7 +136,7 @@ def run(
         "run_date": run_date,
         "evaluated_at": datetime.now(UTC),
     }
-    warehouse.merge(QUALITY_REPORTS, warehouse.rows(QUALITY_REPORTS, [row]), update=True)
+    warehouse.merge(QUALITY_REPORTS, warehouse.rows(QUALITY_REPORTS, [row]))
     return EvaluateResult(
         codebook_version=model.number,
         run_id=run_id,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-OURS = ("jobs", "tokenizer", "pipelines", "benchmarks")
+OUR_PACKAGES = ("jobs", "tokenizer", "pipelines", "benchmarks")
 
 # A Python trace in the message of an exception of Spark or of a worker of the fit; its last part may have several
 # lines.
@@ -60,7 +60,7 @@ def _parents(name: str) -> tuple[str, ...]:
     """The qualified names of a class of this project and its parent classes; of other classes only the name."""
     module, _, kind = name.rpartition(".")
     loaded = sys.modules.get(module)
-    if loaded is None and module.split(".")[0] in OURS:
+    if loaded is None and module.split(".")[0] in OUR_PACKAGES:
         import importlib
 
         loaded = importlib.import_module(module)
@@ -96,7 +96,7 @@ def store_name(root: str) -> str:
     return str(own) if root and "://" not in root and own.exists() else "(mlflow.tracking_uri)"
 
 
-def location(text: str, root: str) -> str:
+def table_or_file(text: str, root: str) -> str:
     """The name of the table or file that an exception is about, for a message."""
     text = text.replace("\\/", "/")
     if root:

@@ -108,8 +108,8 @@ RULES = (
     ),
     rule(
         r"DELTA_VIOLATE_CONSTRAINT|DELTA_NOT_NULL_CONSTRAINT|DELTA_REPLACE_WHERE|InvariantViolation",
-        f"rows break a rule of {{where}}, so none of them was written: {{detail}}. {SAFE} Was the table written by "
-        "another version?",
+        f"rows break a rule of {{where}}, so none of them was written: {{detail}}. {SAFE} The table was written "
+        "by another version of this software: use that version, or restore the table from a backup.",
         WRONG_DATA,
     ),
     rule(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from jobs.exceptions import OURS, ExceptionText, chain, detail, location, store_name
+from jobs.exceptions import OUR_PACKAGES, ExceptionText, chain, detail, store_name, table_or_file
 from jobs.failure_rules import EXIT_CODES, INTERRUPTED, RULES, SAFE, SPARK_RULE, UNUSABLE
 from jobs.redaction import redact
 
@@ -49,7 +49,7 @@ def failure(error: BaseException, root: str = "") -> Failure:
         for candidate in exceptions:
             if match := rule.pattern.search(candidate.searchable):
                 groups = {name: text or "" for name, text in match.groupdict().items()}
-                where = location("\n".join(e.searchable for e in (candidate, *exceptions)), root)
+                where = table_or_file("\n".join(e.searchable for e in (candidate, *exceptions)), root)
                 sentence = rule.sentence.format(where=where, store=store_name(root), detail=detail(candidate), **groups)
                 return Failure(sentence, rule.code)
     name = exceptions[0].names[0].rsplit(".", 1)[-1]
@@ -62,7 +62,7 @@ def failure(error: BaseException, root: str = "") -> Failure:
 
 def _own_exit_code(error: ExceptionText) -> int | None:
     """The exit code of an exception class of this project, or of its nearest parent class that has one."""
-    own = [name.rsplit(".", 1)[-1] for name in error.names if name.split(".")[0] in OURS]
+    own = [name.rsplit(".", 1)[-1] for name in error.names if name.split(".")[0] in OUR_PACKAGES]
     return next((EXIT_CODES[name] for name in own if name in EXIT_CODES), None)
 
 

@@ -6,7 +6,7 @@ import importlib.util
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
-OURS = "semantic-id-pipeline"
+DISTRIBUTION = "semantic-id-pipeline"
 PACKAGES = ("jobs", "tokenizer", "pipelines")
 
 
@@ -23,12 +23,12 @@ def check_packages() -> None:
     home = Path(__file__).parent.parent
     owners = packages_distributions()
     for package in PACKAGES:
-        others = sorted(set(owners.get(package, [])) - {OURS})
+        others = sorted(set(owners.get(package, [])) - {DISTRIBUTION})
         if others:
             raise IntruderError(
-                f"distribution {others[0]!r} installs a package named {package!r}, which is ours ({OURS}); expected "
-                f"one owner. Uninstall it (pip uninstall {others[0]}), then install {OURS} again, or use an "
-                "environment of its own"
+                f"distribution {others[0]!r} installs a package named {package!r}, which is ours ({DISTRIBUTION}); "
+                f"expected one owner. Uninstall it (pip uninstall {others[0]}), then install {DISTRIBUTION} again, or "
+                "use an environment of its own"
             )
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.origin or Path(spec.origin).parent.parent != home:

@@ -243,7 +243,7 @@ def _write_changed(
         embeddings = embedding_rows(pending, counts, source, recipe, run_date, tasks=max(files, warehouse.cores))
         if changed:
             with warehouse.staged(embeddings, "changed") as staged:  # a MERGE reads its source twice
-                warehouse.merge(ITEM_EMBEDDINGS, staged, update=True)
+                warehouse.merge(ITEM_EMBEDDINGS, staged)
         else:  # a MERGE would shuffle the vectors to find what is known already: none of them is stored
             warehouse.append(ITEM_EMBEDDINGS, embeddings.repartition(1) if files == 1 else embeddings)
         return rows - changed, changed

@@ -27,7 +27,7 @@ from jobs.command_line import (
     open_workspace,
     print_message,
     print_result,
-    restored_champion,
+    restore_alias,
     run_commands,
     version_number,
 )
@@ -117,7 +117,7 @@ def promote(
     from pipelines.promote import promote as move
 
     with open_workspace(options.resolve()) as work:
-        restored_champion(work.registry, verify_files=False)
+        restore_alias(work.registry, verify_files=False)
         codebook = find_codebook(work.registry, version)
         verdict = report(work.warehouse.root, codebook.number)
         if verdict is None:
@@ -173,8 +173,8 @@ def backfill(
     """Semantic IDs of a codebook version for listed items, for items changed since a day, or for all. Prints a plan."""
     from jobs import encode
     from jobs.models.champion import current_champion
-    from jobs.warehouse.queries import Selection
-    from pipelines.backfill import listed_items, plan
+    from jobs.warehouse.queries import Selection, plan
+    from pipelines.backfill import listed_items
     from pipelines.report import write_json
 
     if (bool(items), bool(since), everything).count(True) != 1:
@@ -187,16 +187,17 @@ def backfill(
         if dry_run:
             current_champion(work.registry)
         else:
-            restored_champion(work.registry)
+            restore_alias(work.registry)
         codebook = find_codebook(work.registry, name)
-        planned = plan(work.warehouse, codebook, selection)
+        counts = asdict(plan(work.warehouse, codebook.number, selection))
+        planned = {"codebook_version": codebook.number, "codebook_hash": codebook.hash, **counts}
         print_result(planned)
         result = None
         if not dry_run:
             result = encode.run(work.config, work.warehouse, work.registry, codebook, work.run_date, selection)
             print_result(result)
     if options.json_file is not None:
-        write_json(options.json_file, {"plan": asdict(planned), "result": asdict(result) if result else None})
+        write_json(options.json_file, {"plan": planned, "result": asdict(result) if result else None})
 
 
 @command(app, WITHOUT_DATE)

@@ -1,13 +1,13 @@
 """backfill: semantic IDs of one codebook version for listed items, for items changed since a day, or for all items.
 
-A plan counts first what will be done. `encode` skips items that have their ID, so the same backfill run again, also
-after a kill, does the rest. The IDs of one run are one commit. The current release does not change.
+A plan counts first what will be done (`plan` in jobs/warehouse/queries.py). `encode` skips items that have their ID, so
+the same backfill run again, also after a kill, does the rest. The IDs of one run are one commit. The current release
+does not change.
 """
 
 from __future__ import annotations
 
 import codecs
-from dataclasses import dataclass
 
 import pyarrow as pa
 from pyarrow import fs
@@ -17,25 +17,9 @@ from jobs.files.filesystem import filesystem_of
 from jobs.files.parquet import begins_as_parquet
 from jobs.files.sources import open_source
 from jobs.files.values import as_ids, is_id_type
-from jobs.models.versions import CodebookVersion
-from jobs.warehouse.delta_spark import Warehouse
-from jobs.warehouse.queries import Selection, count_selection
 
 ITEM_ID = "item_id"
 BATCH = 65536
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Counts of a backfill: `chosen` = `with_id` + `to_encode` + `unknown`."""
-
-    codebook_version: int
-    codebook_hash: str
-    chosen: int
-    with_id: int  # have an ID of this version for their present vector
-    to_encode: int
-    unknown: int  # not in item_embeddings: never loaded, or rejected
-    unknown_items: tuple[str, ...]  # some of them
 
 
 def listed_items(location: str) -> pa.StringArray:
@@ -95,17 +79,3 @@ def _text_ids(filesystem: fs.FileSystem, path: str, location: str) -> pa.StringA
             "expected one id a line, or Parquet"
         ) from error
     return pa.array([line.strip() for line in lines if line.strip()], pa.string())
-
-
-def plan(warehouse: Warehouse, model: CodebookVersion, selection: Selection | None) -> Plan:
-    """What encoding the selected items (None: every item) under `model` would do."""
-    counts = count_selection(warehouse, model.number, selection)
-    return Plan(
-        codebook_version=model.number,
-        codebook_hash=model.hash,
-        chosen=counts.selected,
-        with_id=counts.with_id,
-        to_encode=counts.selected - counts.unknown - counts.with_id,
-        unknown=counts.unknown,
-        unknown_items=counts.unknown_items,
-    )

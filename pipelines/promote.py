@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jobs.ctr.champion import restore_ctr_champion
-from jobs.models.champion import check_rows
+from jobs.models.champion import check_hashes
 from jobs.models.codebooks import codebook_files
 from jobs.models.registry import CHAMPION, Registry
 from jobs.models.versions import CodebookVersion
@@ -108,7 +108,7 @@ def promote(
             "expected the same. Run `sid evaluate` again"
         )
     # Do not promote a codebook that cannot be used.
-    check_rows(warehouse.root, model)
+    check_hashes(warehouse.root, model)
     codebook_files(registry, model)
     # After a kill between these two writes, the next command restores the alias and the next night promotes again.
     registry.codebooks.set_alias(CHAMPION, model.number)
@@ -173,7 +173,7 @@ def _find_target(history: Sequence[Release], to: int | None) -> tuple[Release, R
 def _check_target(warehouse: Warehouse, registry: Registry, release: Release) -> CodebookVersion:
     """The codebook of a release, after a check that the codebook and the pinned tables are there."""
     version, wanted = release.codebook_version, release.codebook_hash
-    again = (
+    remedy = (
         f"Encode and release again instead: `sid backfill --codebook {version} --all`, "
         f"`sid evaluate --codebook {version}`, `sid promote {version}`"
     )
@@ -186,5 +186,5 @@ def _check_target(warehouse: Warehouse, registry: Registry, release: Release) ->
         )
     codebook_files(registry, model)
     if problem := missing_data(warehouse, release):
-        raise NoWayBack(f"{problem} {again}")
+        raise NoWayBack(f"{problem} {remedy}")
     return model

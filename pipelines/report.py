@@ -46,8 +46,7 @@ class Terminal:
         self._line(f"{name}: {facts}")
 
     def iteration(self, step: Iteration) -> None:
-        level = f"level {step.level}" if step.level else "all levels"
-        text = f"fit: {level}, iteration {step.iteration}, RMSE {step.rmse:.5f}"
+        text = f"fit: {step.summary()}"
         if self._status is not None:
             self._status.update(Text(text))
         elif step.iteration % 20 == 0:

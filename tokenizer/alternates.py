@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.gmm import DiagonalGMM
-from tokenizer.kernels import largest, one_thread, pieces
+from tokenizer.kernels import one_thread, pieces, top_k
 
 ALTERNATES = 8  # codes a level for which the temperatures are calibrated
 TOTAL = 255  # what the weights of a level sum to
@@ -43,7 +43,7 @@ def level_alternates(scores: Tensor, code: Tensor, top: int, temperature: float 
     First `code`, then the `top` - 1 most probable others in descending order; the lowest index wins a tie. Without a
     temperature `code` has all the weight.
     """
-    listed = largest(scores, min(top, scores.shape[1]))  # (n, m)
+    listed = top_k(scores, min(top, scores.shape[1]))  # (n, m)
     given = (listed[:, 0] != code).nonzero()[:, 0]  # not the most probable: kept from before, or of a beam's path
     if len(given):
         own = listed[given] == code[given, None]
@@ -134,7 +134,7 @@ def _best_temperature(log_joint: Tensor, products: Tensor) -> float:
     return TEMPERATURES[min(range(max(0, coarse - 3), min(coarse + 4, len(TEMPERATURES))), key=error)]
 
 
-def checked(temperatures: tuple[float, ...], levels: int) -> str:
+def temperature_problem(temperatures: tuple[float, ...], levels: int) -> str:
     """What is wrong with the temperatures of a model; empty where nothing is."""
     if temperatures and len(temperatures) != levels:
         return f"{len(temperatures)} temperatures for {levels} levels; expected one a level, or none"

@@ -52,7 +52,6 @@ class Level:
     components: int
     seed: int
     method: Method
-    shrinkage: float
     trace: Trace
 
     @property
@@ -67,8 +66,7 @@ class Level:
         return m_step(
             stats,
             gmm,
-            shrinkage=self.shrinkage,
-            fitted_weights=self.method == "em",
+            diagonal=self.method == "em",
             floor=self.residuals.floor,
             prior_rows=self.prior_rows,
         )
@@ -83,7 +81,7 @@ def fit_level(level: Level, iterations: int) -> DiagonalGMM:
     rows = residuals.sample(max(SAMPLE_ROWS, 4 * level.components))
     start = spherical_gmm(distinct_rows(rows, level.components, 1000 * level.seed + level.number), 1.0)
     stats = level.sum(start, hard_e_step)
-    kmeans = m_step(stats, start, shrinkage=1.0, fitted_weights=False, floor=residuals.floor)
+    kmeans = m_step(stats, start, diagonal=False, floor=residuals.floor)
     if level.method == "em":
         return em(level, kmeans, iterations)
     if level.method == "kmeans":
@@ -147,9 +145,9 @@ def classification_em(level: Level, gmm: DiagonalGMM, steps: int) -> DiagonalGMM
     """Classification EM until the RMSE changes by less than REL_TOL; then components without rows move to rows of their
     own.
 
-    With one variance for all components (shrinkage 1) that is Lloyd's k-means.
+    As all components have one variance, that is Lloyd's k-means.
     """
-    step = partial(hard_e_step, second_moments=level.shrinkage < 1)
+    step = hard_e_step
     tolerance = REL_TOL if level.method == "annealed" else 0.0
     last_error = math.inf
     for _ in range(steps):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tokenizer.errors import DataError
 from tokenizer.gmm import DiagonalGMM
-from tokenizer.kernels import largest
+from tokenizer.kernels import top_k
 
 NOT_FINITE = (
     "embeddings hold NaN, Inf or numbers too large for float32; expected finite ones. Reject such rows when loading"
@@ -47,7 +47,7 @@ def beam_step(
     log_joint = gmm.log_joint(residual.reshape(-1, d)).view(n, paths, -1)
     log_joint += path_log_weights(above, codes)[:, :, None]
     scores = log_joint.view(n, -1)  # (n, paths K)
-    index = largest(scores, min(beam, scores.shape[1]))  # (n, kept)
+    index = top_k(scores, min(beam, scores.shape[1]))  # (n, kept)
     check_finite(scores.gather(1, index[:, :1]))
     path, code = index // gmm.components, index % gmm.components
     codes = codes.gather(1, path[:, :, None].expand(-1, -1, codes.shape[2]))

@@ -116,8 +116,7 @@ def fit(
 
 
 def _progress_line(step: Iteration) -> None:
-    where = f"level {step.level}" if step.level else "all levels"
-    text = f"fit: {where}, step {step.iteration}, RMSE {step.rmse:.5f}"
+    text = f"fit: {step.summary()}"
     print(f"\r{text:<50}", end="", file=sys.stderr, flush=True)
 
 

@@ -37,7 +37,6 @@ def fit_rqgmm(
     init: RQGMM | None = None,
     iterations: int = 300,
     method: Method = "annealed",
-    shrinkage: float = 1.0,
     beam: int = 1,
     device: str | torch.device = "cpu",
     resume: RQGMMFit | None = None,
@@ -58,8 +57,6 @@ def fit_rqgmm(
             only where the data changed.
         iterations: annealing steps (or EM, or Lloyd steps) per level, at most.
         method: "annealed", "em" or "kmeans", the last with hard codes and one variance, that is RQ-KMeans.
-        shrinkage: how far variances are pulled to the level's pooled variance, 0 to 1. Below 1 there are no joint
-            steps.
         beam: tuples of codes that encode keeps from level to level; each level is fitted on the residuals of all of
             them, and the trace's errors are theirs. 1 is greedy; fit and encode take about `beam` times as long.
         device: where rows and their statistics are computed; the codebook comes back on the CPU.
@@ -78,8 +75,7 @@ def fit_rqgmm(
             f"init has {init.n_levels} levels of {init.components} components, asked for are {levels} of {components}; "
             "expected the same. Fit without init to change the shape"
         )
-    shrinkage = 0.0 if method == "em" else shrinkage
-    jointly = method == "annealed" and shrinkage == 1 and levels > 1
+    jointly = method == "annealed" and levels > 1
     source = Rows(data, components, torch.device(device))
     if init is not None and init.dim != source.dim:
         raise DataError(f"init has dimension {init.dim}, the data {source.dim}; expected the same. Fit without init")
@@ -95,7 +91,7 @@ def fit_rqgmm(
     for gmm in done[: levels - 1]:
         residuals.descend(gmm)
     for number in range(len(done) + 1, levels + 1):
-        level = Level(number, residuals, components, seed, method, shrinkage, trace)
+        level = Level(number, residuals, components, seed, method, trace)
         if init is None:
             gmm = fit_level(level, iterations)
         else:

@@ -171,14 +171,14 @@ def e_step(
         sum_xx=resp.weighted_squares(x).double() if second_moments else None,
         squared_error=expected_squared_error(gmm, x, resp.count, sum_x),
         log_likelihood=resp.log_evidence.double().sum(),
-        max_posterior=resp.largest.double().sum(),
+        max_posterior=resp.max_posterior.double().sum(),
     )
 
 
-def hard_e_step(gmm: DiagonalGMM, x: Tensor, *, second_moments: bool = False) -> GMMStatistics:
+def hard_e_step(gmm: DiagonalGMM, x: Tensor) -> GMMStatistics:
     """The E-step of classification EM (Celeux and Govaert 1992): gamma is 1 for the most probable component, else 0.
 
-    The log-likelihood is that of the rows with their components, sum_n max_k log p(x_n, k).
+    The log-likelihood is that of the rows with their components, sum_n max_k log p(x_n, k). Without second moments.
     """
     log_joint = gmm.log_joint(x)  # (N, K)
     code = argmax(log_joint)  # (N,)
@@ -186,7 +186,7 @@ def hard_e_step(gmm: DiagonalGMM, x: Tensor, *, second_moments: bool = False) ->
     return GMMStatistics(
         count=count,
         sum_x=sum_x.double(),
-        sum_xx=sums_by_code(code, x.square(), gmm.components)[1].double() if second_moments else None,
+        sum_xx=None,
         squared_error=squared_distances(x, gmm.means, code).double().sum(),
         log_likelihood=values_at(log_joint, code).double().sum(),
         max_posterior=count.sum(),
@@ -231,26 +231,22 @@ def m_step(
     stats: GMMStatistics,
     previous: DiagonalGMM,
     *,
-    shrinkage: float,
-    fitted_weights: bool,
+    diagonal: bool,
     floor: float,
     prior_rows: float = 0.0,
 ) -> DiagonalGMM:
     """The mixture that maximises the expected log-likelihood (PRML eq. 9.17, 9.19, 9.22).
 
     Args:
-        shrinkage: s in var_k <- (1 - s) var_k + s (pooled variance). 0 is the textbook's diagonal covariance, 1 one
-            variance for all components and dimensions.
-        fitted_weights: else the weights stay flat.
+        diagonal: fit the weights and the diagonal covariance of each component. Otherwise weights are flat, and all
+            components and dimensions share one variance.
         floor: least variance.
         prior_rows: see `update_means`.
     """
     means = update_means(stats, previous.means, prior_rows=prior_rows)
     pooled = pooled_variance(stats, previous.means, means).clamp_min(floor)
-    variances = pooled.expand_as(means)
-    if shrinkage < 1:
+    weights, variances = torch.full_like(stats.count, 1 / len(stats.count)), pooled.expand_as(means)
+    if diagonal:
         own = torch.where(stats.count[:, None] > 0, component_variances(stats, means), pooled)
-        variances = ((1 - shrinkage) * own + shrinkage * pooled).clamp_min(floor)
-    k = len(stats.count)
-    weights = update_weights(stats) if fitted_weights else torch.full((k,), 1 / k)
+        weights, variances = update_weights(stats), own.clamp_min(floor)
     return DiagonalGMM(weights.float(), means.float(), variances.float().contiguous())

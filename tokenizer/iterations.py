@@ -14,9 +14,9 @@ class Iteration:
     """One step of a fit.
 
     Attributes:
-        level: from 1; 0 for the joint steps of all levels, whose iteration 0 is the state after the fit
-            level by level. Its RMSE is that of the last residuals, its perplexity and `used` are the last level's.
-        temperature: 0 for a hard step.
+        level: from 1; 0 for the joint steps of all levels. Their iteration 0 is the state after the fit level by level,
+            with the RMSE of the last residuals and the last level's perplexity and use.
+        temperature: of an annealing step; 0 for a hard step, 1 for one of plain EM.
         rmse: sqrt(expected squared error / (rows * dimensions)).
         max_posterior: mean of each row's largest responsibility, at the step's temperature.
         log_likelihood: nats a row; of hard steps that of the rows with their components; None while annealing.
@@ -32,6 +32,10 @@ class Iteration:
     log_likelihood: float | None
     perplexity: float
     used: int
+
+    def summary(self) -> str:
+        where = f"level {self.level}" if self.level else "all levels"
+        return f"{where}, iteration {self.iteration}, RMSE {self.rmse:.5f}"
 
 
 class Trace:

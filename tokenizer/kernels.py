@@ -79,7 +79,7 @@ def argmax(scores: Tensor) -> Tensor:
     return torch.from_numpy(scores.numpy().argmax(axis=1))  # NumPy's uses vector registers, torch's does not
 
 
-def largest(scores: Tensor, count: int) -> Tensor:
+def top_k(scores: Tensor, count: int) -> Tensor:
     """(N, count): the indices of the `count` largest scores of each row (N, K), descending; the lowest index wins a
     tie.
 
@@ -118,7 +118,7 @@ class Responsibilities:
     """
 
     log_evidence: Tensor  # (N,)  log sum_k exp(log_joint_nk)
-    largest: Tensor  # (N,)  max_k gamma_nk
+    max_posterior: Tensor  # (N,)  max_k gamma_nk
     components: int
     dense: Tensor | None  # (N, K)
     sparse: tuple[Indices, Indices, Tensor] | None  # row, component and gamma of those that are not zero
@@ -167,9 +167,9 @@ def responsibilities(log_joint: Tensor, truncation: float, dim: int) -> Responsi
             return Responsibilities(best + total.log(), total.reciprocal(), k, None, (row, component, gamma))
     gamma = exp_minus(log_joint, best)
     total = gamma.sum(dim=1)
-    largest = total.reciprocal()
-    gamma *= largest[:, None]
-    return Responsibilities(best + total.log(), largest, k, gamma, None)
+    max_posterior = total.reciprocal()
+    gamma *= max_posterior[:, None]
+    return Responsibilities(best + total.log(), max_posterior, k, gamma, None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,7 +51,7 @@ def stored_dtype(size: int, dim: int) -> str:
     )
 
 
-def unpack(row: bytes, dim: int) -> npt.NDArray[np.float32]:
+def unpack_row(row: bytes, dim: int) -> npt.NDArray[np.float32]:
     """(dim,) components of one stored row.
 
     Raises:

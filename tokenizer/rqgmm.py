@@ -11,12 +11,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tokenizer.alternates import Alternates, checked, level_alternates
+from tokenizer.alternates import Alternates, level_alternates, temperature_problem
 from tokenizer.beam import beam_search, check_finite, path_log_weights
 from tokenizer.errors import DataError
 from tokenizer.gmm import DiagonalGMM
 from tokenizer.greedy import ResidualPath, SphericalPath, SphericalTables
-from tokenizer.kernels import argmax, exp_minus, largest, parallel_map, pieces, values_at
+from tokenizer.kernels import argmax, exp_minus, parallel_map, pieces, top_k, values_at
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class RQGMM:
         shapes = {tuple(gmm.means.shape) for gmm in self.levels}
         if len(shapes) != 1:
             raise DataError(f"levels have shapes {sorted(shapes)}; expected one (K, D), and at least one level")
-        if problem := checked(self.temperatures, self.n_levels):
+        if problem := temperature_problem(self.temperatures, self.n_levels):
             raise DataError(problem)
 
     @property
@@ -125,7 +125,7 @@ class RQGMM:
         result = []
         for gmm in self.levels:
             probability = gmm.responsibilities(residual)
-            component = largest(probability, min(top, gmm.components))
+            component = top_k(probability, min(top, gmm.components))
             result.append((component.int(), probability.gather(1, component)))
             residual = residual - gmm.means[component[:, 0]]
         return result

@@ -30,10 +30,6 @@ class Coverage:
         """Of the interactions: what the model sees of items that have no semantic ID."""
         return self.interactions_without / self.interactions
 
-    @property
-    def share_items_without(self) -> float:
-        return self.items_without / self.items
-
 
 def coverage_of(log: Log, catalogue: DataFrame, train: TrainConfig) -> Coverage:
     """How much of a log is about items of `catalogue` (its `item_id`s).

@@ -46,7 +46,7 @@ def current_champion(registry: Registry) -> CodebookVersion | None:
         if alias is None:
             return None
         model = alias
-    check_rows(registry.root, model)
+    check_hashes(registry.root, model)
     return model
 
 
@@ -101,7 +101,7 @@ def own_versions(registry: Registry) -> dict[int, RegisteredVersion]:
     return versions
 
 
-def check_rows(root: str, model: CodebookVersion) -> None:
+def check_hashes(root: str, model: CodebookVersion) -> None:
     """Check that all IDs of a version have the hash of its codebook.
 
     Raises:

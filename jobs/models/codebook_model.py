@@ -14,7 +14,7 @@ import torch
 
 from tokenizer import load_codebook
 from tokenizer.alternates import ALTERNATES
-from tokenizer.packed import unpack
+from tokenizer.packed import unpack_row
 
 
 class CodebookModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc, name-defined]
@@ -66,7 +66,7 @@ def _matrix(model_input: Any, dim: int) -> np.ndarray:
 
 def _vector(value: Any, dim: int) -> np.ndarray:
     if isinstance(value, bytes):
-        return unpack(value, dim)
+        return unpack_row(value, dim)
     x = np.asarray(value, dtype=np.float32)
     if x.shape != (dim,):
         raise ValueError(

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 from jobs.config import Config, ConfigError
 from jobs.errors import WarehouseError
-from jobs.models.sqlite_store import ARTEFACTS, check_sqlite, location, relocate, sqlite_file, sqlite_uri
-from jobs.models.store_answers import DATABASE_PORTS, EXPECTED, check_answers, first_line
+from jobs.models.sqlite_store import ARTEFACTS, artefact_location, check_sqlite, relocate, sqlite_file, sqlite_uri
+from jobs.models.store_answers import DATABASE_PORTS, EXPECTED, check_answers, masked_first_line
 from jobs.redaction import redact
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def open_store(config: Config, root: str, *, create: bool) -> Store:
     own = database is not None and database == Path(root) / DATABASE
     if own:
         os.environ.pop("MLFLOW_REGISTRY_URI", None)  # the default store has the models as well
-    artefacts = location(Path(root) / ARTEFACTS) if own else None
+    artefacts = artefact_location(Path(root) / ARTEFACTS) if own else None
     if database is None:
         check_answers(uri)
     elif not create and not database.exists():
@@ -83,7 +83,9 @@ def open_store(config: Config, root: str, *, create: bool) -> Store:
     except MlflowException as error:
         known = urlsplit(uri).scheme.partition("+")[0] in ("http", "https", "sqlite", "databricks", *DATABASE_PORTS)
         kind = WarehouseError if known else ConfigError
-        raise kind(f"MLflow cannot use the tracking store {redact(uri)}: {first_line(error)}; {EXPECTED}") from error
+        raise kind(
+            f"MLflow cannot use the tracking store {redact(uri)}: {masked_first_line(error)}; {EXPECTED}"
+        ) from error
 
 
 def default_uri(root: str) -> str:

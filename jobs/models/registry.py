@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from jobs.config import Config
 from jobs.errors import WarehouseError
 from jobs.files.filesystem import filesystem_of, read_file, write_file
-from jobs.identity import OURS
+from jobs.identity import DISTRIBUTION
 from jobs.models.mlflow_store import open_store
 from jobs.models.versions import LOST_TAG, WAREHOUSE_TAG, CodebookVersion, CtrVersion, RegisteredVersion
 from jobs.redaction import redact_config
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
+    from mlflow import ActiveRun, MlflowClient
 
 CODEBOOK_MODEL = "semantic-id-codebook"
 CTR_MODEL = "dmqn-ctr"
-PACKAGES = Path(__file__).parents[2]
+CODE_ROOT = Path(__file__).parents[2]
 CARRIED = {CODEBOOK_MODEL: ("tokenizer",), CTR_MODEL: ("jobs", "tokenizer")}  # our code that is logged with a model
 CANDIDATE, CHAMPION = "candidate", "champion"
 IDENTITY = "warehouse.json"
@@ -125,7 +125,7 @@ class Registry:
         )
 
     @contextmanager
-    def run(self, stage: str, config: Config, tags: Mapping[str, str]) -> Iterator[Any]:
+    def run(self, stage: str, config: Config, tags: Mapping[str, str]) -> Iterator[ActiveRun]:
         """Open an MLflow run with the stage, the resolved configuration and the git commit."""
         import mlflow
 
@@ -154,7 +154,7 @@ def register(registry: Registry, model: str, code: Path, artefacts: Path, tags: 
         name=name,
         python_model=str(code),
         artifacts={"artefact": str(artefacts)},
-        code_paths=[str(PACKAGES / package) for package in CARRIED[model]],
+        code_paths=[str(CODE_ROOT / package) for package in CARRIED[model]],
         pip_requirements=requirements(),
     )
     return _create(registry, name, info.model_uri, info.run_id, info.model_id, tags)
@@ -242,4 +242,4 @@ def _git_commit() -> str:
         return ""
     about = ConfigParser()
     about.read(here.parents[2] / "setup.cfg")
-    return git("rev-parse", "HEAD") if about.get("metadata", "name", fallback="") == OURS else ""
+    return git("rev-parse", "HEAD") if about.get("metadata", "name", fallback="") == DISTRIBUTION else ""

@@ -17,7 +17,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from jobs.config import ConfigError
 from jobs.errors import WarehouseError
-from jobs.models.store_answers import first_line
+from jobs.models.store_answers import masked_first_line
 from jobs.redaction import redact
 
 ARTEFACTS = "mlflow_artifacts"
@@ -56,7 +56,7 @@ def sqlite_file(uri: str) -> Path | None:
     return Path(url.database)
 
 
-def location(folder: Path) -> str:
+def artefact_location(folder: Path) -> str:
     """A local folder as a path, or as a URI if the path has characters that MLflow would misread.
 
     In a path MLflow decodes %, cuts at # and ?, and passes : on to SQL; in a URI it does not.
@@ -161,8 +161,8 @@ def _sqlite(path: Path, *, write: bool) -> Iterator[sqlite3.Connection]:
 
 def _damaged(path: Path, why: str) -> str:
     return (
-        f"the tracking store {path} is damaged ({first_line(why)}); expected a sqlite database. Restore it from a "
-        "copy, or move it away: tables and codebooks of the warehouse are intact without it"
+        f"the tracking store {path} is damaged ({masked_first_line(why)}); expected a sqlite database. Restore it "
+        "from a copy, or move it away: tables and codebooks of the warehouse are intact without it"
     )
 
 
@@ -184,7 +184,7 @@ def _create(path: Path, artefacts: str | None) -> None:
         with _scratch(path) as folder:
             new = folder / path.name
             uri = sqlite_uri(new)
-            store = SqlAlchemyStore(uri, artefacts or location(Path.cwd() / "mlruns"))  # type: ignore[no-untyped-call]
+            store = SqlAlchemyStore(uri, artefacts or artefact_location(Path.cwd() / "mlruns"))  # type: ignore[no-untyped-call]
             store.engine.dispose()  # writes everything and closes the file
             SqlAlchemyStore._engine_map.pop(uri, None)
             if stale is not None:

@@ -70,10 +70,10 @@ def _check_database(uri: str, host: str | None, port: int) -> None:
         ) from error
     except sqlalchemy.exc.ArgumentError as error:
         raise ConfigError(
-            f"tracking URI {redact(uri)} is not a URL of a database ({first_line(error)}); {EXPECTED}"
+            f"tracking URI {redact(uri)} is not a URL of a database ({masked_first_line(error)}); {EXPECTED}"
         ) from error
     except (OSError, sqlalchemy.exc.SQLAlchemyError) as error:
-        raise WarehouseError(_does_not_answer(uri, first_line(error))) from error
+        raise WarehouseError(_does_not_answer(uri, masked_first_line(error))) from error
 
 
 def _does_not_answer(uri: str, why: str) -> str:
@@ -83,6 +83,6 @@ def _does_not_answer(uri: str, why: str) -> str:
     )
 
 
-def first_line(error: Any) -> str:
+def masked_first_line(error: Any) -> str:
     """The first line of an exception's message, or the name of its class; credentials are masked."""
     return redact((str(error).strip() or type(error).__name__).splitlines()[0])

@@ -137,15 +137,13 @@ class Warehouse:
         """The Parquet files of a version as URIs, sorted. Every row in them counts, as deletion vectors are off."""
         return data_files(self.read(table, version))
 
-    def merge(self, table: Table, rows: DataFrame, *, update: bool) -> int:
-        """Insert rows whose key is new; with `update` also replace rows whose key exists. Returns the new version."""
+    def merge(self, table: Table, rows: DataFrame) -> int:
+        """Insert rows whose key is new and replace those whose key exists. Returns the new version."""
         target = self._to_write(table)
         check_columns(rows, table)
         on = " AND ".join(f"stored.{column} <=> new.{column}" for column in table.key)
         merge = target.alias("stored").merge(rows.alias("new"), on)
-        if update:
-            merge = merge.whenMatchedUpdateAll()
-        merge.whenNotMatchedInsertAll().execute()
+        merge.whenMatchedUpdateAll().whenNotMatchedInsertAll().execute()
         return self.version(table)
 
     def replace(self, table: Table, rows: DataFrame, where: str) -> int:

@@ -47,17 +47,18 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class SelectionCounts:
-    """The items of a selection under one codebook version."""
+class Plan:
+    """What encoding a selection with a codebook would do: `chosen` = `with_id` + `to_encode` + `unknown`."""
 
-    selected: int
-    unknown: int  # not in item_embeddings
-    with_id: int  # have a semantic ID of the version for their present vector
+    chosen: int
+    with_id: int  # have a semantic ID of this version for their present vector
+    to_encode: int
+    unknown: int  # not in item_embeddings: never loaded, or rejected
     unknown_items: tuple[str, ...]  # the first LISTED_ITEMS of them
 
 
-def count_selection(warehouse: Warehouse, codebook_version: int, selection: Selection | None) -> SelectionCounts:
-    """Count the items of a selection (None: all items) that are unknown and that have a semantic ID."""
+def plan(warehouse: Warehouse, codebook_version: int, selection: Selection | None) -> Plan:
+    """What encoding the selected items (None: every item) with a codebook would do."""
     embeddings = warehouse.read(ITEM_EMBEDDINGS).select("item_id", "content_hash")
     rows = embeddings if selection is None else selection.items(warehouse).join(embeddings, "item_id", how="left")
     if warehouse.exists(SEMANTIC_IDS):
@@ -67,15 +68,16 @@ def count_selection(warehouse: Warehouse, codebook_version: int, selection: Sele
     else:
         rows = rows.withColumn("has_id", F.lit(None).cast("boolean"))
     counts = rows.agg(
-        F.count(F.lit(1)).alias("selected"), F.count("content_hash").alias("known"), F.count("has_id").alias("with_id")
+        F.count(F.lit(1)).alias("chosen"), F.count("content_hash").alias("known"), F.count("has_id").alias("with_id")
     ).first()
     assert counts is not None
-    unknown = counts["selected"] - counts["known"]
+    unknown = counts["chosen"] - counts["known"]
     examples = rows.where("content_hash IS NULL").orderBy("item_id").limit(LISTED_ITEMS).collect() if unknown else []
-    return SelectionCounts(
-        selected=counts["selected"],
-        unknown=unknown,
+    return Plan(
+        chosen=counts["chosen"],
         with_id=counts["with_id"],
+        to_encode=counts["known"] - counts["with_id"],
+        unknown=unknown,
         unknown_items=tuple(row["item_id"] for row in examples),
     )
 

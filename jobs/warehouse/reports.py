@@ -62,7 +62,7 @@ def make_newest(warehouse: Warehouse, stored: QualityReport) -> None:
     if rows[0]["run_id"] != stored.run_id:
         row = next(row for row in rows if row["run_id"] == stored.run_id)
         now = {**row, "evaluated_at": datetime.now(UTC)}
-        warehouse.merge(QUALITY_REPORTS, warehouse.rows(QUALITY_REPORTS, [now]), update=True)
+        warehouse.merge(QUALITY_REPORTS, warehouse.rows(QUALITY_REPORTS, [now]))
 
 
 def _newest_first(root: str, codebook_version: int) -> list[dict[str, Any]]:

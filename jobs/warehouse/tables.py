@@ -13,7 +13,8 @@ class Table:
     """A declared table, from which docs/tables.md is generated.
 
     `key` identifies a row; `checks` are Delta CHECK constraints by name; `properties` are further properties of the
-    Delta table, from which its Parquet writer takes its settings too; `meaning` describes each column.
+    Delta table, from which its Parquet writer takes its settings too; `meaning` describes each column. With
+    `change_feed` Delta also keeps which rows each version changed, for consumers that update an index of their own.
     """
 
     name: str

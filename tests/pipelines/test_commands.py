@@ -28,7 +28,7 @@ NASTY = ["[/b]", "[red]x[/red]", ":smile:", "[link=x]y[/link]", "\\[b]"]
 
 
 def sid(*arguments: str) -> tuple[int, str]:
-    done = CliRunner().invoke(app, list(arguments))
+    done = CliRunner().invoke(app, list(arguments), prog_name="sid")
     return done.exit_code, done.stderr
 
 
@@ -71,7 +71,7 @@ def test_an_id_that_begins_with_a_dash_gets_a_hint() -> None:
     for item in ("-5", "--all-black"):
         code, message = sid("explain", item)
         assert code == 2
-        assert "goes after '--': sid explain -- -ID" in message
+        assert "goes after '--': sid explain -- -ITEM_ID" in message
 
 
 @pytest.mark.parametrize(

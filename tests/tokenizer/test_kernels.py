@@ -20,7 +20,6 @@ from tokenizer.kernels import (
     add_rows,
     argmax,
     exp_minus,
-    largest,
     linear,
     parallel_map,
     pieces,
@@ -28,6 +27,7 @@ from tokenizer.kernels import (
     squared_distances,
     squared_norms,
     sums_by_code,
+    top_k,
     weighted_squares,
 )
 
@@ -91,7 +91,7 @@ def test_the_largest_scores_are_those_of_a_stable_sort(scores: list[list[int]], 
     """Ties abound, and the lowest index wins each."""
     values = torch.tensor(scores, dtype=torch.float32)
     stable = [sorted(range(6), key=lambda k, row=row: (-row[k], k))[:count] for row in scores]  # type: ignore[misc]
-    assert largest(values, count).tolist() == stable
+    assert top_k(values, count).tolist() == stable
     assert argmax(values).tolist() == [row[0] for row in stable]
     assert values.tolist() == scores
 
@@ -110,7 +110,7 @@ def test_responsibilities_are_the_softmax(n: int, k: int, width: float, dim: int
     fast = responsibilities(log_joint.clone(), 1e-6, dim)
     close = {"rtol": 1e-4, "atol": 1e-4 * max(1, n) * 1e-2}
     torch.testing.assert_close(fast.log_evidence.double(), log_joint.double().logsumexp(1), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(fast.largest.double(), gamma.amax(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(fast.max_posterior.double(), gamma.amax(1), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(fast.count, gamma.sum(0), **close)
     torch.testing.assert_close(fast.weighted_sums(rows).double(), gamma.T @ rows.double(), **close)
     torch.testing.assert_close(fast.weighted_squares(rows).double(), gamma.T @ rows.double().square(), **close)

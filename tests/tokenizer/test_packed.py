@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tokenizer import DataError
-from tokenizer.packed import decode, unpack
+from tokenizer.packed import decode, unpack_row
 
 
 @pytest.mark.parametrize(
@@ -27,11 +27,11 @@ def test_each_dtype_is_read(data: bytes, dtype: str, expected: list[float]) -> N
 @pytest.mark.parametrize("dtype", ["<f4", "<f2"])
 def test_a_stored_row_is_read_by_its_size(dtype: str) -> None:
     x = np.array([1.0, -2.5, 0.125], dtype)
-    assert unpack(x.tobytes(), 3).dtype == np.float32
-    assert unpack(x.tobytes(), 3).tolist() == x.tolist()
+    assert unpack_row(x.tobytes(), 3).dtype == np.float32
+    assert unpack_row(x.tobytes(), 3).tolist() == x.tolist()
 
 
 @pytest.mark.parametrize("size", [0, 6, 11, 16])
 def test_a_row_of_another_size_is_refused(size: int) -> None:
     with pytest.raises(DataError, match=rf"{size} bytes; expected 20 \(float32\) or 10 \(float16\), for dimension 5"):
-        unpack(bytes(size), 5)
+        unpack_row(bytes(size), 5)

@@ -41,7 +41,7 @@ def item(name: str) -> dict[str, Any]:
 def test_a_warehouse_in_a_folder_of_any_name(spark: SparkSession, tmp_path: Path, name: str) -> None:
     warehouse = Warehouse(spark, warehouse_root(str(tmp_path / name)))
     warehouse.append(ITEM_EMBEDDINGS, warehouse.rows(ITEM_EMBEDDINGS, [item("a")]))
-    version = warehouse.merge(ITEM_EMBEDDINGS, warehouse.rows(ITEM_EMBEDDINGS, [item("b")]), update=True)
+    version = warehouse.merge(ITEM_EMBEDDINGS, warehouse.rows(ITEM_EMBEDDINGS, [item("b")]))
     warehouse.set_property(ITEM_EMBEDDINGS, "sid.note", "it's")
     assert warehouse.property(ITEM_EMBEDDINGS, "sid.note") == "it's"
     with warehouse.staged(warehouse.read(ITEM_EMBEDDINGS, version), "copy") as staged:
@@ -129,7 +129,7 @@ def test_a_table_made_before_an_optional_column_was_declared_gets_it_with_the_ne
     old = replace(SEMANTIC_IDS, schema=before)
     warehouse.append(old, warehouse.rows(old, [row("a")]))
     assert [stored["alternates"] for stored in warehouse.read(SEMANTIC_IDS).collect()] == [None]
-    warehouse.merge(SEMANTIC_IDS, warehouse.rows(SEMANTIC_IDS, [row("b")]), update=True)
+    warehouse.merge(SEMANTIC_IDS, warehouse.rows(SEMANTIC_IDS, [row("b")]))
     stored = {row["item_id"]: row["alternates"] for row in warehouse.read(SEMANTIC_IDS).collect()}
     assert stored["a"] is None
     assert [(level["codes"], level["weights"]) for level in stored["b"]] == [([1], [255])] * 2

@@ -31,8 +31,8 @@ def rejected(day: date, *names: str | None) -> list[dict[str, Any]]:
     return [{**same, "item_id": name} for name in names]
 
 
-def merge(warehouse: Warehouse, rows: list[dict[str, Any]], *, update: bool = False) -> None:
-    warehouse.merge(ITEM_EMBEDDINGS, warehouse.rows(ITEM_EMBEDDINGS, rows), update=update)
+def merge(warehouse: Warehouse, rows: list[dict[str, Any]]) -> None:
+    warehouse.merge(ITEM_EMBEDDINGS, warehouse.rows(ITEM_EMBEDDINGS, rows))
 
 
 def contents(warehouse: Warehouse) -> list[tuple[str, str]]:
@@ -45,23 +45,21 @@ def test_batches_merged_in_any_order_and_again_give_the_same_rows(spark: SparkSe
     for order in (("one", "two", "one"), ("two", "one")):
         warehouse = Warehouse(spark, str(tmp_path / "-".join(order)))
         for name in order:
-            merge(warehouse, batches[name], update=name == "two")
+            merge(warehouse, batches[name])
         assert contents(warehouse) == expected
 
 
-def test_a_merge_replaces_rows_of_equal_key_only_with_update(warehouse: Warehouse) -> None:
+def test_a_merge_replaces_rows_of_equal_key_and_inserts_the_others(warehouse: Warehouse) -> None:
     merge(warehouse, items("a", "b"))
     merge(warehouse, items("b", "c", content="later"))
-    assert contents(warehouse) == [("a", "first"), ("b", "first"), ("c", "later")]
-    merge(warehouse, items("a", "d", content="last"), update=True)
-    assert contents(warehouse) == [("a", "last"), ("b", "first"), ("c", "later"), ("d", "last")]
+    assert contents(warehouse) == [("a", "first"), ("b", "later"), ("c", "later")]
 
 
 def test_an_absent_id_is_a_key_like_any_other(warehouse: Warehouse) -> None:
     """A row without an item id is merged once, though NULL = NULL is not true in SQL."""
     for _ in range(2):
         rows = warehouse.rows(REJECTED_EMBEDDINGS, rejected(DAY, None, "a"))
-        warehouse.merge(REJECTED_EMBEDDINGS, rows, update=False)
+        warehouse.merge(REJECTED_EMBEDDINGS, rows)
     assert len(read_rows(warehouse.root, REJECTED_EMBEDDINGS)) == 2
 
 
@@ -94,7 +92,7 @@ def test_an_update_sets_the_named_columns_of_stored_rows(warehouse: Warehouse) -
 def test_rows_that_lack_a_column_are_not_written(warehouse: Warehouse, how: str) -> None:
     rows = warehouse.rows(ITEM_EMBEDDINGS, items("a")).drop("dim")
     write = {
-        "merge": lambda: warehouse.merge(ITEM_EMBEDDINGS, rows, update=True),
+        "merge": lambda: warehouse.merge(ITEM_EMBEDDINGS, rows),
         "replace": lambda: warehouse.replace(ITEM_EMBEDDINGS, rows, ""),
         "append": lambda: warehouse.append(ITEM_EMBEDDINGS, rows),
     }
