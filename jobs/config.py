@@ -253,9 +253,9 @@ class TrainConfig(Section):
         description="start from the champion's parameters, under a new codebook with tokens that keep the items' "
         "vectors: good from the first step, in the end a little worse (docs/ctr.md); not with train.control",
     )
-    interest_codebooks: Whole = Field(4, ge=1, le=1024, description="N, interest codebooks of DMQN")
+    interest_codebooks: Whole = Field(2, ge=1, le=1024, description="N, interest codebooks of DMQN")
     codewords: Whole = Field(
-        25, ge=1, le=65536, description="W, codewords of each interest codebook; N x W is about 100 in the paper"
+        50, ge=1, le=65536, description="W, codewords of each interest codebook; N x W is about 100 in the paper"
     )
     width: Whole = Field(32, ge=4, le=8192, description="D, width of behaviour and cluster vectors")
     epochs: Whole = Field(3, ge=1, le=10_000, description="at most; training stops when the validation AUC falls")

@@ -37,7 +37,8 @@ RATE = 3e-3
 LEVELS, COMPONENTS = 2, 128
 USERS, LENGTH = 1000, 200  # of the generated log
 EPOCHS = 8  # of the noise picture
-CODEBOOKS, CODEWORDS = (1, 2, 4, 8), (5, 10, 25, 50, 100)
+CODEBOOKS, CODEWORDS = (1, 2, 4, 8), (5, 15, 50, 100)
+MOST_CLUSTERS = 200  # N x W of the picture of these
 EXPLAINED = 400  # impressions whose attention is looked at
 LATE = (0, 1, 3, 10, 30, 100, 300)  # behaviours by which a cache is behind
 GENRES = 8  # in colour
@@ -100,8 +101,8 @@ def noise_curves(made: Generated, seeds: int) -> dict[bool, tuple[Floats, Floats
     return found
 
 
-def cluster_aucs(made: Generated, seeds: int) -> dict[int, list[float]]:
-    """By N, for each W of CODEWORDS: held-out AUC, of the planted probabilities, averaged over seeds."""
+def cluster_aucs(made: Generated, seeds: int) -> dict[int, dict[int, float]]:
+    """By N and W: held-out AUC, of the planted probabilities, averaged over seeds."""
     log = made.catalogue.log
     inputs = [inputs_of(made.catalogue, seed) for seed in range(seeds)]
 
@@ -110,7 +111,10 @@ def cluster_aucs(made: Generated, seeds: int) -> dict[int, list[float]]:
         test = scored(model, batches_of("dmqn", inputs[seed], log, "test", HISTORY, seed))
         return expected_auc(made.probability[log.of("test")], test.score)
 
-    return {n: [float(np.mean([one(n, w, seed) for seed in range(seeds)])) for w in CODEWORDS] for n in CODEBOOKS}
+    return {
+        n: {w: float(np.mean([one(n, w, seed) for seed in range(seeds)])) for w in CODEWORDS if n * w <= MOST_CLUSTERS}
+        for n in CODEBOOKS
+    }
 
 
 def kept(made: Generated, share: Floats) -> dict[str, dict[str, Floats]]:
@@ -221,6 +225,14 @@ def genres_of(folder: Path) -> pd.Series | None:
     return items.astype("string").str.split("|").str[0].dropna()
 
 
+def _at(found: dict[str, dict[str, Floats]]) -> dict[str, list[float]]:
+    return {
+        f"{relevance}, {name}": [float(curve[place]) for place in (10, 25, 50)]
+        for relevance, curves in found.items()
+        for name, curve in curves.items()
+    }
+
+
 # ---- drawing ----
 
 
@@ -247,9 +259,9 @@ def paint_noise(curves: dict[bool, tuple[Floats, Floats]], axes: Any) -> None:
     axes.legend()
 
 
-def paint_clusters(aucs: dict[int, list[float]], axes: Any) -> None:
+def paint_clusters(aucs: dict[int, dict[int, float]], axes: Any) -> None:
     for n, values in aucs.items():
-        axes.plot(CODEWORDS, values, "o-", label=f"N = {n}")
+        axes.plot(list(values), list(values.values()), "o-", label=f"N = {n}")
     axes.set(xlabel="W, codewords of each interest codebook", ylabel="held-out AUC", title="N interest codebooks of W")
     axes.set_xscale("log")
     axes.set_xticks(CODEWORDS, [str(w) for w in CODEWORDS])
@@ -299,13 +311,11 @@ def ctr_figures(
     genre and staleness of cached interests on the log of --data.
     """
     made = generate(users, length, LEVELS, COMPONENTS)
-    curves = noise_curves(made, seeds)
-    draw(out / "ctr-noise.png", 1, lambda axes: paint_noise(curves, axes))
     share = np.linspace(0, 1, 101)
     found = kept(made, share)
     draw(out / "ctr-kept.png", len(found), lambda panels: paint_kept(found, share, panels), width=5)
-    aucs = cluster_aucs(made, seeds)
-    draw(out / "ctr-clusters.png", 1, lambda axes: paint_clusters(aucs, axes))
+    curves = noise_curves(made, seeds)
+    draw(out / "ctr-noise.png", 1, lambda axes: paint_noise(curves, axes))
 
     log = read_log(data)
     inputs = inputs_of(read_catalogue(data, log, column, LEVELS, COMPONENTS), 0)
@@ -315,6 +325,19 @@ def ctr_figures(
     genre = genres_of(data)
     if genre is None:
         typer.echo(f"{data} has no genres; the picture of codewords is left out", err=True)
-        return
-    plane = placed(model, log, inputs, genre)
-    draw(out / "ctr-codewords.png", 1, lambda axes: paint_codewords(*plane, axes), width=7)
+    else:
+        plane = placed(model, log, inputs, genre)
+        draw(out / "ctr-codewords.png", 1, lambda axes: paint_codewords(*plane, axes), width=7)
+
+    aucs = cluster_aucs(made, seeds)
+    draw(out / "ctr-clusters.png", 1, lambda axes: paint_clusters(aucs, axes))
+    figures: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("share found among the tenth, the quarter, the half that weighs most", _at(found)),
+        ("AUC by epoch of training impressions and of held-out ones", {f"noise {on}": c for on, c in curves.items()}),
+        (f"held-out AUC without the latest {LATE} behaviours", stale),
+        ("held-out AUC by N and W", {f"N = {n}, W = {list(row)}": list(row.values()) for n, row in aucs.items()}),
+    )
+    for title, lines in figures:
+        typer.echo(title)
+        for name, values in lines.items():
+            typer.echo(f"  {name}: {' '.join(f'{value:.4f}' for value in np.ravel(values))}")

@@ -39,7 +39,7 @@ from jobs.ctr.metrics import COLD, Scores, auc, measure
 from jobs.ctr.training import Trained, predict, train
 from tokenizer.kernels import without_denormals
 
-LEARNING_RATES = (3e-3, 1e-3)  # each row trains with both, the better one on the validation split counts
+LEARNING_RATES = "3e-3,1e-3"
 WEIGHT_DECAY = 1e-5
 BATCH = 512
 EPOCHS = 20  # at most
@@ -120,10 +120,18 @@ def batches_of(name: str, inputs: Inputs, log: Impressions, split: Split, histor
 
 
 def measured(
-    name: str, make: Make, source: str, with_embedding: bool, seed: int, inputs: Inputs, log: Impressions, history: int
+    name: str,
+    make: Make,
+    source: str,
+    with_embedding: bool,
+    seed: int,
+    inputs: Inputs,
+    log: Impressions,
+    history: int,
+    rates: Sequence[float],
 ) -> tuple[Row, Scores]:
     """A model trained with each learning rate; the one with the better validation AUC on the test split."""
-    runs = [trained(make, name, inputs, log, rate, seed, history) for rate in LEARNING_RATES]
+    runs = [trained(make, name, inputs, log, rate, seed, history) for rate in rates]
     best = max(runs, key=lambda run: max(run.validation_auc))
     test = scored(best.model, batches_of(name, inputs, log, "test", history, seed))
     metrics = measure(test)
@@ -149,13 +157,14 @@ def compared(
     models: dict[str, Make],
     sources: Sequence[str],
     embeddings: Sequence[bool],
-    seeds: int,
+    seeds: Sequence[int],
     history: int,
+    rates: Sequence[float],
 ) -> tuple[list[Row], TestScores]:
     """Every model with every source, seed by seed: the rows, and the scores of the test split."""
     rows: list[Row] = []
     scores: TestScores = {}
-    for seed in range(seeds):
+    for seed in seeds:
         for source in sources:
             tokens = catalogue.tokens(source, seed)
             for with_embedding in embeddings:
@@ -163,7 +172,9 @@ def compared(
                     continue  # that is the source "embedding"
                 inputs = catalogue.inputs(source, tokens, with_embedding=with_embedding)
                 for name, make in models.items():
-                    row, test = measured(name, make, source, with_embedding, seed, inputs, catalogue.log, history)
+                    row, test = measured(
+                        name, make, source, with_embedding, seed, inputs, catalogue.log, history, rates
+                    )
                     rows.append(row)
                     scores.setdefault((name, source, with_embedding), []).append(test)
                     typer.echo(
@@ -271,6 +282,9 @@ def ctr(
     levels: int = 2,
     components: int = 128,
     history: Annotated[int, typer.Option(help="Behaviours that an impression sees, at most.")] = 10_000,
+    rates: Annotated[
+        str, typer.Option(help="Learning rates; each row trains with all, the best one on the validation split counts.")
+    ] = LEARNING_RATES,
     seeds: Annotated[int, typer.Option(help="Number of seeds; each fits the quantizer and trains anew.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every row to this file.")] = None,
 ) -> None:
@@ -297,7 +311,7 @@ def ctr(
         _some("--reference-model", reference_model, names)
     chosen = {name: models[name] for name in names}
     embeddings = (False, True) if with_embedding else (False,)
-    rows, scores = compared(catalogue, chosen, sources, embeddings, seeds, history)
+    rows, scores = compared(catalogue, chosen, sources, embeddings, range(seeds), history, _rates(rates))
     test = log.of("test")
     cold = float((log.shown[test] < COLD).mean())
     console.print(
@@ -324,6 +338,18 @@ def ctr(
             for row in rows
         ]
         json_file.write_text(json.dumps({"rows": values}, indent=1) + "\n")
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        rates = [float(rate) for rate in text.split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < 1 for rate in rates):
+        raise WrongVectors(
+            f"--rates is {text!r}; expected numbers above 0 and below 1 with commas between, as 3e-3,1e-3"
+        )
+    return rates
 
 
 def _some(flag: str, text: str, known: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from jobs.ctr.tokens import TokenScheme
 from jobs.ctr.user_table import ModelInputs
 from jobs.errors import WarehouseError
 
-FORMAT = 2  # 1 had a token table by item, and histories as lists of item ids
+FORMAT = 3  # 1 had a token table by item, and histories as lists of item ids; 2 an MLP that read all interests
 TENSORS, MANIFEST = "model.safetensors", "manifest.json"
 
 

@@ -40,7 +40,7 @@ class DMQNShape:
         assignment: "soft": a behaviour belongs to each cluster in part; "straight-through": to one cluster, with the
             gradient of the soft assignment.
         hottest, coldest, halving: The temperature of the Gumbel-Softmax falls from hottest to coldest and halves every
-            `halving` steps of training.
+            `halving` steps of training. By default it is cold from the start, which was better than cooling from 1.
         usage: Weight of the usage regulariser.
         noise: Whether assignments are noisy in training.
         by_distribution: Whether numeric features are read by their place in their distribution.
@@ -49,10 +49,10 @@ class DMQNShape:
 
     features: int
     width: int = 32
-    interest_codebooks: int = 4
-    codewords: int = 25
+    interest_codebooks: int = 2
+    codewords: int = 50
     assignment: Literal["soft", "straight-through"] = "soft"
-    hottest: float = 1.0
+    hottest: float = 0.3
     coldest: float = 0.3
     halving: int = 500
     usage: float = 0.01
@@ -84,6 +84,7 @@ class MultiClusterQuantization(nn.Module):
 
     Ours: age and decay; time is counted in behaviours, so that a log has it that knows only their order. Ours: a cosine
     with a learned scale: inner products are small as long as the vectors of items are, and the Gumbel noise g decides.
+    Ours: W_j starts orthogonal, so that behaviours are as far apart as before; a Gaussian matrix loses directions.
     """
 
     temperature: Tensor
@@ -92,7 +93,7 @@ class MultiClusterQuantization(nn.Module):
         super().__init__()
         n, w, d = shape.interest_codebooks, shape.codewords, shape.width
         self.shape = shape
-        self.project = nn.Parameter(torch.randn(n, d, d) / d**0.5)  # W_j
+        self.project = nn.Parameter(torch.stack([nn.init.orthogonal_(torch.empty(d, d)) for _ in range(n)]))  # W_j
         self.codewords = nn.Parameter(torch.randn(n, w, d))  # c_j
         self.log_scale = nn.Parameter(torch.full((n, 1, 1), SHARPNESS).log())
         self.decay = nn.Parameter(torch.zeros(n, 1, 1))
@@ -219,6 +220,9 @@ class ClusterTargetAttention(nn.Module):
 class DMQN(nn.Module):
     """Logit of a click from a user's history, the candidate and numeric features.
 
+    Ours: the MLP reads the mean of the N interests and that of their products with the query, not all of them side by
+    side: with fewer weights it overfits less.
+
     Args:
         embed: Items of shape (...) -> (..., D).
     """
@@ -232,7 +236,7 @@ class DMQN(nn.Module):
         self.interact = InterestClusterInteraction(shape)
         self.attend = ClusterTargetAttention(shape)
         self.normalize = DistributionEmbedding(shape.features) if shape.by_distribution else RunningNorm(shape.features)
-        self.mlp = tower(d + n * (2 * d + 1) + self.normalize.width, shape.experts)
+        self.mlp = tower(3 * d + n + self.normalize.width, shape.experts)
 
     def forward(self, batch: UserBatch) -> Tensor:
         """Logits (n,)"""
@@ -260,7 +264,7 @@ class DMQN(nn.Module):
         else:
             attended = self.attend(query[:, :, None], interests.clusters[:, history], interests.count[:, history])
         interest, share = (part.flatten(1, 2) for part in attended)
-        inputs = [candidate, *interest, *(query * interest), share.T, self.normalize(features)]
+        inputs = [candidate, interest.mean(0), (query * interest).mean(0), share.T, self.normalize(features)]
         logits: Tensor = self.mlp(torch.cat(inputs, dim=1))[:, 0]
         return logits
 

@@ -20,7 +20,7 @@ from jobs.ctr.dmqn import (
 )
 from jobs.ctr.embedding import ItemEmbedding
 
-SHAPE = DMQNShape(features=FEATURES, width=6, interest_codebooks=2, codewords=5)
+SHAPE = DMQNShape(features=FEATURES, width=6, interest_codebooks=2, codewords=5, hottest=1.0, coldest=0.3)
 
 
 def model(kind: type[DMQN] = DMQN, std: float = 0.5) -> DMQN:
@@ -146,6 +146,19 @@ def test_scoring_has_no_noise_and_training_has() -> None:
         assert torch.equal(dmqn(batch), dmqn(batch))
         dmqn.quantize.train()
         assert not torch.equal(dmqn(batch), dmqn(batch))
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_noise_is_a_choice(noise: bool) -> None:
+    quantize, similarity = model().quantize, torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
+    quantize.shape = replace(SHAPE, noise=noise)
+    scoring, training = quantize.assign(similarity), quantize.train().assign(similarity)
+    assert torch.equal(scoring, training) != noise
+
+
+def test_behaviours_are_as_far_apart_after_the_first_projection() -> None:
+    project = MultiClusterQuantization(SHAPE).project.detach()
+    torch.testing.assert_close(project @ project.mT, torch.eye(SHAPE.width).expand_as(project))
 
 
 def test_uneven_use_of_codewords_is_penalised() -> None:
