@@ -100,8 +100,8 @@ class Workers:
     ) -> None:
         """Call `function(*arguments)` in each process, which calls `worker` first; results are left in files.
 
-        A worker that is lost with its machine or for want of memory restarts all (`lost` is called before); a worker
-        that raises ends the work.
+        If a worker is lost (its machine failed, or it ran out of memory), `lost` is called and all workers start again.
+        A worker that raises ends the work.
 
         Raises:
             ConfigError: Spark has fewer slots than workers.
