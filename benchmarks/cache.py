@@ -27,7 +27,7 @@ from benchmarks.ctr.example_rows import default_model, rows_of
 from jobs.ctr.artefact import CtrModel, new_model
 from jobs.ctr.batch import UserBatch
 from jobs.ctr.interest_cache import Entry, compute, entry_bytes, newest_batch, score, usable
-from jobs.ctr.interest_store import read, write
+from jobs.ctr.interest_store import InterestStore
 from jobs.ctr.user_table import UserTable
 
 Floats = npt.NDArray[np.float64]
@@ -136,10 +136,11 @@ def from_server(ctr: CtrModel, many: int) -> dict[str, float]:
     entries = [request.entry for request in requests(ctr, LENGTHS[0])]
     seconds = []
     with ValkeyServer() as server, Redis(host="127.0.0.1", port=server.port) as client:
-        write(client, ctr.digest, entries)
+        store = InterestStore(client, "benchmark")
+        store.write(ctr.digest, entries)
         for entry in entries * -(-many // USERS):
             began = time.perf_counter()
-            (found,) = read(client, ctr.digest, [entry.user_id])
+            (found,) = store.read(ctr.digest, [entry.user_id])
             seconds.append(time.perf_counter() - began)
             if found != entry:
                 raise RuntimeError("the server gave another entry than the one that was written")

@@ -1,7 +1,8 @@
 """cache: `ctr_examples` + the champion of the CTR models -> `user_interests`, the interests of every user.
 
 Only users whose behaviours have changed are computed. For a new model all are, and written beside the entries of the
-previous model, which readers may still use; those of older models are deleted. A server gets what has changed if it
+previous model, which readers may still use; those of other models are deleted, and those of users that the log no
+longer has. A server gets what has changed if it
 holds a whole copy of the table as it was before, else all entries of the model.
 """
 
@@ -19,14 +20,14 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import to_arrow_schema
 
 from jobs.config import Config, ConfigError
-from jobs.ctr import interest_store
 from jobs.ctr.artefact import CtrModel, model_of
 from jobs.ctr.champion import ctr_champion, ctr_files
 from jobs.ctr.example_table import EXAMPLES_OF
 from jobs.ctr.interest_cache import Entry, compute
+from jobs.ctr.interest_store import InterestStore
 from jobs.errors import SchemaError, WarehouseError, first_line
 from jobs.fingerprint import fingerprint
-from jobs.models.registry import Registry
+from jobs.models.registry import Registry, warehouse_id
 from jobs.models.versions import CodebookVersion
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import CTR_EXAMPLES, USER_INTERESTS
@@ -47,12 +48,14 @@ class CacheResult:
     codebook_hash: str
     users: int  # with an entry of this model
     computed: int  # of these, anew
+    gone: int  # users that the log no longer has, whose entries were deleted
     deleted_versions: tuple[int, ...]  # models whose entries are gone
     seconds: float
     nothing_to_do: bool
 
     def summary(self) -> str:
         text = f"CTR model version {self.ctr_version}: interests of {self.users:,} users, {self.computed:,} computed"
+        text += f", {self.gone:,} gone" if self.gone else ""
         deleted = ", ".join(map(str, self.deleted_versions))
         return f"{text}; entries of version {deleted} deleted" if deleted else text
 
@@ -89,10 +92,18 @@ def run(
     current = own.where((F.col("model_digest") == ctr.digest) & (F.col("codebook_hash") == ctr.codebook_hash))
     pending = users.join(current.select("user_id", "history_hash"), ["user_id", "history_hash"], "left_anti")
     server = config.cache.redis
-    copied = bool(server) and _server_holds(server, ctr, _content(warehouse), own.count())
+    owner = warehouse_id(warehouse.root)
+    copied = bool(server) and _server_holds(server, owner, ctr, _content(warehouse), own.count())
+    gone = own.join(users, "user_id", "left_anti").select("user_id")
     report("interests of users with new behaviours")
-    with warehouse.staged(_entries(pending, files, champion.number, warehouse.cores), "user_interests") as changed:
-        computed = changed.count()
+    with (
+        warehouse.staged(gone, "users_gone") as gone,
+        warehouse.staged(_entries(pending, files, champion.number, warehouse.cores), "user_interests") as changed,
+    ):
+        computed, left = changed.count(), gone.count()
+        if left:
+            kept = own.join(users, "user_id", "left_semi").select(*USER_INTERESTS.schema.names)
+            warehouse.replace(USER_INTERESTS, kept, f"ctr_version = {champion.number}")
         if computed:
             warehouse.merge(USER_INTERESTS, changed)
         deleted = _delete_older(warehouse, champion.number)
@@ -100,15 +111,16 @@ def run(
         count = own.count()
         if server:
             report(f"writing {computed if copied else count:,} entries to the server")
-            _write_to_server(server, ctr, changed if copied else own, _content(warehouse))
+            _write_to_server(server, owner, ctr, changed if copied else own, gone, _content(warehouse))
     return CacheResult(
         ctr_version=champion.number,
         codebook_hash=codebook.hash,
         users=count,
         computed=computed,
+        gone=left,
         deleted_versions=deleted,
         seconds=time.monotonic() - began,
-        nothing_to_do=not computed and not deleted,
+        nothing_to_do=not computed and not left and not deleted,
     )
 
 
@@ -149,7 +161,7 @@ def _content(warehouse: Warehouse) -> str:
     return fingerprint(warehouse.files(USER_INTERESTS, warehouse.version(USER_INTERESTS)))
 
 
-def _server_holds(url: str, ctr: CtrModel, content: str, entries: int) -> bool:
+def _server_holds(url: str, owner: str, ctr: CtrModel, content: str, entries: int) -> bool:
     """Whether the server has a whole copy of these entries; the first that is asked of it.
 
     Raises:
@@ -159,7 +171,7 @@ def _server_holds(url: str, ctr: CtrModel, content: str, entries: int) -> bool:
         from redis import RedisError
 
         try:
-            return interest_store.holds(server, ctr.digest, content, entries)
+            return InterestStore(server, owner).holds(ctr.digest, content, entries)
         except RedisError as error:
             raise WarehouseError(
                 f"the server of cache.redis does not answer ({first_line(error)}); expected one with the Redis "
@@ -167,19 +179,26 @@ def _server_holds(url: str, ctr: CtrModel, content: str, entries: int) -> bool:
             ) from error
 
 
-def _write_to_server(url: str, ctr: CtrModel, rows: DataFrame, content: str) -> None:
-    """Write the entries of a model from the tasks, and make them the current ones, a copy of `content`."""
+def _write_to_server(url: str, owner: str, ctr: CtrModel, rows: DataFrame, gone: DataFrame, content: str) -> None:
+    """Write the entries of a model from the tasks, delete those of users that are gone, and make the rest the current
+    ones of the warehouse `owner`, a copy of `content`.
+    """
     digest = ctr.digest
 
-    def of_partition(part: Iterator[Row]) -> None:
+    def write(part: Iterator[Row]) -> None:
         with _server(url) as server:
-            interest_store.write(server, digest, (_entry(row) for row in part))
+            InterestStore(server, owner).write(digest, (_entry(row) for row in part))
+
+    def delete(part: Iterator[Row]) -> None:
+        with _server(url) as server:
+            InterestStore(server, owner).delete(digest, (row.user_id for row in part))
 
     with _server(url) as server:
-        interest_store.forget_content(server)
-    rows.foreachPartition(of_partition)
+        InterestStore(server, owner).forget_content()
+    gone.foreachPartition(delete)
+    rows.foreachPartition(write)
     with _server(url) as server:
-        interest_store.switch(server, digest, content)
+        InterestStore(server, owner).switch(digest, content)
 
 
 def _server(url: str) -> Redis:

@@ -21,9 +21,9 @@ from jobs.ctr.artefact import CtrModel, load_model, save_model
 from jobs.ctr.example_table import EXAMPLES_OF
 from jobs.ctr.examples import user_rows
 from jobs.ctr.interest_cache import Entry, newest_batch, score, usable
-from jobs.ctr.interest_store import current, read
+from jobs.ctr.interest_store import InterestStore
 from jobs.errors import SchemaError, WarehouseError
-from jobs.models.registry import CTR_MODEL, Registry, open_registry, register
+from jobs.models.registry import CTR_MODEL, Registry, open_registry, register, warehouse_id
 from jobs.models.versions import CodebookVersion, ctr_tags
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import CTR_EXAMPLES, USER_INTERESTS
@@ -123,9 +123,10 @@ def test_a_cache_is_filled_kept_up_to_date_switched_and_drained(
         served = settings(f"cache.redis=redis://127.0.0.1:{server.port}")
         result = cache.run(served, warehouse, registry, CODEBOOK, print)
         assert (result.ctr_version, result.computed, result.deleted_versions) == (3, 14, ())
-        assert current(client) == third.digest
+        store = InterestStore(client, warehouse_id(warehouse.root))
+        assert store.current() == third.digest
         stored = entries(warehouse, 3)
-        assert sorted(read(client, third.digest, [e.user_id for e in stored]), key=lambda e: e.user_id) == sorted(
+        assert sorted(store.read(third.digest, [e.user_id for e in stored]), key=lambda e: e.user_id) == sorted(
             stored, key=lambda e: e.user_id
         )
         # The server gets what has changed, but everything after the table has changed without it.
@@ -140,7 +141,13 @@ def test_a_cache_is_filled_kept_up_to_date_switched_and_drained(
             "writing 17 entries to the server",
         ]
         ids = [f"u{number}" for number in range(17)]
-        assert set(usable(third, read(client, third.digest, ids)).row) == set(ids)
+        assert set(usable(third, store.read(third.digest, ids)).row) == set(ids)
+        # Users that the log no longer has leave the table and the server.
+        write_examples(warehouse, 5, users=15)
+        left = cache.run(served, warehouse, registry, CODEBOOK, print)
+        assert (left.users, left.computed, left.gone, left.nothing_to_do) == (15, 0, 2, False)
+        assert set(usable(third, store.read(third.digest, ids)).row) == set(ids[:15])
+        assert cache.run(served, warehouse, registry, CODEBOOK, print).nothing_to_do
     assert scores_differ_by(warehouse, third, 3) < 1e-5
     assert len(entries(warehouse, 1)) == 14
     register_model(registry, config, 3, tmp_path)
@@ -168,4 +175,4 @@ def test_examples_of_another_codebook_are_refused(
 )
 def test_a_server_that_cannot_be_reached_is_one_sentence(url: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        cache._server_holds(url, ctr_model(), "", 0)
+        cache._server_holds(url, "a", ctr_model(), "", 0)
