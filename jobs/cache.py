@@ -77,7 +77,8 @@ def run(
             f"no CTR model trained on codebook version {codebook.number} has passed the gate; expected one whose "
             "interests to cache. Run `sid nightly` or `sid train`"
         )
-    made_of = json.loads(warehouse.property(CTR_EXAMPLES, EXAMPLES_OF) or "{}").get("ids", "")
+    examples = json.loads(warehouse.property(CTR_EXAMPLES, EXAMPLES_OF) or "{}")
+    made_of = examples.get("ids", "")
     if not made_of.startswith(codebook.hash[:16]):
         raise SchemaError(
             f"ctr_examples has codes of codebook {made_of[:12] or 'unknown'}, the current one is {codebook.hash[:12]}; "
@@ -85,6 +86,13 @@ def run(
         )
     files = ctr_files(registry, champion)
     ctr = model_of(*files, codebook.hash)
+    history = examples.get("history", ctr.inputs.history)
+    if history < ctr.inputs.history:
+        raise SchemaError(
+            f"ctr_examples has histories of {history} behaviours, CTR model version {champion.number} reads "
+            f"{ctr.inputs.history}; expected at least as many. Run `sid train` with train.history = "
+            f"{ctr.inputs.history}, or let a model with shorter histories pass the gate"
+        )
 
     users = newest_histories(warehouse.read(CTR_EXAMPLES), ctr.inputs.history)
     warehouse.create(USER_INTERESTS)

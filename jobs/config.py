@@ -258,6 +258,10 @@ class TrainConfig(Section):
         50, ge=1, le=65536, description="W, codewords of each interest codebook; N x W is about 100 in the paper"
     )
     width: Whole = Field(32, ge=4, le=8192, description="D, width of behaviour and cluster vectors")
+    by_distribution: bool = Field(
+        False, description="read numeric features by their place among the values seen in training (DAES)"
+    )
+    experts: Whole = Field(0, ge=0, le=1024, description="experts of the MLP's first layer (SD-MoE); 0 = a plain layer")
     epochs: Whole = Field(3, ge=1, le=10_000, description="at most; training stops when the validation AUC falls")
     batch_positions: Whole = Field(
         1024,

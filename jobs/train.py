@@ -268,7 +268,14 @@ class _Stage:
 
     def random_start(self, inputs: ModelInputs) -> Start:
         train = self.config.train
-        shape = DMQNShape(len(FEATURES), train.width, train.interest_codebooks, train.codewords)
+        shape = DMQNShape(
+            len(FEATURES),
+            train.width,
+            train.interest_codebooks,
+            train.codewords,
+            by_distribution=train.by_distribution,
+            experts=train.experts,
+        )
         return random_start(inputs, shape, train.seed)
 
     def start(self, examples: Examples, champion: Champion | None) -> Start:
@@ -307,8 +314,9 @@ class _Stage:
         )
 
     def verdict(self, examples: Examples, champion: Champion | None, test: Scores) -> CtrVerdict:
-        """The gate's verdict on scores of the test split. A champion of another codebook scores the same impressions
-        with codes of its own. The first model passes.
+        """The gate's verdict on scores of the test split. The first model passes.
+
+        A champion scores the same impressions with the codes of its own codebook and histories of its own length.
         """
         if champion is None:
             return CtrVerdict((), {})
@@ -319,13 +327,15 @@ class _Stage:
             stream = ExampleStream(groups, "test", champion.ctr.inputs, train.batch_positions)
             return compare(test, scored(champion.ctr.model, stream, train.threads), limits, train.seed)
 
-        if champion.version.codebook_hash == self.codebook.hash:
+        own = champion.ctr.inputs.history
+        if champion.version.codebook_hash == self.codebook.hash and own <= train.history:
             return compared(examples.groups)
+        longest = train.model_copy(update={"history": max(own, train.history)})
         ids = item_codes(self._ids(champion.version.codebook_version))
         with (
             self.warehouse.staged(read_rows(self.log, self.warehouse.spark), "interactions") as rows,
             self.warehouse.staged(
-                build_examples(rows, ids, self.log, train), "champion_examples", CTR_EXAMPLES
+                build_examples(rows, ids, self.log, longest), "champion_examples", CTR_EXAMPLES
             ) as rebuilt,
         ):
             return compared(row_groups(data_files(rebuilt)))

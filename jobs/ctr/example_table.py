@@ -68,7 +68,12 @@ def write_examples(config: Config, warehouse: Warehouse, published: DataFrame, l
             warehouse.set_property(CTR_EXAMPLES, EXAMPLES_OF, "")
         with warehouse.staged(read_rows(log, warehouse.spark), "interactions") as rows:
             warehouse.replace(CTR_EXAMPLES, build_examples(rows, item_codes(published), log, config.train), "")
-        of = {"key": examples_key(config, log.source.fingerprint), "log": log.to_json(), "ids": ids_key}
+        of = {
+            "key": examples_key(config, log.source.fingerprint),
+            "log": log.to_json(),
+            "ids": ids_key,
+            "history": config.train.history,
+        }
         warehouse.set_property(CTR_EXAMPLES, EXAMPLES_OF, json.dumps(of))
     return warehouse.version(CTR_EXAMPLES)
 

@@ -166,6 +166,21 @@ def test_examples_of_another_codebook_are_refused(
         cache.run(config, warehouse, registry, CODEBOOK, print)
 
 
+def test_examples_with_shorter_histories_than_the_model_reads_are_refused(
+    warehouse: Warehouse, settings: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = settings()
+    registry = open_registry(config, warehouse.root)
+    write_examples(warehouse, 0, users=2)
+    of = {"ids": f"{CODEBOOK.hash[:16]}-1", "history": HISTORY - 1}
+    warehouse.set_property(CTR_EXAMPLES, EXAMPLES_OF, json.dumps(of))
+    register_model(registry, config, 0, tmp_path)
+    with pytest.raises(
+        SchemaError, match=f"histories of {HISTORY - 1} behaviours, CTR model version 1 reads {HISTORY}"
+    ):
+        cache.run(config, warehouse, registry, CODEBOOK, print)
+
+
 @pytest.mark.parametrize(
     ("url", "error", "message"),
     [
