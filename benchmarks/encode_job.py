@@ -23,7 +23,7 @@ from benchmarks.fit import clustered
 from jobs import encode, fit, load
 from jobs.config import EncodeConfig
 from jobs.embeddings.packed import pack
-from jobs.encode import ENCODED, encode_group
+from jobs.encode_task import ENCODED, encode_group
 from jobs.files.parquet import RowGroup, row_groups
 from jobs.models.codebooks import codebook_files, worker_codebook
 from jobs.models.registry import open_registry

@@ -19,7 +19,8 @@ from pyspark.sql.pandas.types import from_arrow_schema
 
 from jobs.config import EncodeConfig
 from jobs.embeddings.packed import pack
-from jobs.encode import ENCODED, ROWS_A_TASK, _published, _tasks, encode_group
+from jobs.encode import ROWS_A_TASK, _published, _tasks
+from jobs.encode_task import ENCODED, encode_group
 from jobs.files.parquet import RowGroup, row_groups
 from tokenizer import RQGMM, fit_rqgmm, text_of
 
