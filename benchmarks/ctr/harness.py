@@ -32,7 +32,7 @@ from benchmarks.ctr.ipnn import IPNN
 from benchmarks.ctr.linear_attention import LinearAttention
 from benchmarks.ctr.pooling import MeanPooling
 from benchmarks.ctr.sim import SIM
-from benchmarks.ctr.sources import SOURCES, Catalogue, read_catalogue
+from benchmarks.ctr.sources import OTHER_TOKENS, SOURCES, Catalogue, read_catalogue
 from benchmarks.vectors import WrongVectors
 from jobs.ctr.dmqn import DMQN, DMQNShape
 from jobs.ctr.metrics import COLD, Scores, auc, measure
@@ -269,7 +269,9 @@ def ctr(
     chosen_models: Annotated[
         str, typer.Option("--models", help=f"Some of {', '.join(MODELS)}; all that the data allows by default.")
     ] = "",
-    chosen_sources: Annotated[str, typer.Option("--sources", help=f"Any of {', '.join(SOURCES)}.")] = ",".join(SOURCES),
+    chosen_sources: Annotated[
+        str, typer.Option("--sources", help=f"Any of {', '.join(SOURCES + OTHER_TOKENS)}.")
+    ] = ",".join(SOURCES),
     with_embedding: Annotated[
         bool,
         typer.Option("--with-embedding", help="Each source also with the embedding as a further input (w/ Emb)."),
@@ -306,7 +308,7 @@ def ctr(
         title = f"generated, histories to {length:,}, best possible AUC {best:.4f}"
     models = makers(catalogue, category)
     names = _some("--models", chosen_models or ",".join(models), list(models))
-    sources = _some("--sources", chosen_sources, SOURCES)
+    sources = _some("--sources", chosen_sources, SOURCES + OTHER_TOKENS)
     if reference_model:
         _some("--reference-model", reference_model, names)
     chosen = {name: models[name] for name in names}

@@ -20,6 +20,7 @@ from tokenizer import fit_rqgmm
 from tokenizer.alternates import ALTERNATES
 
 SOURCES = ("none", "item-id", "vq-vae", "rq-vae", "rq-kmeans", "rq-kmeans-soft", "rq-gmm", "rq-gmm-soft", "embedding")
+OTHER_TOKENS = ("rq-gmm-prefix", "rq-gmm-soft-prefix")  # the codes of rq-gmm as other tokens, see TokenScheme
 HASHED_ROWS = 2**17  # for tuples of codes; rows that no item has are left out of the table
 NO_TOKENS = "none", "item-id", "embedding"
 
@@ -49,18 +50,18 @@ class Catalogue:
         items = self.log.items + 1
         if source in NO_TOKENS:
             return ItemTokens(torch.zeros(items, 0, dtype=torch.int64), torch.zeros(items, 0), 1, ())
-        if source.endswith("-soft"):
-            if source == "rq-gmm-soft":
+        quantizer, kind = quantizer_and_kind(source)
+        if kind in ("soft", "soft-prefix"):
+            if quantizer == "rq-gmm":
                 rqgmm = fit_rqgmm(self.x, levels=self.levels, components=self.components, seed=seed).rqgmm
             else:
                 rqgmm = softened_rq_kmeans(self.x, self.levels, self.components, seed)
             soft = rqgmm.alternates(self.x, rqgmm.encode(self.x), ALTERNATES)
             codes, weights = soft.codes, soft.weights.int()
         else:
-            codes = QUANTIZERS[source](self.x, self.levels, self.components, seed).encode(self.x)[:, :, None]
+            codes = QUANTIZERS[quantizer](self.x, self.levels, self.components, seed).encode(self.x)[:, :, None]
             weights = torch.full_like(codes, FULL_WEIGHT)
         _, levels, alternates = codes.shape
-        kind: TokenKind = "soft" if source.endswith("-soft") else "level"
         single = 1 + levels * self.components
         scheme = TokenScheme(kind, levels, self.components, alternates, single + HASHED_ROWS)
         own, shares = scheme.rows(codes, weights)
@@ -70,7 +71,7 @@ class Catalogue:
             rows=rows,
             weights=torch.zeros(items, own.shape[1]).index_copy(0, self.row, shares),
             table_rows=len(used),
-            fields=(alternates,) * levels + (1,),
+            fields=scheme.fields,
         )
 
     def inputs(self, source: str, tokens: ItemTokens, *, with_embedding: bool) -> Inputs:
@@ -87,6 +88,15 @@ class Catalogue:
         rqgmm = fit_rqgmm(self.x, levels=1, components=self.components, seed=seed).rqgmm
         codes = rqgmm.encode(self.x)[:, 0].long()
         return torch.full((self.log.items + 1,), -1).index_copy(0, self.row, codes)
+
+
+def quantizer_and_kind(source: str) -> tuple[str, TokenKind]:
+    """Whose codes a source has, and how they become tokens."""
+    kinds: tuple[TokenKind, ...] = ("soft-prefix", "prefix", "soft")
+    for kind in kinds:
+        if source.endswith(f"-{kind}"):
+            return source.removesuffix(f"-{kind}"), kind
+    return source, "level"
 
 
 def read_catalogue(folder: Path, log: Impressions, column: str, levels: int, components: int) -> Catalogue:
