@@ -19,7 +19,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from jobs.config import Config, ConfigError
-from jobs.ctr.artefact import save_model
+from jobs.ctr.artefact import OtherFormatError, save_model
 from jobs.ctr.champion import last_champion, load_ctr, restore_ctr_champion
 from jobs.ctr.coverage import coverage_of
 from jobs.ctr.dmqn import DMQNShape
@@ -262,9 +262,15 @@ class _Stage:
         return read_examples(self.config, self.warehouse, version, self.log)
 
     def champion(self) -> Champion | None:
-        """The model to start from and to compare with."""
+        """The model to start from and to compare with; None too if another version of this software wrote it."""
         version = last_champion(self.registry, self.codebook.hash)
-        return None if version is None else Champion(version, load_ctr(self.registry, version))
+        if version is None:
+            return None
+        try:
+            return Champion(version, load_ctr(self.registry, version))
+        except OtherFormatError as error:
+            self.report(f"not comparing with CTR model version {version.number}: {error}")
+            return None
 
     def random_start(self, inputs: ModelInputs) -> Start:
         train = self.config.train
@@ -314,7 +320,7 @@ class _Stage:
         )
 
     def verdict(self, examples: Examples, champion: Champion | None, test: Scores) -> CtrVerdict:
-        """The gate's verdict on scores of the test split. The first model passes.
+        """The gate's verdict on scores of the test split. A model without a champion to compare with passes.
 
         A champion scores the same impressions with the codes of its own codebook and histories of its own length.
         """

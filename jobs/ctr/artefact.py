@@ -29,6 +29,10 @@ class ArtefactError(WarehouseError):
     """A folder that holds no CTR model, a damaged one, or one of another codebook."""
 
 
+class OtherFormatError(ArtefactError):
+    """A CTR model that another version of this software wrote."""
+
+
 @dataclass(frozen=True, eq=False)
 class CtrModel:
     """A trained model.
@@ -122,7 +126,7 @@ def model_of(manifest_json: bytes, content: bytes, codebook_hash: str | None = N
             f"{MANIFEST} of the CTR model is damaged ({error}); expected JSON. Train it again"
         ) from error
     if manifest.get("format") != FORMAT:
-        raise ArtefactError(f"the CTR model has format {manifest.get('format')}; expected {FORMAT}. Train it again")
+        raise OtherFormatError(f"the CTR model has format {manifest.get('format')}; expected {FORMAT}. Train it again")
     digest = hashlib.sha256(content).hexdigest()
     if digest != manifest["sha256"]:
         raise ArtefactError(

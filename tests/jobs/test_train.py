@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,21 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ctr_data import ctr_model
+from delta_rows import registry_at, version_of
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
+from jobs import train
 from jobs.config import Config
+from jobs.ctr.artefact import FORMAT, MANIFEST, save_model
 from jobs.ctr.coverage import coverage_of
 from jobs.ctr.example_table import EXAMPLES_OF, check_interactions, examples_key
 from jobs.ctr.log import examine, read_rows
 from jobs.errors import SchemaError
 from jobs.files.sources import open_source
+from jobs.models.registry import CTR_MODEL, register
+from jobs.models.versions import ctr_tags
 from jobs.read_config import load_config
 from jobs.train import TrainResult
 from jobs.warehouse.delta_spark import Warehouse
@@ -191,3 +198,25 @@ def test_a_refusal_says_which_model_serves(same_codebook: bool, consequence: str
     assert not refused.passed
     assert f"CTR model version 3 did not pass the gate: auc is low. {consequence}" in refused.refusal
     assert TrainResult(**{**values, "reasons": ()}).refusal is None
+
+
+def test_a_champion_of_another_format_stops_no_training(tmp_path: Path) -> None:
+    """Else no night could train the model of this format; a damaged one is still an error."""
+    codebook = version_of("c" * 64)
+    registry = registry_at(tmp_path / "warehouse")
+    ctr = ctr_model()
+    folder = tmp_path / "dmqn"
+    save_model(folder, ctr.model, ctr.inputs, codebook.hash, {})
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "format": FORMAT - 1}))
+    tags = ctr_tags(
+        codebook=codebook, train_key="", passed=True, table_versions={}, run_date=date(2026, 1, 1), result={}
+    )
+    with registry.run("train", load_config(), {}):
+        register(registry, CTR_MODEL, Path(train.__file__).parent / "ctr" / "dmqn_model.py", folder, tags)
+    said: list[str] = []
+    unused: Any = None
+    stage = train._Stage(load_config(), unused, registry, codebook, {}, said.append, unused, ctr.inputs)
+    assert stage.champion() is None
+    expected = f"not comparing with CTR model version 1: the CTR model has format {FORMAT - 1}; expected {FORMAT}"
+    assert said[0].startswith(expected)
