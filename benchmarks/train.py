@@ -86,8 +86,8 @@ class DirectDMQN(DMQN):
         total = assignment.sum(2)  # (N, n, W)
         mean = (assignment.mT @ projected) / total.clamp(min=1e-6)[..., None]
         length = (batch.last - batch.first).clamp(min=1)[:, None]
-        age = (batch.last[:, None] - position) / length  # (n, S), of behaviours
-        age = (assignment * age[..., None]).sum(2) / total.clamp(min=1e-6)  # of clusters
+        youth = (position - batch.first[:, None]) / length  # (n, S), of behaviours: 1 - age
+        age = 1 - (assignment * youth[..., None]).sum(2) / total.clamp(min=1e-6)  # of clusters
         interests = Interests(self.interact(mean, age), total * (-quantize.decay * age).exp())
         return self.score(interests, torch.arange(n), batch.candidates, batch.features)
 

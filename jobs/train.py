@@ -50,7 +50,7 @@ from jobs.train_model import TrainedModel, scored, train_model
 from jobs.warehouse.delta_spark import Warehouse, data_files
 from jobs.warehouse.tables import CTR_EXAMPLES, SEMANTIC_IDS
 
-RECIPE = 3  # of the model and its training. With a higher number every warehouse trains its model anew.
+RECIPE = 4  # of the model and its training. With a higher number every warehouse trains its model anew.
 CHECKPOINTS = "_training"  # folder in the warehouse
 NOT_OF_THE_MODEL = {"interactions", "max_share_without_id", "workers", "threads"}  # settings that change it in no kind
 WITH_IDS, WITHOUT_IDS = "semantic IDs", "no IDs"

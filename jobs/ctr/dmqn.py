@@ -82,6 +82,7 @@ class MultiClusterQuantization(nn.Module):
         age_w = sum_m a_mw age_m / sum_m a_mw,  where age_m = (last - m) / (last - first) is 1 for the oldest behaviour,
         count_w = exp(-decay_j age_w) sum_m a_mw.
 
+    Sums of assignments that are divided by are at least SMALL; the age of a cluster that is emptier goes to 1.
     Ours: age and decay; time is counted in behaviours, so that a log has it that knows only their order. Ours: a cosine
     with a learned scale: inner products are small as long as the vectors of items are, and the Gumbel noise g decides.
     Ours: W_j starts orthogonal, so that behaviours are as far apart as before; a Gaussian matrix loses directions.
@@ -113,10 +114,12 @@ class MultiClusterQuantization(nn.Module):
         pooled = torch.cat([projected, columns], dim=-1)  # (N, M, D + 2)
         sums = window_sums(self.assign(similarity), pooled, first, last)  # (N, Q, W, D + 2)
         count = sums[..., -2]
-        means = sums / count.clamp(min=SMALL)[..., None]
-        end, length = from_start(first, start) + last - first, (last - first).clamp(min=1)
-        age = ((end[:, None] - means[..., -1]) / length[:, None]).clamp(0, 1)
-        return means[..., :-2], count * (-self.decay * age).exp(), age
+        at_least = count.clamp(min=SMALL)
+        means = sums[..., :-2] / at_least[..., None]
+        begin, length = (part[:, None] for part in (from_start(first, start), (last - first).clamp(min=1)))
+        # Counted from the history's own begin: from any other, a nearly empty cluster's age would depend on the batch.
+        age = (1 - (sums[..., -1] - begin * count) / (at_least * length)).clamp(0, 1)
+        return means, count * (-self.decay * age).exp(), age
 
     def similarity(self, projected: Tensor) -> Tensor:
         """Of projected behaviours (N, M, D) to the codewords, (N, M, W)."""

@@ -20,7 +20,7 @@ from jobs.ctr.dmqn import (
 )
 from jobs.ctr.embedding import ItemEmbedding
 
-SHAPE = DMQNShape(features=FEATURES, width=6, interest_codebooks=2, codewords=5, hottest=1.0, coldest=0.3)
+SHAPE = DMQNShape(features=FEATURES, width=6, interest_codebooks=2, codewords=5)
 
 
 def model(kind: type[DMQN] = DMQN, std: float = 0.5) -> DMQN:
@@ -52,7 +52,7 @@ def slow_clusters(dmqn: DMQN, batch: UserBatch, n: int) -> tuple[np.ndarray, np.
     """Clusters (N, W, D), counts and ages (N, W) of one impression, behaviour by behaviour, before ICIM."""
     project, codewords = (part.detach().double().numpy() for part in (dmqn.quantize.project, dmqn.quantize.codewords))
     first, last = int(batch.first[n]), int(batch.last[n])
-    sums, counts, ages = np.zeros_like(codewords), np.zeros(codewords.shape[:2]), np.zeros(codewords.shape[:2])
+    sums, counts, youth = np.zeros_like(codewords), np.zeros(codewords.shape[:2]), np.zeros(codewords.shape[:2])
     for position in range(first, last):
         x = vector(dmqn.embed, batch.behaviours, (int(batch.user[n]), position))
         for j in range(len(project)):
@@ -62,8 +62,8 @@ def slow_clusters(dmqn: DMQN, batch: UserBatch, n: int) -> tuple[np.ndarray, np.
             weight /= weight.sum()
             sums[j] += weight[:, None] * h
             counts[j] += weight
-            ages[j] += weight * (last - position) / (last - first)
-    ages /= np.maximum(counts, 1e-6)
+            youth[j] += weight * (position - first) / (last - first)
+    ages = 1 - youth / np.maximum(counts, 1e-6)
     decay = dmqn.quantize.decay.detach().double().numpy()[..., 0]
     return sums / np.maximum(counts, 1e-6)[..., None], counts * np.exp(-decay * ages), ages
 
@@ -172,14 +172,15 @@ def test_uneven_use_of_codewords_is_penalised() -> None:
 
 
 def test_the_temperature_falls_with_each_step_of_training_to_the_coldest() -> None:
-    dmqn, batch = model(), ragged()
+    shape = replace(SHAPE, hottest=1.0, coldest=0.3)
+    dmqn, batch = DMQN(ItemEmbedding(ITEMS, TOKENS, shape.width), shape).eval(), ragged()
     dmqn(batch)
-    assert float(dmqn.quantize.temperature) == SHAPE.hottest
+    assert float(dmqn.quantize.temperature) == shape.hottest
     dmqn.train()(batch)
-    assert float(dmqn.quantize.temperature) == pytest.approx(SHAPE.hottest * 0.5 ** (1 / SHAPE.halving))
-    for _ in range(2 * SHAPE.halving):
+    assert float(dmqn.quantize.temperature) == pytest.approx(shape.hottest * 0.5 ** (1 / shape.halving))
+    for _ in range(2 * shape.halving):
         dmqn.quantize.cool()
-    assert float(dmqn.quantize.temperature) == pytest.approx(SHAPE.coldest)
+    assert float(dmqn.quantize.temperature) == pytest.approx(shape.coldest)
 
 
 def test_straight_through_assigns_to_one_codeword_with_the_gradient_of_the_soft_assignment() -> None:
