@@ -1,6 +1,7 @@
-"""Speed of training: DMQN, the same model with every impression by itself, and DIN over the full history.
+"""Speed of training against the length of the history: DMQN, the same model with every impression by itself, and
+models that attend to the full history.
 
-sid bench train --json train.json
+sid bench train --json train.json --picture train.png
 
 Batches are generated: users have as many impressions as behaviours, in turn, so that the history grows by one behaviour
 from impression to impression up to the longest, as in a log; every batch has about the same number of impressions.
@@ -12,18 +13,21 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.ctr.din import DIN
 from benchmarks.ctr.embedding import Inputs, ItemVectors
+from benchmarks.ctr.hstu import HSTU
 from benchmarks.ctr.impressions import ItemTokens
+from benchmarks.ctr.linear_attention import LinearAttention
 from jobs.ctr.batch import Items, UserBatch
 from jobs.ctr.dmqn import DMQN, DMQNShape, Interests
 
@@ -32,6 +36,7 @@ ITEMS, TOKENS, TOKENS_PER_ITEM = 10_000, 20_000, 9
 WIDTH = 32
 FEATURES = 4
 PAIRS = 2_000_000  # of impression and behaviour that a step of the models that look at each pair may hold
+SUMS = "dmqn", "linear-attention"  # models that read running sums, so look at no pair
 
 
 def catalogue(items: int) -> ItemTokens:
@@ -101,6 +106,8 @@ def models() -> dict[str, Callable[[], nn.Module]]:
         "dmqn": lambda: DMQN(ItemVectors(inputs), shape),
         "direct": lambda: DirectDMQN(ItemVectors(inputs), shape),
         "din": lambda: DIN(inputs),
+        "hstu": lambda: HSTU(inputs),
+        "linear-attention": lambda: LinearAttention(inputs),
     }
 
 
@@ -124,15 +131,16 @@ def train(
     impressions: Annotated[int, typer.Option(min=1, help="Impressions of a step.")] = 1024,
     steps: Annotated[int, typer.Option(min=1, help="Steps to time, of which the fastest counts.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw milliseconds against the length to this file.")] = None,
 ) -> None:
-    """Examples a second of DMQN, of DMQN with each impression by itself, and of full-length DIN, at four history
-    lengths.
+    """Examples a second of DMQN, of DMQN with each impression by itself, of full-length DIN and HSTU and of linear
+    attention, at four history lengths.
     """
     rows: list[dict[str, float | str | int]] = []
-    typer.echo(f"{'history':>8} {'model':>8} {'examples/s':>12} {'ms/step':>9} {'examples/step':>14}")
+    typer.echo(f"{'history':>8} {'model':>16} {'examples/s':>12} {'ms/step':>9} {'examples/step':>14}")
     for length in LENGTHS:
         for name, make in models().items():
-            many = impressions if name == "dmqn" else max(1, min(impressions, PAIRS // (4 * length)))
+            many = impressions if name in SUMS else max(1, min(impressions, PAIRS // (4 * length)))
             each = min(many, max(1, length))
             batches = [generated(max(1, many // each), length, each, seed=seed) for seed in range(1 + steps)]
             example, step = seconds_per_example(make, batches)
@@ -146,7 +154,7 @@ def train(
                     "examples": shown,
                 }
             )
-            typer.echo(f"{length:>8} {name:>8} {1 / example:>12,.0f} {1000 * step:>9,.0f} {shown:>14,}")
+            typer.echo(f"{length:>8} {name:>16} {1 / example:>12,.0f} {1000 * step:>9,.0f} {shown:>14,}")
     rate = {(row["model"], row["history"]): float(row["examples_per_second"]) for row in rows}
     ratios = {
         "dmqn_over_direct_at_200": rate["dmqn", 200] / rate["direct", 200],
@@ -158,6 +166,30 @@ def train(
     if json_file is not None:
         machine = {"threads": torch.get_num_threads(), "cpus": os.cpu_count(), "processor": platform.processor()}
         json_file.write_text(json.dumps({"rows": rows, **ratios, **machine}, indent=1) + "\n")
+    if picture is not None:
+        draw(rate, picture)
+
+
+def draw(rate: Mapping[tuple[object, object], float], file: Path) -> None:
+    """The picture of milliseconds for 1,000 impressions, of examples a second by (model, history)."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(name for name, _ in rate):
+        axes.plot(LENGTHS, [1e6 / rate[name, length] for length in LENGTHS], "o-", label=name)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="behaviours in the history",
+        ylabel="ms of training for 1,000 impressions",
+        title="What the length of the history costs",
+    )
+    axes.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+    typer.echo(f"picture: {file}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,30 @@ def window_sums(weights: Tensor, values: Tensor, first: Tensor, last: Tensor) ->
     left = torch.where(used[..., None], weights[:, element], 0.0).flatten(0, 1)  # (N * blocks, size, W)
     right = values[:, element].flatten(0, 1)
     sums = torch.bmm(left.mT, right).view(n, len(segment), w * v)
-    running = torch.cat([sums.new_zeros(n, 1, w * v, dtype=torch.float64), sums.double().cumsum(1)], dim=1)
     until = torch.cat([ends.new_zeros(1), ends])[at]  # blocks before each end of a window
-    start, stop = until.split(len(first))
-    return (running[:, stop] - running[:, start]).to(values.dtype).view(n, len(first), w, v)
+    return _RunSums.apply(sums, *until.split(len(first))).view(n, len(first), w, v)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _RunSums(torch.autograd.Function):
+    """Sums (N, B, C) of blocks -> sums (N, Q, C) over the runs [start, stop) of blocks, by running sums in float64.
+
+    Torch's own gradient of a running sum reverses it twice. This one needs a running sum only: of a block it is the sum
+    of the gradients of the runs that have begun and not ended.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sums: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+        ctx.save_for_backward(start, stop)
+        ctx.shape, ctx.dtype = sums.shape, sums.dtype
+        running = sums.new_zeros(sums.shape[0], sums.shape[1] + 1, sums.shape[2], dtype=torch.float64)
+        running[:, 1:] = sums
+        running.cumsum_(1)
+        return (running[:, stop] - running[:, start]).to(sums.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        start, stop = ctx.saved_tensors
+        n, blocks, c = ctx.shape
+        change = gradient.new_zeros(n, blocks + 1, c, dtype=torch.float64)
+        change.index_add_(1, start, gradient.double()).index_add_(1, stop, gradient.double(), alpha=-1)
+        return change.cumsum_(1)[:, :-1].to(ctx.dtype), None, None
