@@ -155,7 +155,7 @@ def train(
                 }
             )
             typer.echo(f"{length:>8} {name:>16} {1 / example:>12,.0f} {1000 * step:>9,.0f} {shown:>14,}")
-    rate = {(row["model"], row["history"]): float(row["examples_per_second"]) for row in rows}
+    rate = {(str(row["model"]), int(row["history"])): float(row["examples_per_second"]) for row in rows}
     ratios = {
         "dmqn_over_direct_at_200": rate["dmqn", 200] / rate["direct", 200],
         "dmqn_at_50_over_5000": rate["dmqn", 50] / rate["dmqn", 5000],
@@ -170,7 +170,7 @@ def train(
         draw(rate, picture)
 
 
-def draw(rate: Mapping[tuple[object, object], float], file: Path) -> None:
+def draw(rate: Mapping[tuple[str, int], float], file: Path) -> None:
     """The picture of milliseconds for 1,000 impressions, of examples a second by (model, history)."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
