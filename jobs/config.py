@@ -197,7 +197,9 @@ class GateConfig(Section):
 
 
 class CtrGateConfig(Section):
-    """By how much a new CTR model may be worse than the champion on the same impressions."""
+    """By how much a new CTR model may be worse than the champion on the same impressions. After a change of limits the
+    next run judges a refused model again, without training; a model that has passed stays passed.
+    """
 
     max_auc_drop: float = Field(
         0.002,
@@ -246,7 +248,9 @@ class TrainConfig(Section):
     )
     item_rows: Whole = Field(2**16, ge=2, le=2**31, description="rows of the item table; item ids are hashed to it")
     control: bool = Field(
-        False, description="also train the same model without semantic IDs, to see what they are worth (twice the time)"
+        False,
+        description="also train the same model without semantic IDs, to see what they are worth (twice the time); "
+        "asked for later, both are trained",
     )
     warm_start: bool = Field(
         False,

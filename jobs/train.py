@@ -7,11 +7,10 @@ for, is the same model without tokens.
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -25,11 +24,12 @@ from jobs.ctr.coverage import coverage_of
 from jobs.ctr.dmqn import DMQNShape
 from jobs.ctr.example_table import Examples, examples_key, read_examples, write_examples
 from jobs.ctr.examples import FEATURES, build_examples, item_codes
-from jobs.ctr.gate import CtrLimits, CtrVerdict, compare
+from jobs.ctr.gate import Comparison, CtrLimits, compare
 from jobs.ctr.log import Log, read_rows
 from jobs.ctr.metrics import Scores, auc_by_rarity, measure
 from jobs.ctr.stream import ExampleRowGroup, ExampleStream, row_groups
 from jobs.ctr.tokens import TokenScheme
+from jobs.ctr.train_result import TrainResult, defined
 from jobs.ctr.training_state import TrainingCheckpoint
 from jobs.ctr.user_table import ModelInputs
 from jobs.ctr.warm_start import (
@@ -44,7 +44,7 @@ from jobs.ctr.warm_start import (
 )
 from jobs.fingerprint import fingerprint
 from jobs.models.registry import CANDIDATE, CTR_MODEL, Registry, register
-from jobs.models.versions import CodebookVersion, ctr_tags
+from jobs.models.versions import CodebookVersion, CtrVersion, ctr_tags, verdict_tags
 from jobs.pictures import draw_ctr
 from jobs.train_model import TrainedModel, scored, train_model
 from jobs.warehouse.delta_spark import Warehouse, data_files
@@ -52,75 +52,14 @@ from jobs.warehouse.tables import CTR_EXAMPLES, SEMANTIC_IDS
 
 RECIPE = 4  # of the model and its training. With a higher number every warehouse trains its model anew.
 CHECKPOINTS = "_training"  # folder in the warehouse
-NOT_OF_THE_MODEL = {"interactions", "max_share_without_id", "workers", "threads"}  # settings that change it in no kind
+NOT_OF_THE_MODEL = {  # settings that change it in no kind
+    "interactions",
+    "max_share_without_id",
+    "control",
+    "workers",
+    "threads",
+}
 WITH_IDS, WITHOUT_IDS = "semantic IDs", "no IDs"
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A metric that is None is undefined, or of a control that was not trained. Without a `version` the log had no rows
-    and nothing was trained.
-    """
-
-    version: int | None = None
-    auc: float | None = None
-    auc_control: float | None = None
-    gauc: float | None = None
-    gauc_control: float | None = None
-    gauc_users: int = 0  # with clicks and non-clicks in the test split, over which GAUC is the mean
-    log_loss: float | None = None
-    log_loss_control: float | None = None
-    calibration: float | None = None  # mean prediction / click rate
-    auc_cold: float | None = None  # of items that the training split shows fewer than 5 times
-    rows_in: int = 0  # of the log: rows_used + those dropped
-    rows_used: int = 0
-    dropped: Mapping[str, int] = field(default_factory=dict)  # by reason
-    examples: int = 0
-    without_negative: int = 0  # rows for which no negative could be sampled: behaviour, but no examples
-    items: int = 0  # of the log
-    without_id: int = 0  # of these, how many have no semantic ID
-    share_without_id: float = 0.0  # of the used rows of the log, those about such items
-    note: str = ""
-    validation_from: int | None = None  # first moment after the training split, in microseconds; None without a clock
-    started_from: int | None = None  # version of the model whose parameters training started from
-    champion: int | None = None  # version of the model that the gate compared with
-    same_codebook: bool = True  # whether that model was trained on the current codebook and so can go on serving
-    reasons: Sequence[str] = ()  # why the gate refuses the model
-    differences: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # to the champion, with 95 % intervals
-    seconds: float = 0.0
-    nothing_to_do: bool = False
-
-    @property
-    def passed(self) -> bool:
-        """Whether the model may replace the champion."""
-        return not self.reasons
-
-    @property
-    def refusal(self) -> str | None:
-        """Why the model is not the champion; None if it is."""
-        if self.passed:
-            return None
-        consequence = (
-            f"Version {self.champion} stays"
-            if self.same_codebook
-            else f"Version {self.champion} is of an earlier codebook, so the current one has no CTR champion"
-        )
-        return (
-            f"CTR model version {self.version} did not pass the gate: {'; '.join(self.reasons)}. {consequence}; change "
-            "the data or train.*, or the limits under ctr_gate.* if they are wrong for your log"
-        )
-
-    def summary(self) -> str:
-        if self.version is None:
-            return self.note
-        text = f"AUC {self.shown('auc')}, GAUC {self.shown('gauc')}"
-        if self.auc is None or self.auc_control is None:
-            return text
-        return f"{text}; {self.shown('auc_control')} without semantic IDs (lift {self.auc - self.auc_control:+.4f})"
-
-    def shown(self, metric: str) -> str:
-        value = getattr(self, metric)
-        return "undefined" if value is None else f"{value:.4f}"
 
 
 def run(
@@ -144,11 +83,11 @@ def run(
     if not log.rows_used:
         return TrainResult(rows_in=log.rows_in, dropped=log.dropped, note=log.note, nothing_to_do=True)
     stage = _Stage(config, warehouse, registry, codebook, versions, report, log, model_inputs(config, codebook))
-    done = registry.ctr_models.newest(lambda version: version.train_key == stage.train_key)
+    done = registry.ctr_models.newest(lambda version: version.train_key.startswith(stage.train_key))
     if done is not None:
+        result = stage.judged_again(done)
         restore_ctr_champion(registry, codebook.hash)
-        stored = {**done.result, "version": done.number, "nothing_to_do": True}
-        return TrainResult(**{**stored, "seconds": time.monotonic() - began})
+        return replace(result, seconds=time.monotonic() - began)
 
     coverage = coverage_of(log, stage.published.select("item_id"), config.train)
     examples = stage.examples()
@@ -158,21 +97,21 @@ def run(
         models[WITHOUT_IDS] = stage.trained(
             WITHOUT_IDS, examples, stage.random_start(replace(stage.inputs, scheme=None))
         )
-    verdict = stage.verdict(examples, champion, models[WITH_IDS].test)
+    comparison = stage.comparison(examples, champion, models[WITH_IDS].test)
 
     metrics = {name: measure(model.test) for name, model in models.items()}
     ours, control = metrics[WITH_IDS], metrics.get(WITHOUT_IDS)
     result = TrainResult(
         version=0,
-        auc=_defined(ours.auc),
-        auc_control=_defined(control.auc) if control else None,
-        gauc=_defined(ours.gauc),
-        gauc_control=_defined(control.gauc) if control else None,
+        auc=defined(ours.auc),
+        auc_control=defined(control.auc) if control else None,
+        gauc=defined(ours.gauc),
+        gauc_control=defined(control.gauc) if control else None,
         gauc_users=ours.gauc_users,
-        log_loss=_defined(ours.log_loss),
-        log_loss_control=_defined(control.log_loss) if control else None,
-        calibration=_defined(ours.calibration),
-        auc_cold=_defined(ours.auc_cold),
+        log_loss=defined(ours.log_loss),
+        log_loss_control=defined(control.log_loss) if control else None,
+        calibration=defined(ours.calibration),
+        auc_cold=defined(ours.auc_cold),
         rows_in=log.rows_in,
         rows_used=log.rows_used,
         dropped=log.dropped,
@@ -184,11 +123,8 @@ def run(
         note=log.note,
         validation_from=examples.validation_from,
         started_from=models[WITH_IDS].started_from,
-        champion=champion.version.number if champion else None,
-        same_codebook=champion is None or champion.version.codebook_hash == codebook.hash,
-        reasons=verdict.reasons,
-        differences={name: asdict(difference) for name, difference in verdict.differences.items()},
     )
+    result = result.compared(champion.version if champion else None, codebook.hash, comparison).judged(stage.limits)
     picture = pictures / f"ctr-{codebook.hash[:12]}.png"
     curves = {name: model.validation_auc for name, model in models.items()}
     rarity = auc_by_rarity({name: model.test for name, model in models.items()})
@@ -240,12 +176,20 @@ class _Stage:
 
     @property
     def train_key(self) -> str:
-        """Identifies data and settings. What the training starts from is not part of it: the model that a night trains
-        becomes the champion, and the same night again would start from that one and never be done.
+        """Identifies data and settings; that of a model without a control is the beginning of that with one.
+
+        What the training starts from is not part of it: the model that a night trains becomes the champion, and the
+        same night again would start from that one and never be done. Nor are the limits of the gate, as they change no
+        model.
         """
-        train, gate = self.config.train.model_dump(mode="json", exclude=NOT_OF_THE_MODEL), self.config.ctr_gate
-        settings = fingerprint([train, gate.model_dump(mode="json"), asdict(self.inputs)])[:16]
-        return f"{RECIPE}-{self.ids_key}-{self.examples_key}-{settings}"
+        train = self.config.train
+        settings = fingerprint([train.model_dump(mode="json", exclude=NOT_OF_THE_MODEL), asdict(self.inputs)])[:16]
+        control = "-control" if train.control else ""
+        return f"{RECIPE}-{self.ids_key}-{self.examples_key}-{settings}{control}"
+
+    @property
+    def limits(self) -> CtrLimits:
+        return CtrLimits(**self.config.ctr_gate.model_dump())
 
     @property
     def published(self) -> DataFrame:
@@ -319,19 +263,48 @@ class _Stage:
             self.config.train, examples.groups, start, checkpoint, lambda text: self.report(f"{name}, {text}")
         )
 
-    def verdict(self, examples: Examples, champion: Champion | None, test: Scores) -> CtrVerdict:
-        """The gate's verdict on scores of the test split. A model without a champion to compare with passes.
+    def judged_again(self, done: CtrVersion) -> TrainResult:
+        """The result of a model that was trained before, under the present limits and against the present champion.
+
+        A model that has passed stays passed: tighter limits are for the models after it.
+        """
+        stored = TrainResult.of(done)
+        if done.passed:
+            return stored
+        champion = last_champion(self.registry, self.codebook.hash)
+        result = stored
+        if stored.champion != (champion.number if champion else None):
+            result = self.compared_again(done, stored)
+        result = result.judged(self.limits)
+        if result == stored and not result.passed:
+            return stored
+        self.report(f"judging CTR model version {done.number} again, without training")
+        tags = verdict_tags(passed=result.passed, result=asdict(result))
+        with self.registry.run("judge", self.config, {"ctr_version": str(done.number), "verdict": tags["verdict"]}):
+            self.registry.ctr_models.set_tags(done.number, tags)
+        return replace(result, nothing_to_do=False)
+
+    def compared_again(self, done: CtrVersion, stored: TrainResult) -> TrainResult:
+        """The result of a model that was trained before, compared with the present champion."""
+        examples, champion, ctr = self.examples(), self.champion(), load_ctr(self.registry, done)
+        train = self.config.train
+        stream = ExampleStream(examples.groups, "test", ctr.inputs, train.batch_positions)
+        comparison = self.comparison(examples, champion, scored(ctr.model, stream, train.threads))
+        return stored.compared(champion.version if champion else None, self.codebook.hash, comparison)
+
+    def comparison(self, examples: Examples, champion: Champion | None, test: Scores) -> Comparison | None:
+        """Scores of the test split against the champion's; None without a champion.
 
         A champion scores the same impressions with the codes of its own codebook and histories of its own length.
         """
         if champion is None:
-            return CtrVerdict((), {})
+            return None
         self.report("comparing with the champion")
-        limits, train = CtrLimits(**self.config.ctr_gate.model_dump()), self.config.train
+        train = self.config.train
 
-        def compared(groups: tuple[ExampleRowGroup, ...]) -> CtrVerdict:
+        def compared(groups: tuple[ExampleRowGroup, ...]) -> Comparison:
             stream = ExampleStream(groups, "test", champion.ctr.inputs, train.batch_positions)
-            return compare(test, scored(champion.ctr.model, stream, train.threads), limits, train.seed)
+            return compare(test, scored(champion.ctr.model, stream, train.threads), train.seed)
 
         own = champion.ctr.inputs.history
         if champion.version.codebook_hash == self.codebook.hash and own <= train.history:
@@ -364,7 +337,7 @@ class _Stage:
             self.registry.run("train", self.config, {k: v for k, v in tags.items() if k != "result"}) as run_,
             tempfile.TemporaryDirectory() as scratch,
         ):
-            for name, value in _metrics(result).items():
+            for name, value in result.metrics.items():
                 self.registry.client.log_metric(run_.info.run_id, name, value)
             self.registry.client.log_artifact(run_.info.run_id, str(picture), "pictures")
             folder = Path(scratch) / "dmqn"
@@ -374,15 +347,3 @@ class _Stage:
         self.registry.ctr_models.set_alias(CANDIDATE, model.number)
         restore_ctr_champion(self.registry, self.codebook.hash)
         return model.number
-
-
-def _metrics(result: TrainResult) -> dict[str, float]:
-    """The numbers of a result under the names they have in MLflow."""
-    facts = {**asdict(result), **{f"dropped_{reason}": count for reason, count in result.dropped.items()}}
-    left_out = ("version", "validation_from", "started_from", "champion", "same_codebook", "seconds", "nothing_to_do")
-    return {name: value for name, value in facts.items() if isinstance(value, int | float) and name not in left_out}
-
-
-def _defined(value: float) -> float | None:
-    """None instead of NaN, which JSON does not have."""
-    return None if math.isnan(value) else value

@@ -22,6 +22,7 @@ from jobs.config import Config
 from jobs.ctr.champion import restore_ctr_champion
 from jobs.ctr.example_table import check_ids, check_interactions
 from jobs.ctr.log import Log
+from jobs.ctr.train_result import TrainResult
 from jobs.encode import EncodeResult
 from jobs.evaluate import EvaluateResult
 from jobs.fit import FitResult
@@ -29,7 +30,6 @@ from jobs.load import LoadResult
 from jobs.models.champion import restore_champion
 from jobs.models.registry import Registry
 from jobs.models.versions import CodebookVersion
-from jobs.train import TrainResult
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.queries import likelihood_drop
 from jobs.warehouse.releases import ROLLED_BACK, Release, current_release, releases, versions_to_evaluate

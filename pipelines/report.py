@@ -15,8 +15,8 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from jobs.ctr.train_result import TrainResult
     from jobs.evaluate import EvaluateResult
-    from jobs.train import TrainResult
     from pipelines.nightly import Night
     from tokenizer import Iteration
 

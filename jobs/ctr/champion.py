@@ -1,4 +1,4 @@
-"""The CTR model that serves beside the current codebook: the newest one trained on that codebook whose gate passed.
+"""The CTR model that serves beside the current codebook: of those trained on it the last one that passed the gate.
 
 It follows from the releases and the verdicts, so a rollback of the codebook moves it too. The alias `champion` of the
 registered CTR model shows it, and is absent where the current codebook has no model yet.
@@ -7,6 +7,7 @@ registered CTR model shows it, and is absent where the current codebook has no m
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from jobs.ctr.artefact import CtrModel, model_of, read_files
@@ -18,12 +19,21 @@ ARTEFACT = "artifacts/dmqn"  # where MLflow keeps the folder that `register` log
 
 def ctr_champion(registry: Registry, codebook_hash: str) -> CtrVersion | None:
     """The CTR model to use with the IDs of this codebook; None where none has passed the gate."""
-    return registry.ctr_models.newest(lambda version: version.passed and version.codebook_hash == codebook_hash)
+    return _last_to_pass(version for version in _versions(registry) if version.codebook_hash == codebook_hash)
 
 
 def last_champion(registry: Registry, codebook_hash: str) -> CtrVersion | None:
-    """What a candidate is compared with: the champion of its codebook, else the newest of another codebook."""
-    return ctr_champion(registry, codebook_hash) or registry.ctr_models.newest(lambda version: version.passed)
+    """What a candidate is compared with: the champion of its codebook, else the last one of another codebook."""
+    return ctr_champion(registry, codebook_hash) or _last_to_pass(_versions(registry))
+
+
+def _versions(registry: Registry) -> Iterable[CtrVersion]:
+    return registry.ctr_models.versions().values()
+
+
+def _last_to_pass(versions: Iterable[CtrVersion]) -> CtrVersion | None:
+    passed = [version for version in versions if version.passed]
+    return max(passed, key=lambda version: (version.judged_at, version.number), default=None)
 
 
 def restore_ctr_champion(registry: Registry, codebook_hash: str) -> CtrVersion | None:

@@ -44,22 +44,42 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class CtrVerdict:
-    """`reasons` why a candidate may not replace the champion; none if it may."""
+class Comparison:
+    """A candidate against the champion. The verdict follows from it under any limits.
 
-    reasons: tuple[str, ...]
+    Attributes:
+        differences: By metric: auc, gauc, auc_cold and log_loss.
+        calibration, champion_calibration: Mean prediction / click rate of either.
+    """
+
     differences: Mapping[str, Difference]
+    calibration: float
+    champion_calibration: float
 
-    @property
-    def passed(self) -> bool:
-        return not self.reasons
+    def reasons(self, limits: CtrLimits) -> tuple[str, ...]:
+        """Why the candidate may not replace the champion; none if it may. An undefined metric is no reason."""
+        reasons = [
+            f"{name} {self.differences[name]} against the champion, the limit is {-limits.max_auc_drop:+g}"
+            for name in ("auc", "gauc", "auc_cold")
+            if self.differences[name].high < -limits.max_auc_drop
+        ]
+        loss = self.differences["log_loss"]
+        if loss.low > limits.max_log_loss_rise:
+            reasons.append(f"log_loss {loss} against the champion, the limit is {limits.max_log_loss_rise:+g}")
+        ours, theirs = self.calibration, self.champion_calibration
+        if abs(np.log(ours)) > abs(np.log(theirs)) + limits.max_calibration_drift:
+            reasons.append(
+                f"calibration (mean prediction / click rate) is {ours:.3f}, the champion's {theirs:.3f}; expected at "
+                f"most {limits.max_calibration_drift:g} further from 1"
+            )
+        return tuple(reasons)
 
 
-def compare(candidate: Scores, champion: Scores, limits: CtrLimits, seed: int = 0) -> CtrVerdict:
-    """The verdict on a candidate, from both models' scores of the same impressions.
+def compare(candidate: Scores, champion: Scores, seed: int = 0) -> Comparison:
+    """The comparison of two models from their scores of the same impressions.
 
     Their order may differ: no metric here tells impressions of one user with equal label and count apart. A metric that
-    is undefined (a cold slice without clicks) fails nothing.
+    is undefined (a cold slice without clicks) is NaN.
 
     Raises:
         ValueError: the impressions differ.
@@ -69,23 +89,10 @@ def compare(candidate: Scores, champion: Scores, limits: CtrLimits, seed: int = 
         np.array_equal(getattr(candidate, name), getattr(champion, name)) for name in ("user", "label", "shown")
     ):
         raise ValueError("candidate and champion have scores of different impressions; expected the same")
-    differences = _differences(candidate, champion, np.random.default_rng(seed))
-    reasons = [
-        f"{name} {differences[name]} against the champion, the limit is {-limits.max_auc_drop:+g}"
-        for name in ("auc", "gauc", "auc_cold")
-        if differences[name].high < -limits.max_auc_drop
-    ]
-    if differences["log_loss"].low > limits.max_log_loss_rise:
-        reasons.append(
-            f"log_loss {differences['log_loss']} against the champion, the limit is {limits.max_log_loss_rise:+g}"
-        )
-    ours, theirs = (calibration(scores.label, scores.score) for scores in (candidate, champion))
-    if abs(np.log(ours)) > abs(np.log(theirs)) + limits.max_calibration_drift:
-        reasons.append(
-            f"calibration (mean prediction / click rate) is {ours:.3f}, the champion's {theirs:.3f}; expected at most "
-            f"{limits.max_calibration_drift:g} further from 1"
-        )
-    return CtrVerdict(tuple(reasons), differences)
+    return Comparison(
+        _differences(candidate, champion, np.random.default_rng(seed)),
+        *(calibration(scores.label, scores.score) for scores in (candidate, champion)),
+    )
 
 
 def _in_order(scores: Scores) -> Scores:

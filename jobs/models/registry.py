@@ -66,6 +66,11 @@ class RegisteredModel(Generic[Version]):
         """The newest version that satisfies `where`, or None."""
         return next((version for version in reversed(list(self.versions().values())) if where(version)), None)
 
+    def set_tags(self, number: int, tags: Mapping[str, str]) -> None:
+        """Set tags of a version one after the other, in this order."""
+        for name, value in tags.items():
+            self.client.set_model_version_tag(self.name, str(number), name, value)
+
     def alias(self, alias: str) -> int | None:
         """Number of the version that `alias` names, or None."""
         from mlflow.exceptions import MlflowException

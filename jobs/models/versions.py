@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import date
+from datetime import UTC, date, datetime
 from typing import Any
 
 WAREHOUSE_TAG = "warehouse_id"  # on every version: the warehouse that registered it
@@ -155,6 +155,7 @@ def codebook_tags(
 
 
 PASSED, FAILED = "passed", "failed"  # tag `verdict` of a CTR model
+NEVER = "0001-01-01T00:00:00+00:00"
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ class CtrVersion:
     codebook_version: int
     train_key: str  # identifies data and settings of the training, not the model that it started from
     passed: bool  # the gate, against the champion of its time; false for models from before there was one
+    judged_at: datetime  # when it last passed or failed; the year 1 for models from before it was kept
     started_from: int | None  # number of the model whose parameters its training started from
     table_versions: Mapping[str, int]
     run_date: date
@@ -186,6 +188,7 @@ class CtrVersion:
             codebook_version=int(registered.required("codebook_version")),
             train_key=registered.tags.get("train_key", ""),
             passed=registered.tags.get("verdict") == PASSED,
+            judged_at=datetime.fromisoformat(registered.tags.get("judged_at", NEVER)),
             started_from=int(registered.tags.get("started_from_version") or 0) or None,
             table_versions=json.loads(registered.tags.get("table_versions", "{}")),
             run_date=date.fromisoformat(registered.required("run_date")),
@@ -210,9 +213,17 @@ def ctr_tags(
         "codebook_version": str(codebook.number),
         "codebook_hash": codebook.hash,
         "train_key": train_key,
-        "verdict": PASSED if passed else FAILED,
         "started_from_version": str(started_from or ""),
         "table_versions": json.dumps(dict(table_versions), sort_keys=True),
         "run_date": run_date.isoformat(),
+        **verdict_tags(passed=passed, result=result),
+    }
+
+
+def verdict_tags(*, passed: bool, result: Mapping[str, Any]) -> dict[str, str]:
+    """The tags that a verdict sets, now. `verdict` is the last one: killed before it, a model is as it was judged."""
+    return {
         "result": json.dumps(dict(result)),
+        "judged_at": datetime.now(UTC).isoformat(),
+        "verdict": PASSED if passed else FAILED,
     }

@@ -27,12 +27,12 @@ from jobs.ctr.artefact import FORMAT, MANIFEST, save_model
 from jobs.ctr.coverage import coverage_of
 from jobs.ctr.example_table import EXAMPLES_OF, check_interactions, examples_key
 from jobs.ctr.log import examine, read_rows
+from jobs.ctr.train_result import TrainResult
 from jobs.errors import SchemaError
 from jobs.files.sources import open_source
 from jobs.models.registry import CTR_MODEL, register
 from jobs.models.versions import ctr_tags
 from jobs.read_config import load_config
-from jobs.train import TrainResult
 from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import CTR_EXAMPLES
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +13,10 @@ from warehouse import CLICKS, ITEMS, WITHOUT_TRAINING, Progress, SmallWarehouse
 
 from jobs.ctr.artefact import ArtefactError, load_model
 from jobs.ctr.champion import ctr_champion, load_ctr
+from jobs.ctr.train_result import TrainResult
 from jobs.models.registry import CANDIDATE, CHAMPION
 from pipelines.promote import rollback
+from pipelines.report import facts
 
 LEARNS = ("train.learning_rate=0.01", "train.epochs=2", "train.batch_positions=200", "train.warm_start=true")
 
@@ -73,7 +76,7 @@ def test_the_ctr_champion_follows_gate_and_codebook(small: SmallWarehouse) -> No
     again = small.night(date(2026, 2, 10), log, *LEARNS).trained
     assert again is not None
     assert (again.version, again.started_from, again.nothing_to_do) == (4, 2, True)
-    assert abs(refit.differences["auc"]["mean"]) < 0.05
+    assert abs(refit.differences["auc"].mean) < 0.05
     assert models.alias(CHAMPION) == 4
 
     back = rollback(small.tables, small.registry)
@@ -87,6 +90,51 @@ def test_the_ctr_champion_follows_gate_and_codebook(small: SmallWarehouse) -> No
     models.set_alias(CHAMPION, 4)  # as a kill between the release and the alias leaves it
     small.night(date(2026, 2, 11), WITHOUT_TRAINING)
     assert models.alias(CHAMPION) == 2
+
+
+@pytest.mark.slow
+def test_a_refused_model_is_judged_again_and_every_champion_reads_its_own_history(small: SmallWarehouse) -> None:
+    models, log = small.registry.ctr_models, write_clicks(small)
+    worse = (log, "train.learning_rate=1e-9", "train.history=5")
+    loose = [f"ctr_gate.{name}=100" for name in ("max_log_loss_rise", "max_calibration_drift")]
+    loose.append("ctr_gate.max_auc_drop=1")
+
+    def trained(*settings: str) -> TrainResult:
+        result = small.night(date(2026, 1, 2), *settings).trained
+        assert result is not None
+        assert result.auc is not None
+        return result
+
+    def assert_compared_with(result: TrainResult, champion: TrainResult) -> None:
+        """The champion scores the impressions as in the night that trained it, though its history is longer."""
+        assert result.champion == champion.version
+        assert result.auc is not None
+        assert result.auc - result.differences["auc"].mean == pytest.approx(champion.auc, abs=1e-4)
+        assert result.champion_calibration == pytest.approx(champion.calibration, rel=1e-5)
+
+    good = trained(log, *LEARNS)
+    bad = trained(*worse)
+    assert (bad.version, bad.passed) == (3, False)
+    assert_compared_with(bad, good)
+
+    other = trained(log, *LEARNS, "train.seed=1", *loose)
+    assert models.alias(CHAMPION) == other.version == 4
+    night = small.night(date(2026, 1, 2), *worse)
+    again = night.trained
+    assert again is not None
+    assert (again.version, again.passed, again.auc) == (3, False, bad.auc)
+    assert_compared_with(again, other)
+    assert [f"Version {other.version} stays" in refusal for refusal in night.refusals] == [True]
+    told = facts(night, "w", Path("p"), 1.0)
+    assert (told["verdict"], told["reasons"]) == ("passed", [])
+    assert (told["ctr_version"], told["ctr_verdict"], told["ctr_reasons"]) == (3, "failed", list(again.reasons))
+    assert any(reason.startswith("auc -0.") for reason in told["ctr_reasons"])
+
+    accepted = trained(*worse, *loose)
+    assert (accepted.version, accepted.passed, accepted.refusal) == (3, True, None)
+    assert models.alias(CHAMPION) == 3
+    assert list(models.versions()) == [1, 2, 3, 4]
+    assert small.night(date(2026, 1, 2), *worse).nothing_to_do
 
 
 def test_a_model_and_a_codebook_that_do_not_belong_together_refuse_to_load(small: SmallWarehouse) -> None:

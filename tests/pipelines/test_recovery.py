@@ -19,6 +19,7 @@ from pipelines.lineage import status_facts
 from pipelines.nightly import Night
 from pipelines.promote import NoWayBack, PromoteResult, rollback
 from pipelines.register import register
+from pipelines.report import facts
 from tokenizer import CodebookError
 
 NEXT, DUE = date(2026, 1, 2), date(2026, 3, 1)
@@ -108,6 +109,10 @@ def test_a_failing_candidate_withholds_no_new_item(failed: tuple[SmallWarehouse,
     assert night.fitted is not None
     assert night.fitted.model.number == 2
     assert night.trained is None
+    told = facts(night, "w", Path("p"), 1.0)
+    assert (told["verdict"], told["champion_version"]) == ("failed", 1)
+    assert any(reason.startswith("rmse") for reason in told["reasons"])
+    assert (told["ctr_version"], told["ctr_verdict"], told["ctr_reasons"]) == (None, None, [])
     assert night.release == small.release
     assert small.release.codebook_version == 1
     ids = small.tables.read(SEMANTIC_IDS, small.release.table_versions[SEMANTIC_IDS.name])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +152,7 @@ def version(train_key: str, validation_from: int | None) -> CtrVersion:
         codebook_version=1,
         train_key=train_key,
         passed=True,
+        judged_at=datetime(2026, 1, 1, tzinfo=UTC),
         started_from=None,
         table_versions={},
         run_date=date(2026, 1, 1),
