@@ -61,9 +61,9 @@ def encode_job(
             seconds: dict[str, list[float]] = {"job": [], "one process": [], "codes alone": []}
             for seed in range(REPEATS):  # a codebook version each, so that there is something to encode
                 seeded = config.model_copy(update={"fit": config.fit.model_copy(update={"seed": seed})})
-                model = fit.run(seeded, warehouse, registry, DAY, folder / "pictures").model
-                seconds["job"].append(encode.run(seeded, warehouse, registry, model, DAY).seconds)
-                rqgmm = worker_codebook(codebook_files(registry, model), model.hash)
+                codebook = fit.run(seeded, warehouse, registry, DAY, folder / "pictures").codebook
+                seconds["job"].append(encode.run(seeded, warehouse, registry, codebook, DAY).seconds)
+                rqgmm = worker_codebook(codebook_files(registry, codebook), codebook.hash)
                 for name, work in (("one process", _one_process), ("codes alone", _codes_alone)):
                     began = time.perf_counter()
                     work(groups, rqgmm, folder / "codes.parquet")

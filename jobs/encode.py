@@ -57,11 +57,11 @@ def run(
     config: Config,
     warehouse: Warehouse,
     registry: Registry,
-    model: CodebookVersion,
+    codebook: CodebookVersion,
     run_date: date,
     selection: Selection | None = None,
 ) -> EncodeResult:
-    """Give every item of the newest `item_embeddings` a semantic ID of codebook `model`, in one commit.
+    """Give every item of the newest `item_embeddings` a semantic ID of `codebook`, in one commit.
 
     Rows of development versions before 0.1.0 first get the ADDED columns, in a commit of its own; their IDs stay.
     `selection` limits the run to some items.
@@ -72,39 +72,39 @@ def run(
         SchemaError: it was fitted on vectors of another recipe.
     """
     began = time.monotonic()
-    check_hashes(warehouse.root, model)
-    files = usable_files(warehouse, registry, model)
+    check_hashes(warehouse.root, codebook)
+    files = usable_files(warehouse, registry, codebook)
     embeddings_version = warehouse.version(ITEM_EMBEDDINGS)
     embeddings = warehouse.read(ITEM_EMBEDDINGS, embeddings_version)
     warehouse.create(SEMANTIC_IDS)
     published = warehouse.read(SEMANTIC_IDS)
-    own = published.where(F.col("codebook_version") == model.number)
-    parent = model.started_from_version or -1
+    own = published.where(F.col("codebook_version") == codebook.number)
+    parent = codebook.started_from_version or -1
     new_version = own.isEmpty()
     # All rows of a new version are replaced, not appended, so two runs at the same time cannot add them twice.
-    whole_version = f"codebook_version = {model.number}"
+    whole_version = f"codebook_version = {codebook.number}"
 
     def encoded(groups: Sequence[RowGroup], pending: DataFrame | None) -> DataFrame:
         shared = warehouse.spark.sparkContext.broadcast(dict(files))
-        encoder = group_encoder(shared, model, config.encode)
+        encoder = group_encoder(shared, codebook, config.encode)
         return _spread(warehouse, groups, pending).mapInArrow(encoder, from_arrow_schema(ENCODED))
 
     def result(count: int, version: int) -> EncodeResult:
         seconds = time.monotonic() - began
         nothing = not count and not completed
-        return EncodeResult(model.number, count, completed, version, embeddings_version, seconds, nothing)
+        return EncodeResult(codebook.number, count, completed, version, embeddings_version, seconds, nothing)
 
     completed = 0
-    if not new_version and selection is None and may_have_nulls(warehouse.root, model.number, "squared_error"):
+    if not new_version and selection is None and may_have_nulls(warehouse.root, codebook.number, "squared_error"):
         incomplete = _incomplete(embeddings, own).cache()
         if not incomplete.isEmpty():
             groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
             columns = encoded(groups, incomplete).select(*SEMANTIC_IDS.key, *ADDED)
-            with warehouse.staged(columns, f"complete-{model.number}") as staged:
+            with warehouse.staged(columns, f"complete-{codebook.number}") as staged:
                 completed = staged.count()
                 warehouse.update(SEMANTIC_IDS, staged, ADDED)
             published = warehouse.read(SEMANTIC_IDS)
-            own = published.where(F.col("codebook_version") == model.number)
+            own = published.where(F.col("codebook_version") == codebook.number)
         incomplete.unpersist()
 
     if new_version and parent < 0 and selection is None:  # every item, no previous codes: one pass without a join
@@ -113,16 +113,16 @@ def run(
         if not count:
             return result(0, warehouse.version(SEMANTIC_IDS))
         by_codes = encoded(groups, None).repartition(_tasks(count, warehouse.cores), "joined")
-        rows = _published(by_codes, None, model, run_date)
+        rows = _published(by_codes, None, codebook, run_date)
         return result(count, warehouse.replace(SEMANTIC_IDS, rows, whole_version))
     selected = None if selection is None else selection.items(warehouse)
-    pending = _pending(embeddings, published, model.number, parent, selected).cache()
+    pending = _pending(embeddings, published, codebook.number, parent, selected).cache()
     try:
         if pending.isEmpty():
             return result(0, warehouse.version(SEMANTIC_IDS))
         groups = row_groups(warehouse.files(ITEM_EMBEDDINGS, embeddings_version))
-        with warehouse.staged(encoded(groups, pending), f"encode-{model.number}") as staged:
-            rows = _published(staged, own, model, run_date)
+        with warehouse.staged(encoded(groups, pending), f"encode-{codebook.number}") as staged:
+            rows = _published(staged, own, codebook, run_date)
             if new_version:
                 return result(staged.count(), warehouse.replace(SEMANTIC_IDS, rows, whole_version))
             return result(staged.count(), warehouse.merge(SEMANTIC_IDS, rows))
@@ -212,7 +212,7 @@ def _spread(warehouse: Warehouse, groups: Sequence[RowGroup], pending: DataFrame
 # ---- IDs ----
 
 
-def _published(encoded: DataFrame, own: DataFrame | None, model: CodebookVersion, run_date: date) -> DataFrame:
+def _published(encoded: DataFrame, own: DataFrame | None, codebook: CodebookVersion, run_date: date) -> DataFrame:
     """Rows of `semantic_ids`. New items get the next free suffix of their codes in SUFFIX_ORDER, others keep theirs.
 
     `own` is the IDs that the version has; None if it has none and no item keeps a suffix.
@@ -249,7 +249,7 @@ def _published(encoded: DataFrame, own: DataFrame | None, model: CodebookVersion
     columns = {
         "suffix": F.col("suffix").cast("int"),
         "semantic_id": text,
-        "codebook_hash": F.lit(model.hash),
+        "codebook_hash": F.lit(codebook.hash),
         "run_date": F.lit(run_date).cast("date"),
     }
     return rows.withColumns(columns).select(*SEMANTIC_IDS.schema.names)

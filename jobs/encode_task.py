@@ -46,10 +46,10 @@ ENCODED = pa.schema(
 
 
 def group_encoder(
-    shared: Any, model: CodebookVersion, config: EncodeConfig
+    shared: Any, codebook: CodebookVersion, config: EncodeConfig
 ) -> Callable[[Iterator[pa.RecordBatch]], Iterator[pa.RecordBatch]]:
     """The function for `mapInArrow` that encodes row groups with a codebook whose files are broadcast in `shared`."""
-    version, codebook_hash = model.number, model.hash
+    version, codebook_hash = codebook.number, codebook.hash
 
     def encode(work: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         import torch

@@ -53,12 +53,12 @@ def run(
     config: Config,
     warehouse: Warehouse,
     registry: Registry,
-    model: CodebookVersion,
+    codebook: CodebookVersion,
     champion: CodebookVersion | None,
     run_date: date,
     pictures: Path,
 ) -> EvaluateResult:
-    """Compute the metrics of the IDs of `model`, compared with those of the champion, and the verdict of the gate.
+    """Compute the metrics of the IDs of `codebook`, compared with those of the champion, and the verdict of the gate.
 
     A report of the same tables, codebook and settings is reused.
 
@@ -68,35 +68,35 @@ def run(
         CodebookError: its files are damaged.
     """
     began = time.monotonic()
-    check_hashes(warehouse.root, model)
-    versions = versions_to_evaluate(warehouse, model.number)
-    other = champion if champion is not None and champion.number != model.number else None
-    run_id = fingerprint([RECIPE, versions, model.hash, config.digest("gate", "evaluate")])[:16]
+    check_hashes(warehouse.root, codebook)
+    versions = versions_to_evaluate(warehouse, codebook.number)
+    other = champion if champion is not None and champion.number != codebook.number else None
+    run_id = fingerprint([RECIPE, versions, codebook.hash, config.digest("gate", "evaluate")])[:16]
     # The report of a champion compares it with its predecessor, from before its promotion; it is reused.
     judged_against = other.number if other else None
-    stored = report(warehouse.root, model.number, run_id)
+    stored = report(warehouse.root, codebook.number, run_id)
     if stored is not None and (other is None or stored.judged_against == judged_against):
         make_newest(warehouse, stored)
         values = {field.name: getattr(stored, field.name) for field in fields(stored)}
-        drawn = tuple(sorted(pictures.glob(f"*-{model.hash[:12]}.png")))
+        drawn = tuple(sorted(pictures.glob(f"*-{codebook.hash[:12]}.png")))
         return EvaluateResult(**values, pictures=drawn, seconds=time.monotonic() - began, nothing_to_do=True)
 
     embeddings = warehouse.read(ITEM_EMBEDDINGS, versions[ITEM_EMBEDDINGS.name])
     published = warehouse.read(SEMANTIC_IDS, versions[SEMANTIC_IDS.name])
-    ids = published.where(F.col("codebook_version") == model.number).drop("alternates").cache()
+    ids = published.where(F.col("codebook_version") == codebook.number).drop("alternates").cache()
     missing = embeddings.join(ids, ["item_id", "content_hash"], how="left_anti").count()
     if missing or ids.isEmpty():
         raise SchemaError(
-            f"{missing} items of item_embeddings have no semantic ID of codebook version {model.number}; the report is "
-            "over the whole catalogue. Run `sid encode` first"
+            f"{missing} items of item_embeddings have no semantic ID of codebook version {codebook.number}; the report "
+            "is over the whole catalogue. Run `sid encode` first"
         )
     champion_ids = published.where(F.col("codebook_version") == (other.number if other else -1))
-    counts = code_counts(ids, model.levels, model.components)
-    rqgmm = load_files(usable_files(warehouse, registry, model), model.hash).rqgmm
+    counts = code_counts(ids, codebook.levels, codebook.components)
+    rqgmm = load_files(usable_files(warehouse, registry, codebook), codebook.hash).rqgmm
     metrics = {
         **_usage_metrics(counts),
         **collision_metrics(ids),
-        **catalogue_metrics(ids, champion_ids, model.dim),
+        **catalogue_metrics(ids, champion_ids, codebook.dim),
         "neighbour_recall": _sampled_recall(embeddings, ids, rqgmm, config.evaluate.neighbour_sample),
     }
     # Held items last: their codes are not the most probable ones, so their confidence is low by intent.
@@ -108,14 +108,14 @@ def run(
         {**metrics, "rmse": metrics.get("common_rmse", metrics["rmse"])}, _thresholds(config), baseline
     )
 
-    short = model.hash[:12]
+    short = codebook.hash[:12]
     usage, likelihood = pictures / f"usage-{short}.png", pictures / f"likelihood-{short}.png"
     draw_usage(counts, usage)
     draw_likelihood(*_likelihoods(ids, embeddings, run_date), likelihood)
     ids.unpersist()
     tags = {
-        "codebook_version": str(model.number),
-        "codebook_hash": model.hash,
+        "codebook_version": str(codebook.number),
+        "codebook_hash": codebook.hash,
         "table_versions": json.dumps(versions),
     }
     with registry.run("evaluate", config, {**tags, "verdict": "passed" if verdict.passed else "failed"}) as mlflow_run:
@@ -124,9 +124,9 @@ def run(
         for picture in (usage, likelihood):
             registry.client.log_artifact(mlflow_run.info.run_id, str(picture), "pictures")
     row = {
-        "codebook_version": model.number,
+        "codebook_version": codebook.number,
         "run_id": run_id,
-        "codebook_hash": model.hash,
+        "codebook_hash": codebook.hash,
         "metrics": metrics,
         "passed": verdict.passed,
         "reasons": list(verdict.reasons),
@@ -138,7 +138,7 @@ def run(
     }
     warehouse.merge(QUALITY_REPORTS, warehouse.rows(QUALITY_REPORTS, [row]))
     return EvaluateResult(
-        codebook_version=model.number,
+        codebook_version=codebook.number,
         run_id=run_id,
         passed=verdict.passed,
         reasons=tuple(verdict.reasons),

@@ -38,14 +38,13 @@ MLFLOW_METRICS = 1000  # MLflow's limit for one request
 
 @dataclass(frozen=True)
 class FitResult:
-    model: CodebookVersion
-    codebook_hash: str
+    codebook: CodebookVersion
     picture: Path | None
     seconds: float = 0.0
     nothing_to_do: bool = False
 
     def summary(self) -> str:
-        return f"codebook version {self.model.number}, hash {self.codebook_hash[:12]}"
+        return f"codebook version {self.codebook.number}, hash {self.codebook.hash[:12]}"
 
 
 def run(
@@ -91,7 +90,7 @@ def run(
         codebook_files(registry, known)
         if registry.codebooks.alias(CANDIDATE) != known.number:
             registry.codebooks.set_alias(CANDIDATE, known.number)
-        return FitResult(known, known.hash, None, time.monotonic() - began, nothing_to_do=True)
+        return FitResult(known, None, time.monotonic() - began, nothing_to_do=True)
 
     step = max(1, items // config.fit.sample) if config.fit.sample else 1
     mib = 4 * fusion.dim * items / step / config.fit.workers / 2**20
@@ -135,10 +134,10 @@ def run(
         with registry.run("fit", config, tags) as mlflow_run:
             _log_trace(registry, mlflow_run.info.run_id, fitted)
             registry.client.log_artifact(mlflow_run.info.run_id, str(picture), "pictures")
-            model = register_codebook(registry, folder, tags)
-    registry.codebooks.set_alias(CANDIDATE, model.number)
+            codebook = register_codebook(registry, folder, tags)
+    registry.codebooks.set_alias(CANDIDATE, codebook.number)
     checkpoint.close()
-    return FitResult(model, codebook_hash, picture, time.monotonic() - began)
+    return FitResult(codebook, picture, time.monotonic() - began)
 
 
 def _can_start_from(champion: CodebookVersion, config: FitConfig, dim: int) -> bool:

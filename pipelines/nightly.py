@@ -111,8 +111,8 @@ def run(
     fitted = None
     if refit_because is not None:
         fitted = stages.fit(champion, refit_because)
-        encoded = stages.encode(fitted.model)
-        published = stages.publish(fitted.model, champion).or_else(published)
+        encoded = stages.encode(fitted.codebook)
+        published = stages.publish(fitted.codebook, champion).or_else(published)
     assert encoded is not None  # without a champion there is a reason to fit
     assert published is not None
     assert published.evaluated is not None

@@ -57,15 +57,15 @@ class RollbackResult:
 
     release: Release
     left_version: int | None  # codebook version that was champion before, if another; no night promotes it again
-    ctr_version: int | None  # CTR model of this codebook, which is the champion again
+    ctr_version: int | None  # CTR codebook of this codebook, which is the champion again
     items_without_id: int  # items that came after the earlier release; the next night encodes them
     nothing_to_do: bool = False
 
 
 def promote(
-    warehouse: Warehouse, registry: Registry, model: CodebookVersion, verdict: QualityReport, *, again: bool = False
+    warehouse: Warehouse, registry: Registry, codebook: CodebookVersion, verdict: QualityReport, *, again: bool = False
 ) -> PromoteResult:
-    """Make `model` the champion and release the tables it was evaluated on. Call with the writer lock held.
+    """Make `codebook` the champion and release the tables it was evaluated on. Call with the writer lock held.
 
     `again` allows a codebook that was rolled back; only a person should ask for that.
 
@@ -75,19 +75,19 @@ def promote(
         RegistryMismatch, CodebookError: its IDs are another codebook's, or its files are gone or damaged.
     """
     history = releases(warehouse.root)
-    rolled_back_from = rolled_back(history).get(model.number)
+    rolled_back_from = rolled_back(history).get(codebook.number)
     if rolled_back_from is not None and not again:
         raise GateFailed(
-            f"codebook version {model.number} was rolled back (from release {rolled_back_from}), expected another one. "
-            f"The champion stays; new items or settings give a new fit, `sid promote {model.number}` takes this one "
-            "all the same"
+            f"codebook version {codebook.number} was rolled back (from release {rolled_back_from}), expected another "
+            "one. The champion stays; new items or settings give a new fit, "
+            f"`sid promote {codebook.number}` takes this one all the same"
         )
     if not verdict.passed:
         raise GateFailed(
-            f"codebook version {model.number} did not pass the gate: {'; '.join(verdict.reasons)}. The champion stays; "
-            "change the data or the fit, or the limits under gate.* if they are wrong for your catalogue"
+            f"codebook version {codebook.number} did not pass the gate: {'; '.join(verdict.reasons)}. The champion "
+            "stays; change the data or the fit, or the limits under gate.* if they are wrong for your catalogue"
         )
-    present = versions_to_evaluate(warehouse, model.number)
+    present = versions_to_evaluate(warehouse, codebook.number)
     if dict(verdict.table_versions) != present:
         raise PromotionConflict(
             f"the verdict is about table versions {dict(verdict.table_versions)}, the tables are at {present}; "
@@ -97,23 +97,23 @@ def promote(
     champion = current.codebook_version if current else None
     if (
         current
-        and (champion, current.codebook_hash) == (model.number, model.hash)
+        and (champion, current.codebook_hash) == (codebook.number, codebook.hash)
         and dict(current.table_versions) == present
     ):
-        restore_ctr_champion(registry, model.hash)  # a kill may have come between the release and this
+        restore_ctr_champion(registry, codebook.hash)  # a kill may have come between the release and this
         return PromoteResult(current, nothing_to_do=True)
-    if champion not in (None, model.number, verdict.judged_against):
+    if champion not in (None, codebook.number, verdict.judged_against):
         raise PromotionConflict(
             f"the champion is version {champion}, the verdict compared with {verdict.judged_against or 'no champion'}; "
             "expected the same. Run `sid evaluate` again"
         )
     # Do not promote a codebook that cannot be used.
-    check_hashes(warehouse.root, model)
-    codebook_files(registry, model)
+    check_hashes(warehouse.root, codebook)
+    codebook_files(registry, codebook)
     # After a kill between these two writes, the next command restores the alias and the next night promotes again.
-    registry.codebooks.set_alias(CHAMPION, model.number)
-    release = write_release(warehouse, current, model.number, model.hash, present, PROMOTED)
-    restore_ctr_champion(registry, model.hash)
+    registry.codebooks.set_alias(CHAMPION, codebook.number)
+    release = write_release(warehouse, current, codebook.number, codebook.hash, present, PROMOTED)
+    restore_ctr_champion(registry, codebook.hash)
     return PromoteResult(release)
 
 
@@ -128,14 +128,14 @@ def rollback(warehouse: Warehouse, registry: Registry, to: int | None = None) ->
         RegistryMismatch, CodebookError: the codebook's files are gone or damaged.
     """
     current, target = _find_target(releases(warehouse.root), to)
-    model = _check_target(warehouse, registry, target)
+    codebook = _check_target(warehouse, registry, target)
     left_version = None
     if target is not current:
         # After a kill between these writes, the same command starts from the same release and repeats them.
         if current.codebook_version != target.codebook_version:
             left_version = current.codebook_version
-        registry.codebooks.set_alias(CHAMPION, model.number)
-        current = write_release(warehouse, current, model.number, model.hash, target.table_versions, ROLLED_BACK)
+        registry.codebooks.set_alias(CHAMPION, codebook.number)
+        current = write_release(warehouse, current, codebook.number, codebook.hash, target.table_versions, ROLLED_BACK)
     ctr = restore_ctr_champion(registry, target.codebook_hash)
     return RollbackResult(
         release=current,
@@ -177,14 +177,14 @@ def _check_target(warehouse: Warehouse, registry: Registry, release: Release) ->
         f"Encode and release again instead: `sid backfill --codebook {version} --all`, "
         f"`sid evaluate --codebook {version}`, `sid promote {version}`"
     )
-    model = registry.codebooks.version(version)
-    if model is None or model.hash != wanted:
+    codebook = registry.codebooks.version(version)
+    if codebook is None or codebook.hash != wanted:
         raise NoWayBack(
-            f"release {release.release_id} is of codebook version {version} with hash {wanted[:12]}, the registry has "
-            f"{model.hash[:12] if model else 'no such version'}; expected the same. If the registry was lost, run "
-            "`sid register`; else name another release with --to"
+            f"release {release.release_id} is of codebook version {version} with hash {wanted[:12]}, the registry "
+            f"has {codebook.hash[:12] if codebook else 'no such version'}; expected the same. If the registry was "
+            "lost, run `sid register`; else name another release with --to"
         )
-    codebook_files(registry, model)
+    codebook_files(registry, codebook)
     if problem := missing_data(warehouse, release):
         raise NoWayBack(f"{problem} {remedy}")
-    return model
+    return codebook

@@ -91,7 +91,7 @@ def facts(night: Night, warehouse: str, pictures: Path, seconds: float) -> dict[
         "reasons": list(night.evaluated.reasons),
         "release": release.release_id if release else None,
         "champion_version": release.codebook_version if release else None,
-        "codebook_hash": release.codebook_hash if release else (night.fitted.codebook_hash if night.fitted else None),
+        "codebook_hash": release.codebook_hash if release else (night.fitted.codebook.hash if night.fitted else None),
         "interactions_in": log.rows_in if log else None,
         "interactions_used": log.rows_used if log else None,
         "interactions_dropped": dict(log.dropped) if log else None,

@@ -33,7 +33,7 @@ def current_champion(registry: Registry) -> CodebookVersion | None:
     versions = own_versions(registry)
     release = current_release(registry.root)
     if release is not None:
-        model = _released(versions, release)
+        codebook = _released(versions, release)
     else:
         rows = hashes_by_codebook_version(registry.root)
         if rows and not versions:
@@ -45,9 +45,9 @@ def current_champion(registry: Registry) -> CodebookVersion | None:
         alias = registry.codebooks.with_alias(CHAMPION)
         if alias is None:
             return None
-        model = alias
-    check_hashes(registry.root, model)
-    return model
+        codebook = alias
+    check_hashes(registry.root, codebook)
+    return codebook
 
 
 def restore_champion(registry: Registry, *, verify_files: bool = True) -> tuple[CodebookVersion | None, str]:
@@ -60,17 +60,17 @@ def restore_champion(registry: Registry, *, verify_files: bool = True) -> tuple[
         RegistryMismatch: see `current_champion`.
         CodebookError: the files are damaged.
     """
-    model = current_champion(registry)
-    if model is None:
+    codebook = current_champion(registry)
+    if codebook is None:
         return None, ""
     if verify_files:
-        codebook_files(registry, model)
+        codebook_files(registry, codebook)
     alias = registry.codebooks.alias(CHAMPION)
-    if alias == model.number:
-        return model, ""
-    registry.codebooks.set_alias(CHAMPION, model.number)
+    if alias == codebook.number:
+        return codebook, ""
+    registry.codebooks.set_alias(CHAMPION, codebook.number)
     was = "was missing" if alias is None else f"named version {alias}"
-    return model, f"alias {CHAMPION} {was}; put back to version {model.number}, which the current release is of"
+    return codebook, f"alias {CHAMPION} {was}; put back to version {codebook.number}, which the current release is of"
 
 
 def own_versions(registry: Registry) -> dict[int, RegisteredVersion]:
@@ -101,18 +101,19 @@ def own_versions(registry: Registry) -> dict[int, RegisteredVersion]:
     return versions
 
 
-def check_hashes(root: str, model: CodebookVersion) -> None:
+def check_hashes(root: str, codebook: CodebookVersion) -> None:
     """Check that all IDs of a version have the hash of its codebook.
 
     Raises:
         RegistryMismatch: some have another.
     """
-    others = hashes_by_codebook_version(root).get(model.number, set()) - {model.hash[:HASH_DIGITS]}
+    others = hashes_by_codebook_version(root).get(codebook.number, set()) - {codebook.hash[:HASH_DIGITS]}
     if others:
         raise RegistryMismatch(
-            f"semantic_ids of codebook version {model.number} carry hash {', '.join(sorted(h[:12] for h in others))}, "
-            f"the registry's version {model.number} is {model.hash[:12]}; expected the same. {OTHER_REGISTRY}. If a "
-            "release was written over these rows all the same, `sid rollback --to RELEASE` goes back to one before it"
+            f"semantic_ids of codebook version {codebook.number} carry hash "
+            f"{', '.join(sorted(h[:12] for h in others))}, the registry's version {codebook.number} is "
+            f"{codebook.hash[:12]}; expected the same. {OTHER_REGISTRY}. If a release was written over "
+            "these rows all the same, `sid rollback --to RELEASE` goes back to one before it"
         )
 
 

@@ -37,7 +37,7 @@ _loaded: dict[str, RQGMM] = {}  # one codebook per worker process, by content ha
 # ---- use a registered codebook ----
 
 
-def codebook_files(registry: Registry, model: CodebookVersion) -> Files:
+def codebook_files(registry: Registry, codebook: CodebookVersion) -> Files:
     """The verified files of a registered codebook, from the warehouse.
 
     Files that only the registry has, as after a development version before 0.1.0, are copied into the warehouse first.
@@ -46,26 +46,26 @@ def codebook_files(registry: Registry, model: CodebookVersion) -> Files:
         CodebookError: the files are damaged.
         RegistryMismatch: neither the warehouse nor the registry has them.
     """
-    files = read_codebook(registry.root, model.hash)
+    files = read_codebook(registry.root, codebook.hash)
     if files is None:
         with tempfile.TemporaryDirectory() as scratch:
-            store_codebook(registry.root, _download(registry, model, Path(scratch)), model.hash)
-        files = read_codebook(registry.root, model.hash)
+            store_codebook(registry.root, _download(registry, codebook, Path(scratch)), codebook.hash)
+        files = read_codebook(registry.root, codebook.hash)
         assert files is not None
-    load_files(files, model.hash)
-    store_tags(registry.root, model)
+    load_files(files, codebook.hash)
+    store_tags(registry.root, codebook)
     return files
 
 
-def usable_files(warehouse: Warehouse, registry: Registry, model: CodebookVersion) -> Files:
+def usable_files(warehouse: Warehouse, registry: Registry, codebook: CodebookVersion) -> Files:
     """The verified files of a codebook, after a check that its fusion is that of this warehouse's vectors.
 
     Raises:
         CodebookError, RegistryMismatch: see `codebook_files`.
         SchemaError: it was fitted on vectors of another recipe.
     """
-    files = codebook_files(registry, model)
-    check_recipe(json.loads(files[MANIFEST]), model, warehouse.property(ITEM_EMBEDDINGS, FUSION))
+    files = codebook_files(registry, codebook)
+    check_recipe(json.loads(files[MANIFEST]), codebook, warehouse.property(ITEM_EMBEDDINGS, FUSION))
     return files
 
 
@@ -78,7 +78,7 @@ def worker_codebook(files: Files, codebook_hash: str) -> RQGMM:
     return _loaded[codebook_hash]
 
 
-def check_recipe(manifest: Mapping[str, Any], model: CodebookVersion, table_recipe: str | None) -> None:
+def check_recipe(manifest: Mapping[str, Any], codebook: CodebookVersion, table_recipe: str | None) -> None:
     """Check that table and codebook have the same recipe: modalities, dimensions, weights, scaling, order.
 
     Raises:
@@ -93,8 +93,8 @@ def check_recipe(manifest: Mapping[str, Any], model: CodebookVersion, table_reci
     if [fitted.get(part) for part in parts] != [stored.get(part) for part in parts]:
         of = [json.dumps({part: recipe.get(part) for part in parts}, sort_keys=True) for recipe in (fitted, stored)]
         raise SchemaError(
-            f"codebook version {model.number} (hash {model.hash[:12]}) was fitted on vectors of the recipe {of[0]}, "
-            f"item_embeddings holds {of[1]}; expected the same. Fit a codebook on these vectors: `sid fit`"
+            f"codebook version {codebook.number} (hash {codebook.hash[:12]}) was fitted on vectors of the recipe "
+            f"{of[0]}, item_embeddings holds {of[1]}; expected the same. Fit a codebook on these vectors: `sid fit`"
         )
 
 
@@ -105,9 +105,9 @@ def register_codebook(registry: Registry, folder: Path, tags: Mapping[str, str])
     """Copy the codebook from a local folder into the warehouse and register it. Call inside `Registry.run`."""
     store_codebook(registry.root, folder, tags["codebook_hash"])
     code = Path(__file__).with_name("codebook_model.py")
-    model = CodebookVersion.of(register(registry, CODEBOOK_MODEL, code, folder, tags))
-    store_tags(registry.root, model)
-    return model
+    codebook = CodebookVersion.of(register(registry, CODEBOOK_MODEL, code, folder, tags))
+    store_tags(registry.root, codebook)
+    return codebook
 
 
 def tags_of_manifest(content: bytes, codebook_hash: str, versions: Mapping[int, str]) -> dict[str, str]:
@@ -179,12 +179,12 @@ def load_files(files: Files, codebook_hash: str) -> Codebook:
             ) from error
 
 
-def store_tags(root: str, model: CodebookVersion) -> None:
+def store_tags(root: str, codebook: CodebookVersion) -> None:
     """Store the tags of a version with its codebook, so that `sid register` can register it again."""
-    filesystem, path = _path(root, model.hash)
+    filesystem, path = _path(root, codebook.hash)
     known = _read_tags(filesystem, path)
-    if str(model.number) not in known:
-        known[str(model.number)] = model.tags()
+    if str(codebook.number) not in known:
+        known[str(codebook.number)] = codebook.tags()
         write_file(filesystem, f"{path}/{VERSIONS}", json.dumps(known, indent=2).encode() + b"\n")
 
 
@@ -224,7 +224,7 @@ def _is_undamaged(files: Files, codebook_hash: str) -> bool:
     return True
 
 
-def _download(registry: Registry, model: CodebookVersion, scratch: Path) -> Path:
+def _download(registry: Registry, codebook: CodebookVersion, scratch: Path) -> Path:
     """Download a codebook from the registry's artefacts and verify it; returns its folder.
 
     Raises:
@@ -233,13 +233,14 @@ def _download(registry: Registry, model: CodebookVersion, scratch: Path) -> Path
     from mlflow.exceptions import MlflowException
 
     try:
-        folder = registry.download(model, scratch) / "artifacts" / "codebook"
-        load_codebook(folder, expect_hash=model.hash)
+        folder = registry.download(codebook, scratch) / "artifacts" / "codebook"
+        load_codebook(folder, expect_hash=codebook.hash)
     except (OSError, MlflowException, CodebookError) as error:
         raise RegistryMismatch(
-            f"codebook version {model.number} has its files neither in {FOLDER}/{model.hash} of the warehouse nor, "
-            f"whole, among the artefacts of the MLflow registry ({type(error).__name__}); expected them in one of the "
-            "two. Restore that folder from a backup, or go back to another release with `sid rollback --to RELEASE`"
+            f"codebook version {codebook.number} has its files neither in {FOLDER}/{codebook.hash} of the warehouse "
+            f"nor, whole, among the artefacts of the MLflow registry ({type(error).__name__}); expected them in one "
+            "of the two. Restore that folder from a backup, or go back to another release with "
+            "`sid rollback --to RELEASE`"
         ) from error
     return folder
 

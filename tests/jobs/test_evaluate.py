@@ -111,7 +111,7 @@ def catalogue(
         write_vectors(source, list(range(items)), text_embedding=x[:items])
         load.run(config, warehouse, day)
         champion = codebooks[-1] if codebooks else None
-        codebooks.append(fit.run(config, warehouse, registry, day, root / "pictures", champion).model)
+        codebooks.append(fit.run(config, warehouse, registry, day, root / "pictures", champion).codebook)
         for codebook in codebooks:
             encode.run(config, warehouse, registry, codebook, day)
     return config, warehouse, registry, codebooks

@@ -107,7 +107,7 @@ def test_a_failing_candidate_withholds_no_new_item(failed: tuple[SmallWarehouse,
     assert "The champion stays" in night.gate_message
     assert small.registry.codebooks.alias(CHAMPION) == 1
     assert night.fitted is not None
-    assert night.fitted.model.number == 2
+    assert night.fitted.codebook.number == 2
     assert night.trained is None
     told = facts(night, "w", Path("p"), 1.0)
     assert (told["verdict"], told["champion_version"]) == ("failed", 1)
