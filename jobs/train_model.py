@@ -131,7 +131,9 @@ def _train_on_workers(training: Training, model: DMQN, report: Callable[[str], N
         report(str(Progress(**step)))
 
     def lost() -> None:
-        report("a worker was lost; going on from the last checkpoint")
+        state = checkpoint.load()
+        assert state is not None
+        report(f"a worker was lost; going on from epoch {state.epoch + 1} after {state.examples:,} examples")
 
     files = WorkerFiles(f"{checkpoint.uri}-workers")
     workers = Workers(training.config.workers, "train.workers", "training", files)

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -23,9 +24,11 @@ from jobs.errors import SchemaError
 from jobs.files.filesystem import filesystem_of, read_file, write_file
 from jobs.spark.session import one_machine
 from tokenizer import LostWorker
+from tokenizer.collectives import lost_worker
 
 RESTARTS = 2  # of work that lost a worker
 PROGRESS_SECONDS = 1.0  # between two looks at the progress of the workers
+LONGEST_WAIT = timedelta(minutes=10)  # of a worker for the others; one that is killed is noticed at once
 PROGRESS, ERROR = "progress.json", "error-"
 OURS = {kind.__name__: kind for kind in (ConfigError, SchemaError)}  # what a user caused, in one sentence
 
@@ -135,8 +138,8 @@ class Workers:
                 if not attempts_left:
                     raise WorkersFailed(
                         f"the {self.work} lost a worker {1 + RESTARTS} times ({error}); expected {self.count} that "
-                        "last. Their logs may say why (memory?). What is finished is kept: run again to go on, or with "
-                        f"fewer --set {self.setting}"
+                        "last. Their logs may say why. The same command again goes on from what is finished; if memory "
+                        f"ran out, set fewer {self.setting}"
                     ) from error
             lost()
 
@@ -170,9 +173,11 @@ def worker(files: WorkerFiles) -> Iterator[tuple[int, int]]:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
-        dist.init_process_group("gloo")
+        with lost_worker():
+            dist.init_process_group("gloo", timeout=LONGEST_WAIT)
         yield rank, world
-        dist.barrier()
+        with lost_worker():
+            dist.barrier()
         dist.destroy_process_group()
     except LostWorker:
         raise  # the driver restarts all workers

@@ -22,10 +22,11 @@ def distributed() -> bool:
 
 
 @contextmanager
-def _lost_worker() -> Iterator[None]:
+def lost_worker() -> Iterator[None]:
+    """A collective operation in the block that fails, or times out, raises LostWorker."""
     try:
         yield
-    except RuntimeError as error:  # the whole message of torch.distributed when a peer has closed its connection
+    except RuntimeError as error:  # all that torch.distributed says when a peer has gone
         raise LostWorker(
             f"another worker is gone ({error}); expected all of them. Run again to go on from what is finished"
         ) from error
@@ -39,12 +40,12 @@ def gather_rows(own: Tensor) -> Tensor:
     if not distributed():
         return own
     lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    with _lost_worker():
+    with lost_worker():
         dist.all_gather(lengths, torch.tensor([len(own)]))
     longest = max(int(length) for length in lengths)
     padded = torch.cat([own, own.new_zeros(longest - len(own), *own.shape[1:])])
     parts = [torch.empty_like(padded) for _ in lengths]
-    with _lost_worker():
+    with lost_worker():
         dist.all_gather(parts, padded)
     return torch.cat([part[: int(length)] for part, length in zip(parts, lengths, strict=True)])
 
@@ -66,7 +67,7 @@ def total(own: Tensor) -> Tensor:
     # all_reduce adds memory, so the order of elements in memory must be the same on every rank.
     own = own.cpu().contiguous()
     if distributed():
-        with _lost_worker():
+        with lost_worker():
             dist.all_reduce(own)
     return own
 

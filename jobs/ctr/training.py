@@ -234,6 +234,8 @@ class _Run:
             self.progress(Progress(self.epoch + 1, self.examples, self.examples_per_second, mean, validation_auc))
 
     def save(self) -> None:
+        if self.distributed:
+            _average_buffers(self.model)  # all processes go on from what this one stores, so they have the same
         if self.checkpoint and self.rank == 0:
             at = (self.epoch, self.batch, self.examples, self.loss, tuple(self.validation_auc))
             self.checkpoint.save(TrainingState.of(self.model, self.optimizer, self.best, *at))
@@ -266,8 +268,7 @@ def auc_of(scores: Scores) -> float:
 def _average_buffers(model: nn.Module) -> None:
     """What models count while training, such as the mean of a feature, is each process's own until here."""
     for buffer in model.buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(total(buffer.cpu() / dist.get_world_size()))
+        buffer.copy_(total(buffer.double() / dist.get_world_size()))
 
 
 def _seed(*numbers: int) -> int:

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from data import topics
+from lost_workers import kill_worker_when, mark_workers
 from pyspark import SparkContext
 from pyspark.sql import SparkSession
 
@@ -105,23 +102,9 @@ def test_a_fit_goes_on_from_its_last_level(
 def test_a_lost_worker_restarts_the_fit_from_its_last_level(
     tmp_path: Path, rows: EmbeddingFiles, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mark = f"SID_TEST={tmp_path}"
-    monkeypatch.setenv(*mark.split("=", 1))
     saved = checkpoint(tmp_path / "lost")
-
-    def lose_one() -> None:
-        while (done := saved.latest()) is None or done.rqgmm.n_levels < 2:
-            time.sleep(0.01)
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (process / "environ").read_bytes().decode(errors="replace").split("\0")
-            except OSError:  # it has gone, or is not ours
-                continue
-            if mark in environment and "RANK=1" in environment:
-                os.kill(int(process.name), signal.SIGKILL)
-
-    loser = threading.Thread(target=lose_one, daemon=True)
-    loser.start()
+    mark_workers(monkeypatch, tmp_path)
+    kill_worker_when(lambda: (done := saved.latest()) is not None and done.rqgmm.n_levels >= 2, tmp_path)
     notes: list[str] = []
     config = FitConfig(components=8, levels=12)
     fitted = fit.fit_table(config.model_copy(update={"workers": 2}), rows, saved, report=notes.append)

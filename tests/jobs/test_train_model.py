@@ -1,14 +1,19 @@
-"""Training through TorchDistributor: two processes are equal in kind to one, and a failure is one sentence."""
+"""Training through TorchDistributor: two processes are equal in kind to one, one that is lost changes nothing, and a
+failure is one sentence.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from ctr_data import ALTERNATES, COMPONENTS, LEVELS, Event, events_batch
+from lost_workers import kill_worker_when, mark_workers
 from pyspark.sql import SparkSession
 
 from jobs.config import ConfigError
@@ -21,13 +26,17 @@ from jobs.ctr.training_state import TrainingCheckpoint
 from jobs.ctr.user_table import ModelInputs
 from jobs.ctr.warm_start import random_start
 from jobs.errors import SchemaError
+from jobs.failures import failure
 from jobs.read_config import load_config
 from jobs.train_model import TrainedModel, train_model
+from jobs.workers import WorkersFailed
 
 # TorchDistributor leaves the pipe to its workers open.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 INPUTS = ModelInputs(TokenScheme("soft", LEVELS, COMPONENTS, ALTERNATES, 100), item_rows=50, history=4)
+
+SMALL_STEPS = ("train.workers=2", "train.batch_positions=60", "train.learning_rate=0.001")  # some 100 an epoch
 
 
 def write_examples(path: Path, moments: range) -> tuple[ExampleRowGroup, ...]:
@@ -42,12 +51,16 @@ def write_examples(path: Path, moments: range) -> tuple[ExampleRowGroup, ...]:
     return row_groups([str(path)])
 
 
+def checkpoint_in(folder: Path) -> TrainingCheckpoint:
+    return TrainingCheckpoint(f"{folder}/model", "key", every=5)
+
+
 def trained(groups: tuple[ExampleRowGroup, ...], folder: Path, *settings: str) -> tuple[TrainedModel, list[str]]:
     own = ("train.width=8", "train.epochs=3", "train.batch_positions=600", "train.learning_rate=0.01")
     config = load_config(overrides=[*own, *settings]).train
     start = random_start(INPUTS, DMQNShape(len(FEATURES), config.width, 2, 4), seed=0)
     reports: list[str] = []
-    checkpoint = TrainingCheckpoint(f"{folder}/model", "key")
+    checkpoint = checkpoint_in(folder)
     return train_model(config, groups, start, checkpoint, reports.append), reports
 
 
@@ -76,3 +89,50 @@ def test_an_error_of_the_data_is_said_as_by_one_process(spark: SparkSession, tmp
 def test_more_workers_than_slots_is_a_sentence(spark: SparkSession, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.workers is 64 and Spark has 2 slots"):
         trained((), tmp_path, "train.workers=64")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    spark: SparkSession, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[tuple[ExampleRowGroup, ...], TrainedModel]:
+    """Row groups, and what two processes train on them."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    groups = write_examples(folder / "0.parquet", range(10))
+    return groups, trained(groups, folder, *SMALL_STEPS)[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("restarts", [1, 0])
+def test_a_training_that_loses_a_worker_goes_on_from_its_checkpoint_to_the_same_model(
+    undisturbed: tuple[tuple[ExampleRowGroup, ...], TrainedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    restarts: int,
+) -> None:
+    """All workers start again, or, after too many losses, the command ends with a sentence and the next one goes on."""
+    groups, whole = undisturbed
+
+    def within_an_epoch() -> bool:
+        state = checkpoint_in(tmp_path).load()
+        return state is not None and state.batch > 0
+
+    monkeypatch.setattr("jobs.workers.RESTARTS", restarts)
+    mark_workers(monkeypatch, tmp_path)
+    kill_worker_when(within_an_epoch, tmp_path)
+    if restarts:
+        resumed, reports = trained(groups, tmp_path, *SMALL_STEPS)
+        lost = [text for text in reports if "a worker was lost" in text]
+        assert len(lost) == 1
+        assert re.fullmatch(r"a worker was lost; going on from epoch [1-3] after [1-9][\d,]* examples", lost[0])
+    else:
+        with pytest.raises(WorkersFailed, match=r"^the training lost a worker 1 times") as raised:
+            trained(groups, tmp_path, *SMALL_STEPS)
+        shown = failure(raised.value)
+        assert shown.code == 5
+        assert "The same command again goes on from what is finished" in shown.sentence
+        assert within_an_epoch()
+        resumed, reports = trained(groups, tmp_path, *SMALL_STEPS)
+        assert not any("lost" in text for text in reports)
+    assert resumed.validation_auc == whole.validation_auc
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], tensor), name
