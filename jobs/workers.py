@@ -111,6 +111,7 @@ class Workers:
             ConfigError, SchemaError: a worker raised it.
             WorkersFailed: a worker raised something else, or workers were lost in 1 + RESTARTS attempts.
         """
+        from py4j.protocol import Py4JJavaError
         from pyspark.ml.torch.distributor import TorchDistributor
         from pyspark.sql import SparkSession
 
@@ -128,7 +129,7 @@ class Workers:
                 with self._progress_to(progress):
                     distributor.run(function, *arguments)
                 return
-            except RuntimeError as error:
+            except (RuntimeError, Py4JJavaError) as error:  # of processes beside this one, and of Spark's tasks
                 failure = self.files.error()
                 if failure is not None:
                     if failure["kind"] is not None:
@@ -137,7 +138,7 @@ class Workers:
                     raise WorkersFailed(text) from error
                 if not attempts_left:
                     raise WorkersFailed(
-                        f"the {self.work} lost a worker {1 + RESTARTS} times ({error}); expected {self.count} that "
+                        f"the {self.work} lost a worker {1 + RESTARTS} times; expected {self.count} that "
                         "last. Their logs may say why. The same command again goes on from what is finished; if memory "
                         f"ran out, set fewer {self.setting}"
                     ) from error
