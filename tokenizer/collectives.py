@@ -6,7 +6,7 @@ Every process adds the same numbers in the same order and so takes the same step
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -70,6 +70,25 @@ def total(own: Tensor) -> Tensor:
         with lost_worker():
             dist.all_reduce(own)
     return own
+
+
+def totals(own: Sequence[Tensor]) -> list[Tensor]:
+    """`total` of several tensors of one dtype, sent together."""
+    if not own:
+        return []
+    parts = total(torch.cat([each.flatten() for each in own])).split([each.numel() for each in own])
+    return [part.view_as(each) for part, each in zip(parts, own, strict=True)]
+
+
+def total_rows(own: Tensor) -> Tensor:
+    """`total` of matrices (N, D) in which few rows are not zero: only these are sent. On the CPU."""
+    own = own.cpu()
+    used = own.abs().amax(dim=1).nonzero()[:, 0]
+    rows, place = torch.unique(gather_rows(used), return_inverse=True)
+    values = gather_rows(own[used])
+    result = torch.zeros_like(own)
+    result[rows] = values.new_zeros(len(rows), own.shape[1]).index_add_(0, place, values)
+    return result
 
 
 def on_grid(stats: GMMStatistics, rows: int, largest: float) -> GMMStatistics:

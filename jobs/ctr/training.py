@@ -23,9 +23,10 @@ from jobs.ctr.batch import UserBatch
 from jobs.ctr.metrics import Scores, auc
 from jobs.ctr.training_state import TrainingCheckpoint, TrainingState
 from jobs.errors import SchemaError
-from tokenizer.collectives import distributed, gather_rows, total
+from tokenizer.collectives import distributed, gather_rows, total, total_rows, totals
 
 REPORT_SECONDS = 5.0
+TABLE_ROWS = 1024  # a parameter with as many rows is a table, of which a step uses few
 
 
 class TrainingDiverged(ConfigError):
@@ -125,6 +126,9 @@ class _Run:
     ) -> None:
         self.model, self.seed, self.checkpoint, self.progress = model, seed, checkpoint, progress
         self.optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=True)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.tables = [parameter for parameter in parameters if _is_table(parameter)]
+        self.others = [parameter for parameter in parameters if not _is_table(parameter)]
         self.patience = patience
         self.device = next(model.parameters()).device
         self.distributed = distributed()
@@ -178,7 +182,7 @@ class _Run:
     def step(self, batch: UserBatch | None) -> int:
         """One step of all processes, of which this one may have no batch left; the number of examples, 0 for none."""
         torch.manual_seed(_seed(self.seed, self.rank, self.epoch, self.batch))
-        self.optimizer.zero_grad(set_to_none=not self.distributed)
+        self.optimizer.zero_grad()
         own = everyone = len(batch) if batch is not None else 0
         loss = torch.zeros((), device=self.device)
         if batch is not None:
@@ -203,15 +207,14 @@ class _Run:
         """Gradients become the mean over the examples of all processes; the number of examples and the sum of
         losses.
         """
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
         everyone, loss = total(torch.tensor([own, loss], dtype=torch.float64)).tolist()
         if everyone:
-            for parameter in parameters:
-                assert parameter.grad is not None
-                parameter.grad.copy_(total(parameter.grad.mul_(own / everyone)))
+            share = own / everyone
+            for table in self.tables:
+                table.grad = total_rows(_gradient(table) * share).to(self.device)
+            means = totals([_gradient(parameter) * share for parameter in self.others])
+            for parameter, mean in zip(self.others, means, strict=True):
+                parameter.grad = mean.to(self.device)
         return int(everyone), loss
 
     def end_epoch(self, validation_auc: float) -> None:
@@ -263,6 +266,14 @@ def predict(model: nn.Module, batches: Iterable[UserBatch]) -> Scores:
 
 def auc_of(scores: Scores) -> float:
     return auc(scores.label, scores.score)
+
+
+def _is_table(parameter: nn.Parameter) -> bool:
+    return parameter.ndim == 2 and len(parameter) >= TABLE_ROWS
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
 def _average_buffers(model: nn.Module) -> None:

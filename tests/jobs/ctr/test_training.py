@@ -29,6 +29,7 @@ from jobs.ctr.metrics import Scores, auc, gauc, log_loss, measure
 from jobs.ctr.training import Progress, Trained, TrainingDiverged, predict, train
 from jobs.ctr.training_state import TrainingCheckpoint
 from jobs.errors import SchemaError
+from tokenizer.collectives import total, total_rows
 
 ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 1), st.integers(0, 9)), min_size=2, max_size=60)
 
@@ -248,12 +249,23 @@ spec.loader.exec_module(work)
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+work.compare_sums_of_rows(rank)
 trained = work.trained_without_noise(rank, world)
 if rank == 0:
     work.save_trained(trained, pathlib.Path(sys.argv[2]))
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
+
+
+def compare_sums_of_rows(rank: int) -> None:
+    """In two processes: of which rows are sent, the sum is that of whole matrices to the bit."""
+    g = torch.Generator().manual_seed(rank)
+    for own_rows in ((30, 5), (0, 7), (0, 0)):
+        own = torch.zeros(50, 3)
+        rows = torch.randperm(50, generator=g)[: own_rows[rank]]
+        own[rows] = torch.randn(len(rows), 3, generator=g)
+        assert torch.equal(total_rows(own), total(own.clone())), own_rows
 
 
 def trained_without_noise(rank: int, world: int) -> Trained:
