@@ -255,7 +255,7 @@ class TrainConfig(Section):
     warm_start: bool = Field(
         False,
         description="start from the champion's parameters, under a new codebook with tokens that keep the items' "
-        "vectors: good from the first step, in the end a little worse (docs/ctr.md); not with train.control",
+        "vectors: good from the first step, in the end worse (docs/ctr.md); not with train.control",
     )
     interest_codebooks: Whole = Field(2, ge=1, le=1024, description="N, interest codebooks of DMQN")
     codewords: Whole = Field(
