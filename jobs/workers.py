@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from tokenizer import LostWorker
 from tokenizer.collectives import lost_worker
 
 RESTARTS = 2  # of work that lost a worker
+REPLACE_SECONDS = 20  # before a restart on a cluster, which may have lost an executor and starts another
 PROGRESS_SECONDS = 1.0  # between two looks at the progress of the workers
 LONGEST_WAIT = timedelta(minutes=10)  # of a worker for the others; one that is killed is noticed at once
 PROGRESS, ERROR = "progress.json", "error-"
@@ -143,6 +145,8 @@ class Workers:
                         f"ran out, set fewer {self.setting}"
                     ) from error
             lost()
+            if not local:
+                time.sleep(REPLACE_SECONDS)
 
     @contextmanager
     def _progress_to(self, progress: Callable[[dict[str, Any]], None]) -> Iterator[None]:

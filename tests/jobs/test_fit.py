@@ -103,7 +103,7 @@ def test_a_lost_worker_restarts_the_fit_from_its_last_level(
     tmp_path: Path, rows: EmbeddingFiles, spark: SparkSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = checkpoint(tmp_path / "lost")
-    mark_workers(monkeypatch, tmp_path)
+    mark_workers(monkeypatch, spark, tmp_path)
     kill_worker_when(lambda: (done := saved.latest()) is not None and done.rqgmm.n_levels >= 2, tmp_path)
     notes: list[str] = []
     config = FitConfig(components=8, levels=12)

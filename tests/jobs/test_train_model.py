@@ -102,14 +102,19 @@ def undisturbed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("restarts", [1, 0])
+@pytest.mark.parametrize(("restarts", "in_tasks"), [(1, False), (0, False), (1, True)])
 def test_a_training_that_loses_a_worker_goes_on_from_its_checkpoint_to_the_same_model(
     undisturbed: tuple[tuple[ExampleRowGroup, ...], TrainedModel],
+    spark: SparkSession,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     restarts: int,
+    in_tasks: bool,
 ) -> None:
-    """All workers start again, or, after too many losses, the command ends with a sentence and the next one goes on."""
+    """All workers start again, or, after too many losses, the command ends with a sentence and the next one goes on.
+
+    `in_tasks`: as on a cluster, where each worker is started by a task of Spark.
+    """
     groups, whole = undisturbed
 
     def within_an_epoch() -> bool:
@@ -117,7 +122,10 @@ def test_a_training_that_loses_a_worker_goes_on_from_its_checkpoint_to_the_same_
         return state is not None and state.batch > 0
 
     monkeypatch.setattr("jobs.workers.RESTARTS", restarts)
-    mark_workers(monkeypatch, tmp_path)
+    if in_tasks:
+        monkeypatch.setattr("jobs.workers.one_machine", lambda master: False)
+        monkeypatch.setattr("jobs.workers.REPLACE_SECONDS", 0)
+    mark_workers(monkeypatch, spark, tmp_path)
     kill_worker_when(within_an_epoch, tmp_path)
     if restarts:
         resumed, reports = trained(groups, tmp_path, *SMALL_STEPS)
