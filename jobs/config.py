@@ -205,7 +205,8 @@ class CtrGateConfig(Section):
         0.002,
         ge=0,
         le=1,
-        description="largest drop of AUC, GAUC or AUC of cold items; fails where the whole 95 % interval is worse",
+        description="largest drop of AUC, GAUC, or AUC of cold items if enough of them are shown; fails where the "
+        "whole 95 % interval is worse",
     )
     max_log_loss_rise: float = Field(
         0.002,

@@ -112,6 +112,8 @@ def run(
         log_loss_control=defined(control.log_loss) if control else None,
         calibration=defined(ours.calibration),
         auc_cold=defined(ours.auc_cold),
+        cold_impressions=ours.cold_impressions,
+        cold_clicks=ours.cold_clicks,
         rows_in=log.rows_in,
         rows_used=log.rows_used,
         dropped=log.dropped,

@@ -105,6 +105,8 @@ def facts(night: Night, warehouse: str, pictures: Path, seconds: float) -> dict[
         "log_loss": trained.log_loss if trained else None,
         "calibration": trained.calibration if trained else None,
         "auc_cold": trained.auc_cold if trained else None,
+        "cold_impressions": trained.cold_impressions if trained else None,
+        "cold_clicks": trained.cold_clicks if trained else None,
         "ctr_version": trained.version if trained else None,
         "ctr_verdict": _verdict(trained) if trained and trained.version is not None else None,
         "ctr_reasons": list(trained.reasons) if trained else [],
@@ -177,7 +179,8 @@ def print_summary(
             grid.add_row(
                 "",
                 f"GAUC over {t.gauc_users:,} users; log-loss {t.shown('log_loss')}, "
-                f"calibration {t.shown('calibration')}, AUC of rarely shown items {t.shown('auc_cold')}",
+                f"calibration {t.shown('calibration')}, AUC of rarely shown items {t.shown('auc_cold')} "
+                f"({t.cold_impressions:,} impressions, {t.cold_clicks:,} clicks)",
             )
             grid.add_row(
                 "",

@@ -284,7 +284,7 @@ def paint_codewords(items: Floats, codewords: Floats, genre: Sequence[str], axes
         axes.scatter(*own.T, s=6, color=f"C{number}", label=name)
     axes.scatter(*codewords.T, s=90, marker="*", color="black", label="codewords")
     axes.set(title="Items and codewords of one interest codebook (t-SNE)", xticks=[], yticks=[])
-    axes.legend(fontsize=7, markerscale=1.5)
+    axes.figure.legend(loc="outside right center", fontsize=7, markerscale=1.5)  # points are everywhere in the axes
 
 
 def paint_stale(aucs: dict[str, list[float]], axes: Any) -> None:

@@ -238,7 +238,7 @@ def models_table(scores: TestScores, reference: str) -> Table:
 
 
 def _interval(mean: float, low: float, high: float) -> str:
-    return f"{mean:+.4f} ({low:+.4f} {high:+.4f})"
+    return "undefined" if math.isnan(mean) else f"{mean:+.4f} ({low:+.4f} {high:+.4f})"
 
 
 def category_of(folder: Path, log: Impressions) -> Tensor | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from jobs.ctr.metrics import COLD, Scores, SortedScores, auc
+from jobs.ctr.metrics import Scores, SortedScores, auc, cold_slice
 
 BOOTSTRAPS = 1000
 
@@ -15,13 +16,15 @@ BOOTSTRAPS = 1000
 def difference(
     own: Sequence[Scores], reference: Sequence[Scores], *, cold: bool = False, seed: int = 0
 ) -> tuple[float, float, float]:
-    """AUC of `own` less that of `reference`, the mean over seeds, and its 95 % interval.
+    """AUC of `own` less that of `reference`, the mean over seeds, and its 95 % interval; NaN without enough cold items.
 
     Both have scores of the same impressions in the same order, of each seed. A paired bootstrap: users are drawn with
     replacement, the same ones for both, and a seed for each draw.
     """
     first = own[0]
-    kept = first.shown < COLD if cold else np.ones(len(first), bool)
+    kept = cold_slice(first) if cold else np.ones(len(first), bool)
+    if not kept.any():
+        return math.nan, math.nan, math.nan
     users, user = np.unique(first.user[kept], return_inverse=True)
     pairs = [
         tuple(SortedScores(scores.label[kept], scores.score[kept], user) for scores in pair)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jobs.ctr.metrics import COLD, Scores, SortedScores, calibration, losses, user_aucs
+from jobs.ctr.metrics import Scores, SortedScores, calibration, cold_slice, losses, user_aucs
 
 DRAWS = 200
 
@@ -48,7 +48,7 @@ class Comparison:
     """A candidate against the champion. The verdict follows from it under any limits.
 
     Attributes:
-        differences: By metric: auc, gauc, auc_cold and log_loss.
+        differences: By metric: log_loss, and of auc, gauc and auc_cold those that are defined.
         calibration, champion_calibration: Mean prediction / click rate of either.
     """
 
@@ -57,11 +57,11 @@ class Comparison:
     champion_calibration: float
 
     def reasons(self, limits: CtrLimits) -> tuple[str, ...]:
-        """Why the candidate may not replace the champion; none if it may. An undefined metric is no reason."""
+        """Why the candidate may not replace the champion; none if it may."""
         reasons = [
             f"{name} {self.differences[name]} against the champion, the limit is {-limits.max_auc_drop:+g}"
             for name in ("auc", "gauc", "auc_cold")
-            if self.differences[name].high < -limits.max_auc_drop
+            if name in self.differences and self.differences[name].high < -limits.max_auc_drop
         ]
         loss = self.differences["log_loss"]
         if loss.low > limits.max_log_loss_rise:
@@ -78,8 +78,7 @@ class Comparison:
 def compare(candidate: Scores, champion: Scores, seed: int = 0) -> Comparison:
     """The comparison of two models from their scores of the same impressions.
 
-    Their order may differ: no metric here tells impressions of one user with equal label and count apart. A metric that
-    is undefined (a cold slice without clicks) is NaN.
+    Their order may differ: no metric here tells impressions of one user with equal label and count apart.
 
     Raises:
         ValueError: the impressions differ.
@@ -103,7 +102,7 @@ def _in_order(scores: Scores) -> Scores:
 def _differences(candidate: Scores, champion: Scores, random: np.random.Generator) -> dict[str, Difference]:
     _, user = np.unique(candidate.user, return_inverse=True)
     users = int(user.max()) + 1
-    label, cold = candidate.label, candidate.shown < COLD
+    label, cold = candidate.label, cold_slice(candidate)
     both = (candidate, champion)
     whole = [SortedScores(scores.label, scores.score, user) for scores in both]
     slice_ = [SortedScores(label[cold], scores.score[cold], user[cold]) for scores in both]
@@ -121,13 +120,10 @@ def _differences(candidate: Scores, champion: Scores, random: np.random.Generato
         total = weight.sum()
         drawn["gauc"].append(float((np.nan_to_num(difference) * weight).sum() / total) if total else float("nan"))
         drawn["log_loss"].append(float((times * loss).sum() / (times * shown).sum()))
-    return {name: _interval(values) for name, values in drawn.items()}
+    return {name: _interval(values) for name, values in drawn.items() if not np.isnan(values[0])}
 
 
 def _interval(values: list[float]) -> Difference:
     """The first value is of the users as they are, the others of draws."""
-    draws = np.array(values[1:])
-    if np.isnan(draws).all():
-        return Difference(values[0], float("nan"), float("nan"))
-    low, high = np.nanquantile(draws, [0.025, 0.975])
+    low, high = np.nanquantile(values[1:], [0.025, 0.975])
     return Difference(values[0], float(low), float(high))

@@ -28,6 +28,8 @@ class TrainResult:
     log_loss_control: float | None = None
     calibration: float | None = None  # mean prediction / click rate
     auc_cold: float | None = None  # of items that the training split shows fewer than 5 times
+    cold_impressions: int = 0  # of such items in the test split; with few clicks or non-clicks auc_cold is undefined
+    cold_clicks: int = 0
     rows_in: int = 0  # of the log: rows_used + those dropped
     rows_used: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)  # by reason

@@ -78,7 +78,7 @@ REJECTED_EMBEDDINGS = Table(
         "run_date": "day of the run",
     },
 )
-# Of one level: the code of the ID and the most probable others, with weights in 1/255.
+# The code of the ID and the most probable others, with weights in 1/255; of one level, or level by level.
 ALTERNATE = T.StructType().add("codes", T.ArrayType(INT)).add("weights", T.ArrayType(SHORT))
 SEMANTIC_IDS = Table(
     "semantic_ids",
@@ -187,13 +187,12 @@ RELEASES = Table(
         "at": "time of the release, UTC",
     },
 )
-CODES = T.StructType().add("codes", T.ArrayType(INT)).add("weights", T.ArrayType(T.ShortType()))
-BEHAVIOUR = T.StructType([*T.StructType().add("item_id", STRING).add("ts", LONG), *CODES])
+BEHAVIOUR = T.StructType([*T.StructType().add("item_id", STRING).add("ts", LONG), *ALTERNATE])
 IMPRESSION = T.StructType(
     [
         *T.StructType().add("item_id", STRING).add("label", INT).add("ts", LONG).add("known", INT).add("split", STRING),
         *T.StructType().add("features", T.ArrayType(FLOAT)).add("shown", INT),
-        *CODES,
+        *ALTERNATE,
     ]
 )
 CTR_EXAMPLES = Table(

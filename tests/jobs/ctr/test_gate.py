@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,12 +71,22 @@ def test_predictions_that_are_too_high_fail_though_they_rank_alike() -> None:
     assert any(reason.startswith("calibration (mean prediction / click rate) is 1.3") for reason in reasons)
 
 
-def test_a_cold_slice_without_clicks_fails_nothing() -> None:
-    scores = scored(0.5)
-    warm = Scores(scores.label, scores.score, scores.user, np.full(len(scores), 9))
-    comparison = compare(warm, warm)
-    assert comparison.reasons(LIMITS) == ()
-    assert np.isnan(comparison.differences["auc_cold"].mean)
+@pytest.mark.parametrize(("cold", "judged"), [(0, False), (19, False), (20, True)])
+def test_only_a_cold_slice_with_enough_of_both_classes_can_fail(cold: int, judged: bool) -> None:
+    """`cold` clicks and as many non-clicks of one user, which the candidate ranks wrong and the champion right."""
+    scores = scored(0.0)
+    label = np.array([1] * cold + [0] * cold, np.float32)
+    user, shown = np.full(2 * cold, -1), np.zeros(2 * cold, np.int64)
+
+    def model(score: npt.NDArray[np.float64]) -> Scores:
+        warm = (scores.label, scores.score, scores.user, np.full(len(scores), 9))
+        return Scores(*(np.concatenate(parts) for parts in zip(warm, (label, score, user, shown), strict=True)))
+
+    comparison = compare(model(0.5 - 0.1 * label), model(0.5 + 0.1 * label))
+    assert ("auc_cold" in comparison.differences) == judged
+    assert [reason for reason in comparison.reasons(LIMITS) if reason.startswith("auc_cold")] == (
+        ["auc_cold -1.0000 (-1.0000 to -1.0000) against the champion, the limit is -0.002"] if judged else []
+    )
 
 
 def test_other_impressions_are_refused() -> None:

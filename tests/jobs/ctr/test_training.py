@@ -56,15 +56,25 @@ def test_auc_gauc_and_log_loss_are_those_of_scikit_learn(rows: list[tuple[int, i
 
 def test_calibration_and_the_cold_slice() -> None:
     scores = Scores(
-        label=np.array([1, 0, 1, 0], np.float32),
-        score=np.array([0.9, 0.3, 0.2, 0.6]),
-        user=np.zeros(4, np.int64),
-        shown=np.array([9, 5, 4, 0]),
+        label=np.tile(np.array([1, 0, 1, 0], np.float32), 20),
+        score=np.tile([0.9, 0.3, 0.2, 0.6], 20),
+        user=np.zeros(80, np.int64),
+        shown=np.tile([9, 5, 4, 0], 20),
     )
     metrics = measure(scores)
     assert metrics.calibration == pytest.approx(0.5 / 0.5)
-    assert metrics.auc_cold == 0.0  # of the last two
+    assert (metrics.auc_cold, metrics.cold_impressions, metrics.cold_clicks) == (0.0, 40, 20)  # of the last two of four
     assert metrics.auc == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("clicks", "others"), [(20, 19), (19, 200), (0, 0)])
+def test_an_auc_of_few_cold_impressions_is_undefined_but_they_are_counted(clicks: int, others: int) -> None:
+    warm, cold = [1, 0] * 50, [1] * clicks + [0] * others
+    label = np.array(warm + cold, np.float32)
+    scores = Scores(label, label * 0.5, np.zeros(len(label), np.int64), np.array([5] * 100 + [4] * len(cold)))
+    metrics = measure(scores)
+    assert np.isnan(metrics.auc_cold)
+    assert (metrics.auc, metrics.cold_impressions, metrics.cold_clicks) == (1.0, clicks + others, clicks)
 
 
 def test_metrics_of_one_class_or_of_no_numbers_are_undefined() -> None:
