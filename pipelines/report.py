@@ -179,8 +179,12 @@ def print_summary(
             grid.add_row(
                 "",
                 f"GAUC over {t.gauc_users:,} users; log-loss {t.shown('log_loss')}, "
-                f"calibration {t.shown('calibration')}, AUC of rarely shown items {t.shown('auc_cold')} "
-                f"({t.cold_impressions:,} impressions, {t.cold_clicks:,} clicks)",
+                f"calibration {t.shown('calibration')}",
+            )
+            grid.add_row(
+                "",
+                f"AUC of rarely shown items {t.shown('auc_cold')} ({t.cold_impressions:,} impressions, "
+                f"{t.cold_clicks:,} clicks)",
             )
             grid.add_row(
                 "",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import subprocess
+import sys
 from datetime import date
 from pathlib import Path
 
@@ -19,7 +22,6 @@ from pipelines.lineage import status_facts
 from pipelines.nightly import Night
 from pipelines.promote import NoWayBack, PromoteResult, rollback
 from pipelines.register import register
-from pipelines.report import facts
 from tokenizer import CodebookError
 
 NEXT, DUE = date(2026, 1, 2), date(2026, 3, 1)
@@ -109,10 +111,6 @@ def test_a_failing_candidate_withholds_no_new_item(failed: tuple[SmallWarehouse,
     assert night.fitted is not None
     assert night.fitted.codebook.number == 2
     assert night.trained is None
-    told = facts(night, "w", Path("p"), 1.0)
-    assert (told["verdict"], told["champion_version"]) == ("failed", 1)
-    assert any(reason.startswith("rmse") for reason in told["reasons"])
-    assert (told["ctr_version"], told["ctr_verdict"], told["ctr_reasons"]) == (None, None, [])
     assert night.release == small.release
     assert small.release.codebook_version == 1
     ids = small.tables.read(SEMANTIC_IDS, small.release.table_versions[SEMANTIC_IDS.name])
@@ -137,6 +135,20 @@ def test_the_same_night_again_neither_fits_nor_releases(
     assert exported.fitted.nothing_to_do
     # Nor does a night that no refit is due in, though another codebook's IDs came since.
     assert copy.night(NEXT, WITHOUT_TRAINING).promoted == PromoteResult(copy.release, nothing_to_do=True)
+
+
+@pytest.mark.slow
+def test_the_command_of_such_a_night_exits_with_3_and_its_json_says_which_gate(copy: SmallWarehouse) -> None:
+    written = copy.root / "facts.json"
+    command = [sys.executable, "-m", "pipelines", "nightly", "--date", str(DUE), "--warehouse", str(copy.root)]
+    settings = [HALVED, f"load.source={copy.vectors}", "fit.components=16", "spark.master=local[2]"]
+    options = [*(part for setting in settings for part in ("--set", setting)), "--json", str(written)]
+    done = subprocess.run([*command, *options], check=False, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert "gate: " in done.stderr
+    told = json.loads(written.read_text())
+    assert (told["verdict"], told["champion_version"], told["ctr_verdict"]) == ("failed", 1, None)
+    assert "rmse" in " ".join(told["reasons"]).lower()
 
 
 def files(small: SmallWarehouse) -> set[Path]:
