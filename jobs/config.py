@@ -239,13 +239,18 @@ class TrainConfig(Section):
         "uniform",
         description="how negatives are drawn from the items that are as new to the user and to the log as the positive",
     )
-    tokens: Literal["soft", "level", "prefix", "soft-prefix"] = Field(
+    tokens: Literal["soft", "level", "prefix", "soft-prefix", "pieces"] = Field(
         "soft",
         description="how codes become tokens: one a level with the code's alternates weighted (soft) or without them "
-        "(level), or one a prefix of the codes",
+        "(level), one a prefix of the codes, or one a piece, of which codes that are often shown together are one "
+        "(pieces)",
     )
     token_rows: Whole = Field(
-        2**16, ge=2, le=2**31, description="rows of the token table; tuples and prefixes of codes are hashed to it"
+        2**16,
+        ge=2,
+        le=2**31,
+        description="rows of the token table; tuples and prefixes of codes are hashed to it; the number of pieces is "
+        "at most one less, and fewer of them are shared by more items",
     )
     item_rows: Whole = Field(2**16, ge=2, le=2**31, description="rows of the item table; item ids are hashed to it")
     control: bool = Field(

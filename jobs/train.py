@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
@@ -22,13 +23,14 @@ from jobs.ctr.artefact import OtherFormatError, save_model
 from jobs.ctr.champion import last_champion, load_ctr, restore_ctr_champion
 from jobs.ctr.coverage import coverage_of
 from jobs.ctr.dmqn import DMQNShape
-from jobs.ctr.example_table import Examples, examples_key, read_examples, write_examples
+from jobs.ctr.example_table import Examples, examples_key, most_shown_codes, read_examples, write_examples
 from jobs.ctr.examples import FEATURES, build_examples, item_codes
 from jobs.ctr.gate import Comparison, CtrLimits, compare
 from jobs.ctr.log import Log, read_rows
 from jobs.ctr.metrics import Scores, auc_by_rarity, measure
+from jobs.ctr.pieces import learn
 from jobs.ctr.stream import ExampleRowGroup, ExampleStream, row_groups
-from jobs.ctr.tokens import TokenScheme
+from jobs.ctr.tokens import TokenScheme, scheme_problem
 from jobs.ctr.train_result import TrainResult, defined
 from jobs.ctr.training_state import TrainingCheckpoint
 from jobs.ctr.user_table import ModelInputs
@@ -82,7 +84,7 @@ def run(
     began = time.monotonic()
     if not log.rows_used:
         return TrainResult(rows_in=log.rows_in, dropped=log.dropped, note=log.note, nothing_to_do=True)
-    stage = _Stage(config, warehouse, registry, codebook, versions, report, log, model_inputs(config, codebook))
+    stage = _Stage(config, warehouse, registry, codebook, versions, report, log, input_settings(config, codebook))
     done = registry.ctr_models.newest(lambda version: version.train_key.startswith(stage.train_key))
     if done is not None:
         result = stage.judged_again(done)
@@ -92,11 +94,10 @@ def run(
     coverage = coverage_of(log, stage.published.select("item_id"), config.train)
     examples = stage.examples()
     champion = stage.champion()
-    models = {WITH_IDS: stage.trained(WITH_IDS, examples, stage.start(examples, champion))}
+    inputs = stage.inputs(examples)
+    models = {WITH_IDS: stage.trained(WITH_IDS, examples, stage.start(inputs, examples, champion))}
     if config.train.control:
-        models[WITHOUT_IDS] = stage.trained(
-            WITHOUT_IDS, examples, stage.random_start(replace(stage.inputs, scheme=None))
-        )
+        models[WITHOUT_IDS] = stage.trained(WITHOUT_IDS, examples, stage.random_start(replace(inputs, scheme=None)))
     comparison = stage.comparison(examples, champion, models[WITH_IDS].test)
 
     metrics = {name: measure(model.test) for name, model in models.items()}
@@ -137,20 +138,18 @@ def run(
     return replace(result, version=number, seconds=time.monotonic() - began)
 
 
-def model_inputs(config: Config, codebook: CodebookVersion) -> ModelInputs:
-    """What the model reads of items with codes of `codebook`.
+def input_settings(config: Config, codebook: CodebookVersion) -> dict[str, Any]:
+    """`ModelInputs.settings` of a model that reads codes of `codebook`.
 
     Raises:
-        ConfigError: the token table has no row for each code.
+        ConfigError: the token table has no row for each code, or the codes have too many levels to learn pieces of.
     """
-    alternates = max(1, config.encode.alternates)
-    try:
-        scheme = TokenScheme(
-            config.train.tokens, codebook.levels, codebook.components, alternates, config.train.token_rows
-        )
-    except ValueError as error:
-        raise ConfigError(f"train.token_rows = {config.train.token_rows}: {error}") from error
-    return ModelInputs(scheme, config.train.item_rows, config.train.history)
+    train = config.train
+    scheme: dict[str, Any] = {"kind": train.tokens, "levels": codebook.levels, "components": codebook.components}
+    scheme |= {"alternates": max(1, config.encode.alternates), "table_rows": train.token_rows}
+    if problem := scheme_problem(**scheme):
+        raise ConfigError(f"train.tokens = {train.tokens}, train.token_rows = {train.token_rows}: {problem}")
+    return {"scheme": scheme, "item_rows": train.item_rows, "history": train.history}
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ class _Stage:
     versions: Mapping[str, int]
     report: Callable[[str], None]
     log: Log
-    inputs: ModelInputs
+    input_settings: Mapping[str, Any]
 
     @property
     def ids_key(self) -> str:
@@ -185,7 +184,7 @@ class _Stage:
         model.
         """
         train = self.config.train
-        settings = fingerprint([train.model_dump(mode="json", exclude=NOT_OF_THE_MODEL), asdict(self.inputs)])[:16]
+        settings = fingerprint([train.model_dump(mode="json", exclude=NOT_OF_THE_MODEL), self.input_settings])[:16]
         control = "-control" if train.control else ""
         return f"{RECIPE}-{self.ids_key}-{self.examples_key}-{settings}{control}"
 
@@ -218,6 +217,17 @@ class _Stage:
             self.report(f"not comparing with CTR model version {version.number}: {error}")
             return None
 
+    def inputs(self, examples: Examples) -> ModelInputs:
+        """What the model reads; pieces of codes are learned of the training impressions."""
+        scheme, pieces = self.input_settings["scheme"], None
+        if scheme["kind"] == "pieces":
+            codes, counts = most_shown_codes(self.warehouse, examples.version, scheme["levels"])
+            pieces = learn(codes, counts, scheme["components"], scheme["table_rows"] - 1)
+            self.report(
+                f"learned {len(pieces.several):,} pieces of several codes from {len(codes):,} different tuples of codes"
+            )
+        return ModelInputs(**{**self.input_settings, "scheme": TokenScheme(**scheme, pieces=pieces)})
+
     def random_start(self, inputs: ModelInputs) -> Start:
         train = self.config.train
         shape = DMQNShape(
@@ -230,9 +240,9 @@ class _Stage:
         )
         return random_start(inputs, shape, train.seed)
 
-    def start(self, examples: Examples, champion: Champion | None) -> Start:
+    def start(self, inputs: ModelInputs, examples: Examples, champion: Champion | None) -> Start:
         """The champion's parameters where that is possible, else random ones."""
-        start = self.random_start(self.inputs)
+        start = self.random_start(inputs)
         if champion is None or not self.config.train.warm_start or self.config.train.control:
             return start
         number, previous = champion.version.number, champion.ctr
@@ -240,7 +250,7 @@ class _Stage:
         if reason is not None:
             self.report(f"not starting from CTR model version {number}: {reason}")
             return start
-        old, new = previous.inputs.scheme, self.inputs.scheme
+        old, new = previous.inputs.scheme, inputs.scheme
         assert old is not None
         assert new is not None
         same_tokens = champion.version.codebook_hash == self.codebook.hash and old == new
@@ -257,10 +267,10 @@ class _Stage:
 
     def trained(self, name: str, examples: Examples, start: Start) -> TrainedModel:
         """A trained model; a training that was killed goes on from its checkpoint."""
-        checkpoint = TrainingCheckpoint(
-            f"{self.warehouse.root}/{CHECKPOINTS}/{name.replace(' ', '-')}",
-            f"{self.train_key}-{name}-from-{start.version}-by-{self.config.train.workers}",
-        )
+        key = f"{self.train_key}-{name}-from-{start.version}-by-{self.config.train.workers}"
+        if start.inputs.scheme and start.inputs.scheme.pieces:
+            key += f"-with-{start.inputs.scheme.pieces.digest[:16]}"
+        checkpoint = TrainingCheckpoint(f"{self.warehouse.root}/{CHECKPOINTS}/{name.replace(' ', '-')}", key)
         return train_model(
             self.config.train, examples.groups, start, checkpoint, lambda text: self.report(f"{name}, {text}")
         )

@@ -12,7 +12,8 @@ import torch
 from jobs.ctr.artefact import CtrModel, new_model
 from jobs.ctr.dmqn import DMQNShape
 from jobs.ctr.examples import FEATURES, user_rows
-from jobs.ctr.tokens import TokenScheme
+from jobs.ctr.pieces import learn
+from jobs.ctr.tokens import TokenKind, TokenScheme
 from jobs.ctr.user_table import ModelInputs
 
 LEVELS, ALTERNATES, COMPONENTS = 2, 2, 8
@@ -73,6 +74,16 @@ def random_events(seed: int, users: int, longest: int, items: int = 40) -> list[
         for user in range(users)
         for _ in range(int(g.integers(1, longest + 1)))
     ]
+
+
+def scheme_of(kind: TokenKind, levels: int, components: int, alternates: int, rows: int, seed: int = 0) -> TokenScheme:
+    """A token scheme; where it needs pieces these are learned of random codes, of which the low ones are likelier."""
+    if kind != "pieces":
+        return TokenScheme(kind, levels, components, alternates, rows)
+    g = np.random.default_rng(seed)
+    codes = torch.from_numpy((components * g.random((100, levels)) ** 2).astype(np.int64))
+    pieces = learn(codes, torch.from_numpy(g.integers(1, 20, 100)), components, rows - 1)
+    return TokenScheme(kind, levels, components, alternates, rows, pieces)
 
 
 def ctr_model(seed: int = 0, history: int = 4) -> CtrModel:

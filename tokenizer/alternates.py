@@ -18,7 +18,7 @@ from tokenizer.gmm import DiagonalGMM
 from tokenizer.kernels import one_thread, pieces, top_k
 
 ALTERNATES = 8  # codes a level for which the temperatures are calibrated
-TOTAL = 255  # what the weights of a level sum to
+FULL_WEIGHT = 255  # what the weights of a level sum to
 CALIBRATION_ROWS = 4096  # of the fit, evenly spread, at least where there are as many
 TEMPERATURES = tuple(float(np.float32(2 ** (step / 4))) for step in range(-16, 57))  # tried: 1/16 to 16,384
 
@@ -52,7 +52,7 @@ def level_alternates(scores: Tensor, code: Tensor, top: int, temperature: float 
         listed[given] = ranked.gather(1, (~own).byte().argsort(dim=1, stable=True))
     if temperature is None:
         weights = torch.zeros(listed.shape, dtype=torch.uint8, device=listed.device)
-        weights[:, 0] = TOTAL
+        weights[:, 0] = FULL_WEIGHT
         return listed.int(), weights
     share = (scores.gather(1, listed).double() / temperature).softmax(dim=1)
     return listed.int(), rounded(share)
@@ -60,9 +60,9 @@ def level_alternates(scores: Tensor, code: Tensor, top: int, temperature: float 
 
 def rounded(share: Tensor) -> Tensor:
     """Shares (n, m) that sum to 1 as uint8 that sum to 255, by largest remainder; ties go to the first."""
-    exact = share * TOTAL
+    exact = share * FULL_WEIGHT
     whole = exact.floor()
-    missing = TOTAL - whole.sum(1, keepdim=True)  # (n, 1), units left
+    missing = FULL_WEIGHT - whole.sum(1, keepdim=True)  # (n, 1), units left
     by_remainder = (whole - exact).argsort(dim=1, stable=True)
     rank = by_remainder.argsort(dim=1)
     return (whole + (rank < missing)).to(torch.uint8)

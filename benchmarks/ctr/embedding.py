@@ -50,7 +50,7 @@ class ItemVectors(nn.Module):
         super().__init__()
         self.item_ids, self.sizes = inputs.item_ids, inputs.tokens.fields
         self.tables = ItemEmbedding(1 + inputs.items * inputs.item_ids, inputs.tokens.table_rows, inputs.width)
-        self.tables.spread(inputs.tokens.level_rows())
+        self.tables.spread(inputs.tokens.level_rows(), inputs.tokens.sums)
         self.vectors: Tensor | None
         self.register_buffer("vectors", inputs.vectors, persistent=False)
         self.project = None if inputs.vectors is None else nn.Linear(inputs.vectors.shape[1], inputs.width, bias=False)

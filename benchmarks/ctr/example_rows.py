@@ -11,9 +11,10 @@ import pyarrow as pa
 from jobs.config import Config
 from jobs.ctr.dmqn import DMQNShape
 from jobs.ctr.examples import FEATURES, user_rows
-from jobs.ctr.tokens import FULL_WEIGHT, TokenScheme
+from jobs.ctr.tokens import TokenScheme
 from jobs.ctr.user_table import ModelInputs
 from jobs.ctr.users import Int64
+from tokenizer.alternates import FULL_WEIGHT
 
 ITEMS = 100_000
 LEVELS, COMPONENTS, ALTERNATES = 2, 128, 8

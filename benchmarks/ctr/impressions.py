@@ -5,7 +5,7 @@ For measurements on logs of up to some millions of rows. The stage `train` reads
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from torch import Tensor
 from benchmarks.vectors import WrongVectors
 from jobs.ctr.batch import Items, UserBatch
 from jobs.ctr.sampling import Clicks, sample
+from jobs.ctr.tokens import TokenScheme
 
 Ints = npt.NDArray[np.int64]
 Split = Literal["train", "validation", "test"]
@@ -37,15 +38,24 @@ class ItemTokens:
         rows: (items + 1, T) int64.
         weights: (items + 1, T) float32.
         fields: number of tokens of each field, which sum to T: the alternates of a level are a field, a prefix is one.
+        pieces: the scheme of learned pieces, where the rows are as it numbers them.
     """
 
     rows: Tensor
     weights: Tensor
     table_rows: int
     fields: tuple[int, ...]
+    pieces: TokenScheme | None = None
 
-    def level_rows(self) -> list[Tensor]:
+    @property
+    def sums(self) -> tuple[Tensor, Tensor] | None:
+        """See `TokenScheme.sums`."""
+        return self.pieces.sums if self.pieces else None
+
+    def level_rows(self) -> Sequence[slice | Tensor]:
         """The rows of the tokens of each level; the last field, which is the whole tuple of codes, is none."""
+        if self.pieces:
+            return self.pieces.level_rows
         fields = torch.split(self.rows, list(self.fields), dim=1)[:-1]
         return [rows[rows > 0] for rows in (torch.unique(field) for field in fields)]
 

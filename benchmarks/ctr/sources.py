@@ -15,13 +15,19 @@ from benchmarks.ctr.embedding import Inputs
 from benchmarks.ctr.impressions import Impressions, ItemTokens
 from benchmarks.opponents import QUANTIZERS, softened_rq_kmeans
 from benchmarks.vectors import WrongVectors
-from jobs.ctr.tokens import FULL_WEIGHT, TokenKind, TokenScheme
+from jobs.ctr.pieces import Pieces, learn
+from jobs.ctr.tokens import TokenKind, TokenScheme
 from tokenizer import fit_rqgmm
-from tokenizer.alternates import ALTERNATES
+from tokenizer.alternates import ALTERNATES, FULL_WEIGHT
 
 SOURCES = ("none", "item-id", "vq-vae", "rq-vae", "rq-kmeans", "rq-kmeans-soft", "rq-gmm", "rq-gmm-soft", "embedding")
-OTHER_TOKENS = ("rq-gmm-prefix", "rq-gmm-soft-prefix")  # the codes of rq-gmm as other tokens, see TokenScheme
+OTHER_TOKENS = (
+    "rq-gmm-prefix",
+    "rq-gmm-soft-prefix",
+    "rq-gmm-pieces",
+)  # the codes of rq-gmm as other tokens, see TokenScheme
 HASHED_ROWS = 2**17  # for tuples of codes; rows that no item has are left out of the table
+PIECES_PER_CODE = 2  # learned pieces at most, as a multiple of the single codes: as many of several codes
 NO_TOKENS = "none", "item-id", "embedding"
 
 
@@ -62,17 +68,22 @@ class Catalogue:
             codes = QUANTIZERS[quantizer](self.x, self.levels, self.components, seed).encode(self.x)[:, :, None]
             weights = torch.full_like(codes, FULL_WEIGHT)
         _, levels, alternates = codes.shape
-        single = 1 + levels * self.components
-        scheme = TokenScheme(kind, levels, self.components, alternates, single + HASHED_ROWS)
+        single = levels * self.components
+        pieces = self._pieces(codes[:, :, 0], single * PIECES_PER_CODE) if kind == "pieces" else None
+        table_rows = 1 + (len(pieces) if pieces else single + HASHED_ROWS)
+        scheme = TokenScheme(kind, levels, self.components, alternates, table_rows, pieces)
         own, shares = scheme.rows(codes, weights)
         rows = torch.zeros(items, own.shape[1], dtype=torch.int64).index_copy(0, self.row, own)
+        weights = torch.zeros(items, own.shape[1]).index_copy(0, self.row, shares)
+        if pieces:
+            return ItemTokens(rows, weights, table_rows, scheme.fields, scheme)
         used, rows = torch.unique(rows, return_inverse=True)  # sorted: row 0, which padding has, stays row 0
-        return ItemTokens(
-            rows=rows,
-            weights=torch.zeros(items, own.shape[1]).index_copy(0, self.row, shares),
-            table_rows=len(used),
-            fields=scheme.fields,
-        )
+        return ItemTokens(rows, weights, len(used), scheme.fields)
+
+    def _pieces(self, codes: Tensor, size: int) -> Pieces:
+        """At most `size` pieces of codes (N, L), by how often the training split shows the items."""
+        shown = np.bincount(self.log.item[self.log.of("train")], minlength=self.log.items + 1)
+        return learn(codes, torch.from_numpy(shown)[self.row], self.components, size)
 
     def inputs(self, source: str, tokens: ItemTokens, *, with_embedding: bool) -> Inputs:
         return Inputs(
@@ -92,7 +103,7 @@ class Catalogue:
 
 def quantizer_and_kind(source: str) -> tuple[str, TokenKind]:
     """Whose codes a source has, and how they become tokens."""
-    kinds: tuple[TokenKind, ...] = ("soft-prefix", "prefix", "soft")
+    kinds: tuple[TokenKind, ...] = ("soft-prefix", "prefix", "soft", "pieces")
     for kind in kinds:
         if source.endswith(f"-{kind}"):
             return source.removesuffix(f"-{kind}"), kind

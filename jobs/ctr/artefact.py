@@ -1,10 +1,13 @@
-"""A trained CTR model as a folder: `model.safetensors`, and `manifest.json` with its shape, inputs and codebook."""
+"""A trained CTR model as a folder: `model.safetensors`, and `manifest.json` with its shape, inputs and codebook.
+
+Learned pieces of tokens are tensors beside those of the model, so its hash, which is its identity, covers them too.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -13,16 +16,19 @@ from typing import Any
 import torch
 from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
+from torch import Tensor
 
 from jobs.ctr.batch import Items
 from jobs.ctr.dmqn import DMQN, DMQNShape
 from jobs.ctr.embedding import ItemEmbedding
+from jobs.ctr.pieces import Pieces
 from jobs.ctr.tokens import TokenScheme
 from jobs.ctr.user_table import ModelInputs
 from jobs.errors import WarehouseError
 
 FORMAT = 3  # 1 had a token table by item, and histories as lists of item ids; 2 an MLP that read all interests
 TENSORS, MANIFEST = "model.safetensors", "manifest.json"
+PIECES = ("pieces.several", "pieces.log_prob")  # tensors of a model whose tokens are learned pieces
 
 
 class ArtefactError(WarehouseError):
@@ -65,7 +71,7 @@ def new_model(inputs: ModelInputs, shape: DMQNShape) -> DMQN:
     token_rows = inputs.scheme.table_rows if inputs.scheme else 1
     embed = ItemEmbedding(inputs.item_rows, token_rows, shape.width)
     if inputs.scheme:
-        embed.spread(inputs.scheme.level_rows)
+        embed.spread(inputs.scheme.level_rows, inputs.scheme.sums)
     return DMQN(embed, shape)
 
 
@@ -76,13 +82,16 @@ def save_model(folder: Path, model: DMQN, inputs: ModelInputs, codebook_hash: st
         The SHA-256 of the tensors, which is the model's identity.
     """
     folder.mkdir(parents=True)
-    content = bytes_of({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()})
+    tensors = dict(model.state_dict())
+    if inputs.scheme and inputs.scheme.pieces:
+        tensors |= zip(PIECES, (inputs.scheme.pieces.several, inputs.scheme.pieces.log_prob), strict=True)
+    content = bytes_of({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
     manifest = {
         "format": FORMAT,
         "sha256": digest,
         "codebook_hash": codebook_hash,
-        "inputs": asdict(inputs),
+        "inputs": inputs.settings,
         "shape": asdict(model.shape),
         **facts,
     }
@@ -138,8 +147,22 @@ def model_of(manifest_json: bytes, content: bytes, codebook_hash: str | None = N
             f"the CTR model was trained on codebook {manifest['codebook_hash'][:12]}, the codes are of codebook "
             f"{str(codebook_hash)[:12]}; expected one codebook. Use the model of that codebook, or train one on it"
         )
-    scheme = manifest["inputs"].pop("scheme")
-    inputs = ModelInputs(scheme=TokenScheme(**scheme) if scheme else None, **manifest["inputs"])
+    tensors = tensors_of(content)
+    inputs = _inputs_of(manifest["inputs"], [tensors.pop(name) for name in PIECES if name in tensors])
     model = new_model(inputs, DMQNShape(**manifest["shape"]))
-    model.load_state_dict(tensors_of(content))
+    model.load_state_dict(tensors)
     return CtrModel(model.eval(), inputs, manifest["codebook_hash"], digest)
+
+
+def _inputs_of(settings: Mapping[str, Any], pieces: Sequence[Tensor]) -> ModelInputs:
+    """Of `ModelInputs.settings` and the tensors of PIECES, where there are any."""
+    scheme = settings["scheme"]
+    if scheme is None:
+        return ModelInputs(**settings)
+    try:
+        own = Pieces(scheme["components"], *pieces) if pieces else None
+        return ModelInputs(**{**settings, "scheme": TokenScheme(**scheme, pieces=own)})
+    except ValueError as error:
+        raise ArtefactError(
+            f"{MANIFEST} and {TENSORS} of the CTR model do not belong together: {error}. Train it again"
+        ) from error

@@ -29,17 +29,22 @@ class ItemEmbedding(nn.Module):
             self.item[0] = self.token[0] = 0.0
 
     @torch.no_grad()
-    def spread(self, level_rows: Sequence[slice | Tensor]) -> None:
+    def spread(self, level_rows: Sequence[slice | Tensor], sums: tuple[Tensor, Tensor] | None = None) -> None:
         """Start coarse to fine (ours): the tokens of level 1 far apart, those of each further level a third as far.
 
         From the first step, items that share coarse codes then fall into the same interest clusters, and others do not.
-        With all vectors near zero every item has the same assignment, and gradients hardly tell them apart.
+        With all vectors near zero every item has the same assignment, and gradients hardly tell them apart. A token of
+        several codes starts as the sum of theirs, so that items start alike whatever the segmentation of their codes.
 
         Args:
             level_rows: Of each level, the rows of its codes' tokens; as slices or as row numbers.
+            sums: Rows (P,) of tokens of several codes, and the rows (P, L) of these, padded with 0.
         """
         for level, rows in enumerate(level_rows):
             self.token[rows] = torch.randn_like(self.token[rows]) * (COARSEST_STD / 3**level)
+        if sums is not None:
+            rows, parts = sums
+            self.token[rows] = self.token[parts].sum(1)
 
     def forward(self, items: Items) -> Tensor:
         """Items of shape (...) -> (..., D)"""

@@ -6,8 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
+from torch import Tensor
 
 from jobs.config import Config, ConfigError
 from jobs.ctr.coverage import coverage_of
@@ -21,6 +24,7 @@ from jobs.warehouse.delta_spark import Warehouse
 from jobs.warehouse.tables import CTR_EXAMPLES, ITEM_EMBEDDINGS
 
 SPLITS = ("train", "validation", "test")
+MOST_TUPLES = 2**17  # tuples of codes that reach the driver
 EXAMPLES_OF = "sid.examples"  # property of ctr_examples: what it is made of
 
 
@@ -110,6 +114,25 @@ class Examples:
     @property
     def clicks(self) -> int:
         return sum(split.clicks for split in self.splits.values())
+
+
+def most_shown_codes(warehouse: Warehouse, version: int, levels: int) -> tuple[Tensor, Tensor]:
+    """The tuples of codes that the training impressions show most often, MOST_TUPLES at most.
+
+    Returns:
+        Codes (N, L) int64 of semantic IDs, and how many training impressions show each (N,) int64.
+    """
+    impressions = warehouse.read(CTR_EXAMPLES, version).select(F.explode("impressions").alias("one"))
+    alternates = (F.size("one.codes") / levels).cast("int")  # of a level, its own code first
+    own = F.array(*(F.element_at("one.codes", level * alternates + 1) for level in range(levels)))
+    in_training = impressions.where((F.col("one.split") == "train") & (F.size("one.codes") > 0))
+    counted = in_training.groupBy(own.alias("codes")).count().orderBy(F.desc("count"), "codes").limit(MOST_TUPLES)
+    table = counted.toArrow()
+    codes, counts = table["codes"].combine_chunks().flatten(), table["count"]
+    return (
+        torch.from_numpy(codes.to_numpy(zero_copy_only=False).astype(np.int64)).reshape(-1, levels),
+        torch.from_numpy(counts.to_numpy().astype(np.int64)),
+    )
 
 
 def read_examples(config: Config, warehouse: Warehouse, version: int, log: Log) -> Examples:

@@ -20,9 +20,9 @@ from jobs.config import TrainConfig
 from jobs.ctr.log import Log
 from jobs.ctr.negatives import with_negatives
 from jobs.ctr.splits import split_moments, with_split
-from jobs.ctr.tokens import FULL_WEIGHT
 from jobs.ctr.users import Int64, numbers_of, ranges, starts_of, whole_users
 from jobs.warehouse.tables import BEHAVIOUR, CTR_EXAMPLES, IMPRESSION
+from tokenizer.alternates import FULL_WEIGHT
 
 # Of what build_examples writes. With a higher number every warehouse builds its examples and trains its model anew.
 EXAMPLES_RECIPE = 4

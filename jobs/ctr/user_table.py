@@ -6,6 +6,7 @@ Training, scoring, the cache of interests and the pyfunc all make their batches 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,12 @@ class ModelInputs:
     scheme: TokenScheme | None
     item_rows: int
     history: int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that is set and not learned, for JSON."""
+        scheme = self.scheme.settings if self.scheme else None
+        return {"scheme": scheme, "item_rows": self.item_rows, "history": self.history}
 
 
 @dataclass(frozen=True, eq=False)

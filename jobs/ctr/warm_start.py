@@ -89,7 +89,8 @@ def bridge_tokens(
 
     Field by field, coarsest first: a token becomes the mean, by its weight, of what the tokens before it leave of the
     vectors of the items that carry it. The last field, the tuple of codes, takes what is left, so an item that shares
-    it with no other keeps its vector exactly. Tokens of no item stay as they are.
+    it with no other keeps its vector exactly; of learned pieces only one whose whole tuple is a piece does. Tokens of
+    no item stay as they are.
 
     Args:
         fields: Tokens of each field of `embed` (`TokenScheme.fields`).

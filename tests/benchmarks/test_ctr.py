@@ -16,8 +16,9 @@ from benchmarks.ctr.harness import makers
 from benchmarks.ctr.impressions import Batches, Impressions, ItemTokens, impressions, with_negatives
 from benchmarks.ctr.pooling import window_sums
 from benchmarks.ctr.sources import Catalogue
-from benchmarks.opponents import rq_kmeans, softened_rq_kmeans
+from benchmarks.opponents import QUANTIZERS, rq_kmeans, softened_rq_kmeans
 from jobs.ctr.metrics import SortedScores, auc
+from jobs.ctr.pieces import learn
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,22 @@ def test_softened_k_means_is_k_means() -> None:
     assert torch.equal(codes, rq_kmeans(x, 2, 8, seed=0).encode(x))
     largest = soft.alternates(x, codes, 8).weights.max(dim=2).values.float() / 255
     assert 0.2 < float(largest.mean()) < 0.98
+
+
+def test_pieces_are_learned_of_the_training_split_only(log: Impressions) -> None:
+    """And the rows of the table are those of the pieces; items without an embedding have none."""
+    x = torch.nn.functional.normalize(torch.randn(20, 6, generator=torch.Generator().manual_seed(0)))
+    catalogue = Catalogue(log, x, torch.arange(1, 21), levels=2, components=4)
+    tokens = catalogue.tokens("rq-gmm-pieces", seed=0)
+    assert tokens.pieces is not None
+    codes = QUANTIZERS["rq-gmm"](x, 2, 4, 0).encode(x)
+    shown = torch.from_numpy(log.item[log.of("train")])
+    shown = shown[shown <= 20]
+    assert tokens.pieces.pieces == learn(codes[shown - 1], torch.ones(len(shown), dtype=torch.int64), 4, 16)
+    assert tokens.table_rows == 1 + len(tokens.pieces.pieces)
+    assert (tokens.rows[1:21] > 0).any(1).all()
+    assert not tokens.rows[21:].any()
+    assert (tokens.level_rows()[0], tokens.fields) == (slice(1, 5), (1, 1))
 
 
 def test_a_weighted_auc_is_scikit_learn_s() -> None:

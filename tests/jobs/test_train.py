@@ -5,8 +5,9 @@ built anew.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,19 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from ctr_data import ctr_model
+import torch
+from ctr_data import LEVELS, codes_of, ctr_model, events_batch, random_events
 from delta_rows import registry_at, version_of
 from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from jobs import train
-from jobs.config import Config
+from jobs.config import Config, ConfigError
+from jobs.ctr import example_table
 from jobs.ctr.artefact import FORMAT, MANIFEST, save_model
 from jobs.ctr.coverage import coverage_of
-from jobs.ctr.example_table import EXAMPLES_OF, check_interactions, examples_key
+from jobs.ctr.example_table import EXAMPLES_OF, check_interactions, examples_key, most_shown_codes
+from jobs.ctr.examples import user_rows
 from jobs.ctr.log import examine, read_rows
 from jobs.ctr.train_result import TrainResult
 from jobs.errors import SchemaError
@@ -180,6 +184,52 @@ def test_examples_of_another_recipe_or_log_are_not_known(
         assert (again.rows_in, again.rows_used, again.note) == (log.rows_in, log.rows_used, log.note)
 
 
+# ---- what the model reads ----
+
+
+@pytest.mark.parametrize("kind", ["soft", "pieces"])
+def test_the_key_of_a_training_is_made_of_what_is_set_not_of_what_is_learned(kind: str) -> None:
+    """With other content every warehouse would train its model anew."""
+    settings = train.input_settings(load_config(overrides=[f"train.tokens={kind}"]), version_of("c" * 64))
+    assert settings == {
+        "scheme": {"kind": kind, "levels": 2, "components": 4, "alternates": 8, "table_rows": 65536},
+        "item_rows": 65536,
+        "history": 200,
+    }
+
+
+@pytest.mark.parametrize(
+    ("levels", "setting", "message"),
+    [
+        (2, "train.token_rows=9", "train.tokens = pieces, train.token_rows = 9: a token table of 9 rows is too small"),
+        (9, "train.token_rows=1000", "9 levels; learned pieces need 1 to 8"),
+    ],
+)
+def test_codes_that_no_pieces_can_be_learned_of_are_refused_before_examples_are_built(
+    levels: int, setting: str, message: str
+) -> None:
+    codebook = replace(version_of("c" * 64), levels=levels)
+    with pytest.raises(ConfigError, match=message):
+        train.input_settings(load_config(overrides=["train.tokens=pieces", setting]), codebook)
+
+
+def test_the_codes_of_training_impressions_are_counted(warehouse: Warehouse, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of the semantic ID of each level, whatever the number of alternates; the most frequent tuples only."""
+    events = random_events(3, users=40, longest=30)
+    rows = user_rows(events_batch(events), history=5)
+    warehouse.create(CTR_EXAMPLES)
+    warehouse.replace(CTR_EXAMPLES, warehouse.spark.createDataFrame(pa.Table.from_batches([rows])), "")
+    shown = [event.item for event in events if event.split == "train" and codes_of(event.item)]
+    expected = Counter((codes_of(item)[0], codes_of(item)[2]) for item in shown)
+    version = warehouse.version(CTR_EXAMPLES)
+    codes, counts = most_shown_codes(warehouse, version, LEVELS)
+    assert dict(zip(map(tuple, codes.tolist()), counts.tolist(), strict=True)) == expected
+    monkeypatch.setattr(example_table, "MOST_TUPLES", 5)
+    few, of_few = most_shown_codes(warehouse, version, LEVELS)
+    assert of_few.tolist() == sorted(expected.values(), reverse=True)[:5]
+    assert torch.equal(few, codes[:5])
+
+
 # ---- what a refused model means ----
 
 
@@ -216,7 +266,7 @@ def test_a_champion_of_another_format_stops_no_training(tmp_path: Path) -> None:
         register(registry, CTR_MODEL, Path(train.__file__).parent / "ctr" / "dmqn_model.py", folder, tags)
     said: list[str] = []
     unused: Any = None
-    stage = train._Stage(load_config(), unused, registry, codebook, {}, said.append, unused, ctr.inputs)
+    stage = train._Stage(load_config(), unused, registry, codebook, {}, said.append, unused, ctr.inputs.settings)
     assert stage.champion() is None
     expected = f"not comparing with CTR model version 1: the CTR model has format {FORMAT - 1}; expected {FORMAT}"
     assert said[0].startswith(expected)

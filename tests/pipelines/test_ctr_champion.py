@@ -10,11 +10,15 @@ import pyarrow.parquet as pq
 import pytest
 from warehouse import CLICKS, ITEMS, WITHOUT_TRAINING, Progress, SmallWarehouse
 
+from jobs import cache
 from jobs.ctr.artefact import ArtefactError, load_model
 from jobs.ctr.champion import ctr_champion, load_ctr
+from jobs.ctr.example_table import most_shown_codes
 from jobs.ctr.examples import PART
+from jobs.ctr.pieces import learn
 from jobs.ctr.train_result import TrainResult
 from jobs.models.registry import CANDIDATE, CHAMPION
+from jobs.warehouse.tables import CTR_EXAMPLES
 from pipelines.promote import rollback
 
 LEARNS = ("train.learning_rate=0.01", "train.epochs=2", "train.batch_positions=200", "train.warm_start=true")
@@ -133,6 +137,39 @@ def test_a_refused_model_is_judged_again_and_every_champion_reads_its_own_histor
     assert models.alias(CHAMPION) == 3
     assert list(models.versions()) == [1, 2, 3, 4]
     assert small.night(date(2026, 1, 2), *worse).nothing_to_do
+
+
+@pytest.mark.slow
+def test_nights_with_learned_pieces(small: SmallWarehouse) -> None:
+    """They are learned of training impressions, stored with the model, started from, and read by a later comparison."""
+    pieces = ("train.tokens=pieces", "train.token_rows=60", "train.warm_start=true")
+    progress = Progress()
+    first = small.night(date(2026, 1, 2), *pieces, progress=progress).trained
+    assert first is not None
+    assert (first.version, first.champion, first.started_from) == (2, 1, 1)
+    assert any(note.startswith("learned ") for note in progress.notes)
+    version = small.registry.ctr_models.version(2)
+    assert version is not None
+    ctr = load_ctr(small.registry, version)
+    scheme = ctr.inputs.scheme
+    assert scheme is not None
+    assert scheme.pieces is not None
+    assert 32 < len(scheme.pieces) < 60
+    counted = most_shown_codes(small.tables, small.tables.version(CTR_EXAMPLES), 2)
+    assert scheme.pieces == learn(*counted, 16, 59)
+
+    again = small.night(date(2026, 1, 2), *pieces).trained
+    assert again is not None
+    assert (again.version, again.nothing_to_do) == (2, True)
+
+    codebook = small.registry.codebooks.with_alias(CHAMPION)
+    assert codebook is not None
+    cached = cache.run(small.config(), small.tables, small.registry, codebook, print)
+    assert (cached.ctr_version, cached.users) == (2, 60)
+
+    soft = small.night(date(2026, 1, 3), "train.warm_start=true").trained
+    assert soft is not None
+    assert (soft.version, soft.champion, soft.started_from) == (3, 2, 2)
 
 
 def test_a_model_and_a_codebook_that_do_not_belong_together_refuse_to_load(small: SmallWarehouse) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tokenizer import RQGMM, CodebookError, DataError, fit_rqgmm, load, save_codebook
-from tokenizer.alternates import ALTERNATES, TEMPERATURES, TOTAL, calibrated, rounded
+from tokenizer.alternates import ALTERNATES, FULL_WEIGHT, TEMPERATURES, calibrated, rounded
 from tokenizer.gmm import spherical_gmm
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -44,9 +44,9 @@ def slow_alternates(
         others = sorted((k for k in range(len(means)) if k != own), key=lambda k: (-joint[k], k))
         listed = [own, *others[: top - 1]]
         share = np.exp((joint[listed] - joint[listed].max()) / temperature)
-        exact = [Fraction(value) * TOTAL / Fraction(share.sum()) for value in share]
+        exact = [Fraction(value) * FULL_WEIGHT / Fraction(share.sum()) for value in share]
         weights = [math.floor(value) for value in exact]
-        for place in sorted(range(len(listed)), key=lambda p: (weights[p] - exact[p], p))[: TOTAL - sum(weights)]:
+        for place in sorted(range(len(listed)), key=lambda p: (weights[p] - exact[p], p))[: FULL_WEIGHT - sum(weights)]:
             weights[place] += 1
         all_codes.append(listed)
         all_weights.append(weights)
@@ -82,7 +82,7 @@ def test_laws(x: torch.Tensor, rqgmm: RQGMM, top: int, shift: int, temperature: 
     assert (result.codes.dtype, result.weights.dtype) == (torch.int32, torch.uint8)
     assert torch.equal(result.codes[:, :, 0], codes)
     assert (result.codes.sort(2).values.diff(dim=2) > 0).all()
-    assert (result.weights.sum(2) == TOTAL).all()
+    assert (result.weights.sum(2) == FULL_WEIGHT).all()
     assert (result.weights[:, :, 1:].int().diff(dim=2) <= 1).all()  # a remainder may lift a later one by a unit
 
 
@@ -127,7 +127,7 @@ def test_without_temperatures_the_own_code_has_all_the_weight(x: torch.Tensor, r
     codes = (rqgmm.encode(x[:50]) + 3) % 16
     result, soft = hard.alternates(x[:50], codes, 4), rqgmm.alternates(x[:50], codes, 4)
     assert torch.equal(result.codes[:, :, 0], codes)
-    assert result.weights.flatten(0, 1).tolist() == [[TOTAL, 0, 0, 0]] * 100
+    assert result.weights.flatten(0, 1).tolist() == [[FULL_WEIGHT, 0, 0, 0]] * 100
     assert torch.equal(result.codes.sort(2).values, soft.codes.sort(2).values)
 
 
@@ -136,8 +136,8 @@ def test_without_temperatures_the_own_code_has_all_the_weight(x: torch.Tensor, r
 def test_rounding_is_by_largest_remainder(shares: list[float]) -> None:
     share = torch.tensor([shares], dtype=torch.float64) / sum(shares)
     weights = rounded(share)[0].tolist()
-    assert sum(weights) == TOTAL
-    exact = (share[0] * TOTAL).tolist()
+    assert sum(weights) == FULL_WEIGHT
+    exact = (share[0] * FULL_WEIGHT).tolist()
     assert all(abs(weight - value) < 1 for weight, value in zip(weights, exact, strict=True))
     up = [value - math.floor(value) for weight, value in zip(weights, exact, strict=True) if weight > math.floor(value)]
     down = [
@@ -181,7 +181,7 @@ def test_soft_ids_reconstruct_rows_that_the_fit_has_not_seen_better_than_hard_on
     result = rqgmm.assign(residual, alternates=8)
     assert result.alternates is not None
     for level, gmm in enumerate(rqgmm.levels):
-        weights = result.alternates.weights[:, level, :, None].float() / TOTAL
+        weights = result.alternates.weights[:, level, :, None].float() / FULL_WEIGHT
         soft = (gmm.means[result.alternates.codes[:, level].long()] * weights).sum(1)
         hard = gmm.means[result.codes[:, level].long()]
         assert float((residual - soft).square().mean()) < 0.99 * float((residual - hard).square().mean())
@@ -192,7 +192,7 @@ def test_rows_all_alike_are_calibrated_too() -> None:
     rqgmm = fit_rqgmm(torch.ones(50, 4), levels=2, components=3, seed=0).rqgmm
     result = rqgmm.assign(torch.ones(5, 4), alternates=8)
     assert result.alternates is not None
-    assert (result.alternates.weights.sum(2) == TOTAL).all()
+    assert (result.alternates.weights.sum(2) == FULL_WEIGHT).all()
 
 
 # ---- files ----
@@ -213,7 +213,7 @@ def test_codebooks_of_format_1_have_hard_alternates() -> None:
     assert codebook.rqgmm.temperatures == ()
     assert ids.alternates is not None
     assert torch.equal(ids.alternates.codes[:, :, 0], ids.codes)
-    assert (ids.alternates.weights[:, :, 0] == TOTAL).all()
+    assert (ids.alternates.weights[:, :, 0] == FULL_WEIGHT).all()
 
 
 @pytest.mark.parametrize(

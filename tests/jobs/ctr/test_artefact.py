@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from ctr_data import ALTERNATES, COMPONENTS, LEVELS, Event, codes_of, events_batch, weights_of
+from ctr_data import ALTERNATES, COMPONENTS, LEVELS, Event, codes_of, events_batch, scheme_of, weights_of
 
-from jobs.ctr.artefact import TENSORS, ArtefactError, load_model, new_model, save_model
+from jobs.ctr.artefact import MANIFEST, TENSORS, ArtefactError, load_model, new_model, save_model
 from jobs.ctr.dmqn import DMQN, DMQNShape
 from jobs.ctr.examples import FEATURES, user_rows
+from jobs.ctr.pieces import Pieces
 from jobs.ctr.tokens import TokenScheme
 from jobs.ctr.user_table import ModelInputs, UserTable
 
@@ -47,6 +49,38 @@ def test_a_model_without_tokens_comes_back(tmp_path: Path) -> None:
     inputs = ModelInputs(None, 50, 3)
     save_model(tmp_path / "dmqn", some_model(inputs), inputs, "", {})
     assert load_model(tmp_path / "dmqn").inputs == inputs
+
+
+PIECES = ModelInputs(scheme_of("pieces", LEVELS, COMPONENTS, ALTERNATES, 30), item_rows=50, history=3)
+
+
+def test_learned_pieces_come_back_and_are_part_of_what_the_hash_covers(tmp_path: Path) -> None:
+    scheme = PIECES.scheme
+    assert scheme is not None
+    assert scheme.pieces is not None
+    assert len(scheme.pieces.several)
+    model = some_model(PIECES)
+    digest = save_model(tmp_path / "dmqn", model, PIECES, CODEBOOK, {})
+    back = load_model(tmp_path / "dmqn", CODEBOOK)
+    assert back.inputs == PIECES
+    assert back.model.state_dict().keys() == model.state_dict().keys()
+    other = Pieces(COMPONENTS, scheme.pieces.several, scheme.pieces.log_prob - 1)
+    others = replace(PIECES, scheme=replace(scheme, pieces=other))
+    assert others != PIECES
+    assert save_model(tmp_path / "other", model, others, CODEBOOK, {}) != digest
+
+
+@pytest.mark.parametrize(("saved", "told"), [(INPUTS, "pieces"), (PIECES, "level")])
+def test_pieces_of_a_model_that_has_none_and_the_reverse_are_refused(
+    saved: ModelInputs, told: str, tmp_path: Path
+) -> None:
+    save_model(tmp_path / "dmqn", some_model(saved), saved, CODEBOOK, {})
+    path = tmp_path / "dmqn" / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["inputs"]["scheme"]["kind"] = told
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ArtefactError, match=f"do not belong together: '{told}' tokens with"):
+        load_model(tmp_path / "dmqn")
 
 
 def test_one_of_another_codebook_is_refused(tmp_path: Path) -> None:
@@ -105,19 +139,20 @@ def pyfunc_rows() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def test_the_pyfunc_scores_as_training_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inputs", [INPUTS, PIECES], ids=["soft", "pieces"])
+def test_the_pyfunc_scores_as_training_does(inputs: ModelInputs, tmp_path: Path) -> None:
     """It is given the whole history and cuts it itself."""
     pytest.importorskip("mlflow")
     from jobs.ctr.dmqn_model import DMQNModel
 
     folder = tmp_path / "dmqn"
-    save_model(folder, some_model(), INPUTS, CODEBOOK, {})
+    save_model(folder, some_model(inputs), inputs, CODEBOOK, {})
     pyfunc = DMQNModel()
     pyfunc.load_context(type("Context", (), {"artifacts": {"artefact": str(folder)}}))
     got = pyfunc.predict(None, pyfunc_rows())
-    users = UserTable.of(pa.Table.from_batches([user_rows(events_batch(EVENTS), INPUTS.history)]), "test", INPUTS)
+    users = UserTable.of(pa.Table.from_batches([user_rows(events_batch(EVENTS), inputs.history)]), "test", inputs)
     with torch.no_grad():
-        expected = some_model()(users.batch(np.arange(len(users.number)))).sigmoid().numpy()
+        expected = some_model(inputs)(users.batch(np.arange(len(users.number)))).sigmoid().numpy()
     np.testing.assert_allclose(got, expected, rtol=1e-5)
     assert np.ptp(expected) > 1e-3
     assert pyfunc.predict(None, pyfunc_rows().iloc[:0]).shape == (0,)

@@ -6,14 +6,17 @@ from typing import get_args
 
 import pytest
 import torch
+from ctr_data import scheme_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.ctr.batch import Items
 from jobs.ctr.embedding import ItemEmbedding
-from jobs.ctr.tokens import FULL_WEIGHT, TokenKind, TokenScheme
+from jobs.ctr.tokens import TokenKind, TokenScheme
+from tokenizer.alternates import FULL_WEIGHT
 
 KINDS = get_args(TokenKind)
+WITHOUT_PIECES = [kind for kind in KINDS if kind != "pieces"]
 
 
 def items(n: int, levels: int, components: int, alternates: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +50,7 @@ def test_rows_lie_in_the_table_and_only_what_is_unknown_is_padding(
     codes[3] = -1
     codes[5, :, 1:] = -1  # an item with fewer alternates than others
     for kind in KINDS:
-        scheme = TokenScheme(kind, levels, components, alternates, levels * components + 1 + extra)
+        scheme = scheme_of(kind, levels, components, alternates, levels * components + 1 + extra, seed)
         rows, weight = scheme.rows(codes, weights)
         assert rows.shape == weight.shape == (20, scheme.tokens)
         assert (rows.dtype, weight.dtype) == (torch.int64, torch.float32)
@@ -56,7 +59,11 @@ def test_rows_lie_in_the_table_and_only_what_is_unknown_is_padding(
         assert not weight[3].any()
         known = torch.ones(20, dtype=torch.bool)
         known[[3, 5]] = False
-        assert (rows[known] > 0).all()
+        if kind == "pieces":
+            assert (rows[known] > 0).any(1).all()
+            assert torch.equal((rows > 0).float(), weight)
+        else:
+            assert (rows[known] > 0).all()
         assert not weight[5][rows[5] == 0].any()
 
 
@@ -73,7 +80,7 @@ def test_soft_with_all_weight_on_the_own_code_is_hard(levels: int, seed: int) ->
 
 def test_weights_of_a_level_add_to_one_and_hard_tokens_have_weight_one() -> None:
     codes, weights = items(30, 2, 6, 3, 0)
-    for kind in KINDS:
+    for kind in WITHOUT_PIECES:
         scheme = TokenScheme(kind, 2, 6, 3, 100)
         _, weight = scheme.rows(codes, weights)
         torch.testing.assert_close(weight.sum(1), torch.full((30,), 2.0 if kind.endswith("prefix") else 3.0))
@@ -108,6 +115,35 @@ def test_a_table_that_is_too_small_is_refused() -> None:
         TokenScheme("soft", 2, 128, 8, 257)
     with pytest.raises(ValueError, match="expected both"):
         TokenScheme("level", 2, 128, 8, 1000).rows(torch.zeros(3, 2, 7), torch.zeros(3, 2, 7))
+
+
+@settings(max_examples=20, deadline=None)
+@given(levels=st.integers(1, 4), extra=st.integers(1, 40), seed=st.integers(0, 999))
+def test_items_start_alike_whatever_their_segmentation(levels: int, extra: int, seed: int) -> None:
+    """As the sum of the tokens of their codes, which have the rows that they have as tokens of levels."""
+    codes, weights = items(20, levels, 6, 3, seed)
+    scheme = scheme_of("pieces", levels, 6, 3, levels * 6 + 1 + extra, seed)
+    embed = ItemEmbedding(1, scheme.table_rows, 4)
+    embed.spread(scheme.level_rows, scheme.sums)
+    single, _ = TokenScheme("level", levels, 6, 3, 1000).rows(codes, weights)
+    expected = embed.token[single[:, :levels]].sum(1)
+    torch.testing.assert_close(embed.sum_tokens(*scheme.rows(codes, weights)), expected)
+
+
+def test_pieces_that_do_not_fit_are_refused() -> None:
+    pieces = scheme_of("pieces", 2, 6, 3, 30).pieces
+    assert pieces is not None
+    assert len(pieces) == 29
+    with pytest.raises(ValueError, match="'pieces' tokens without pieces"):
+        TokenScheme("pieces", 2, 6, 3, 30)
+    with pytest.raises(ValueError, match="'soft' tokens with pieces"):
+        TokenScheme("soft", 2, 6, 3, 30, pieces)
+    with pytest.raises(ValueError, match="29 pieces of 2 levels of 6 codes; expected 2 levels of 7 codes"):
+        TokenScheme("pieces", 2, 7, 3, 30, pieces)
+    with pytest.raises(ValueError, match="fewer pieces than the 29 rows"):
+        TokenScheme("pieces", 2, 6, 3, 29, pieces)
+    with pytest.raises(ValueError, match="9 levels; learned pieces need 1 to 8"):
+        TokenScheme("pieces", 9, 6, 3, 1000)
 
 
 def test_the_fields_of_an_item_add_to_its_vector() -> None:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from ctr_data import ALTERNATES, COMPONENTS, LEVELS, ctr_model, users
+from ctr_data import ALTERNATES, COMPONENTS, LEVELS, ctr_model, scheme_of, users
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,10 +20,11 @@ from jobs.ctr.batch import Items
 from jobs.ctr.embedding import ItemEmbedding
 from jobs.ctr.example_table import Examples
 from jobs.ctr.interest_cache import newest_batch
-from jobs.ctr.tokens import FULL_WEIGHT, TokenKind, TokenScheme
+from jobs.ctr.tokens import TokenKind, TokenScheme
 from jobs.ctr.user_table import ModelInputs
 from jobs.ctr.warm_start import Champion, TokenPairs, bridge_tokens, random_start, take_over, why_not
 from jobs.models.versions import CtrVersion
+from tokenizer.alternates import FULL_WEIGHT
 
 WIDTH = 6
 
@@ -59,14 +60,14 @@ def vectors(embed: ItemEmbedding, items: Items) -> torch.Tensor:
 
 @settings(max_examples=20, deadline=None)
 @given(
-    kinds=st.tuples(*[st.sampled_from(["level", "soft", "prefix", "soft-prefix"])] * 2),
+    kinds=st.tuples(*[st.sampled_from(["level", "soft", "prefix", "soft-prefix", "pieces"])] * 2),
     seed=st.integers(0, 10**6),
     batch=st.integers(1, 50),
 )
 def test_the_bridge_is_the_mean_of_what_coarser_tokens_leave(
     kinds: tuple[TokenKind, TokenKind], seed: int, batch: int
 ) -> None:
-    old, new = TokenScheme(kinds[0], 2, 5, 2, 40), TokenScheme(kinds[1], 3, 4, 3, 300)
+    old, new = scheme_of(kinds[0], 2, 5, 2, 40), scheme_of(kinds[1], 3, 4, 3, 300)
     before, after = some_codes(seed, 50, old), some_codes(seed + 1, 50, new)
     previous, embed = table(40, seed), table(300, seed + 1)
     expected = embed.token.detach().double().numpy().copy()
