@@ -60,7 +60,7 @@ class Models:
     def add(self, result: TrainResult, *settings: str) -> int:
         """Register the model that a training with these settings would give."""
         config = load_config(overrides=settings)
-        inputs = train.model_inputs(config, CODEBOOK)
+        inputs = train.input_settings(config, CODEBOOK)
         nothing: Any = None
         stage = train._Stage(config, nothing, self.registry, CODEBOOK, VERSIONS, print, self.log, inputs)
         tags = ctr_tags(
