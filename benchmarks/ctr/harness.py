@@ -42,7 +42,7 @@ from tokenizer.kernels import without_denormals
 LEARNING_RATES = "3e-3,1e-3"
 WEIGHT_DECAY = 1e-5
 BATCH = 512
-EPOCHS = 20  # at most
+EPOCHS = 20  # passes over the training split, at most
 CHECKS = 2  # of the validation split in an epoch
 PATIENCE = 8  # checks without a better AUC after which training ends: tastes alone are learned late, see docs/ctr.md
 
@@ -51,6 +51,14 @@ CATEGORIES = ("category", "categories", "genres")  # columns of items.parquet, t
 WITHOUT_BEHAVIOURS = ("fnn", "ipnn")
 Make = Callable[[Inputs], nn.Module]
 TestScores = dict[tuple[str, str, bool], list[Scores]]  # by model, source, with embedding; of each seed
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every model may spend: training with each of the learning rates, for at most so many epochs."""
+
+    rates: Sequence[float]
+    epochs: int = EPOCHS
 
 
 @dataclass(frozen=True)
@@ -93,12 +101,21 @@ def scored(model: nn.Module, batches: Batches) -> Scores:
     return Scores(scores.label[order], scores.score[order], scores.user[order], scores.shown[order])
 
 
-def trained(make: Make, name: str, inputs: Inputs, log: Impressions, rate: float, seed: int, history: int) -> Trained:
+def trained(
+    make: Make,
+    name: str,
+    inputs: Inputs,
+    log: Impressions,
+    rate: float,
+    seed: int,
+    history: int,
+    epochs: int = EPOCHS,
+) -> Trained:
     """The model at its best check of the validation split. The trainer of the job, whose epoch is a part of ours."""
     torch.manual_seed(seed)
     model = make(inputs)
     own, validation = (batches_of(name, inputs, log, split, history, seed) for split in ("train", "validation"))
-    passes = [own.groups() for _ in range(EPOCHS)]
+    passes = [own.groups() for _ in range(epochs)]
     parts = [groups[part::CHECKS] for groups in passes for part in range(min(CHECKS, len(groups)))]
     with without_denormals():
         return train(
@@ -128,10 +145,10 @@ def measured(
     inputs: Inputs,
     log: Impressions,
     history: int,
-    rates: Sequence[float],
+    budget: Budget,
 ) -> tuple[Row, Scores]:
     """A model trained with each learning rate; the one with the better validation AUC on the test split."""
-    runs = [trained(make, name, inputs, log, rate, seed, history) for rate in rates]
+    runs = [trained(make, name, inputs, log, rate, seed, history, budget.epochs) for rate in budget.rates]
     best = max(runs, key=lambda run: max(run.validation_auc))
     test = scored(best.model, batches_of(name, inputs, log, "test", history, seed))
     metrics = measure(test)
@@ -159,7 +176,7 @@ def compared(
     embeddings: Sequence[bool],
     seeds: Sequence[int],
     history: int,
-    rates: Sequence[float],
+    budget: Budget,
 ) -> tuple[list[Row], TestScores]:
     """Every model with every source, seed by seed: the rows, and the scores of the test split."""
     rows: list[Row] = []
@@ -173,7 +190,7 @@ def compared(
                 inputs = catalogue.inputs(source, tokens, with_embedding=with_embedding)
                 for name, make in models.items():
                     row, test = measured(
-                        name, make, source, with_embedding, seed, inputs, catalogue.log, history, rates
+                        name, make, source, with_embedding, seed, inputs, catalogue.log, history, budget
                     )
                     rows.append(row)
                     scores.setdefault((name, source, with_embedding), []).append(test)
@@ -287,14 +304,15 @@ def ctr(
     rates: Annotated[
         str, typer.Option(help="Learning rates; each row trains with all, the best one on the validation split counts.")
     ] = LEARNING_RATES,
+    epochs: Annotated[int, typer.Option(help="Passes over the training split, at most.")] = EPOCHS,
     seeds: Annotated[int, typer.Option(help="Number of seeds; each fits the quantizer and trains anew.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every row to this file.")] = None,
 ) -> None:
     """What semantic IDs are worth to a ranker: models of a click over sources of item tokens."""
     if (data is None) == (not generated):
         raise WrongVectors("which log? Expected one of --data DIR and --generated")
-    if min(levels, seeds, history, users) < 1 or components < 2 or length < 20:
-        raise WrongVectors("levels, seeds, history and users are at least 1, components 2, length 20")
+    if min(levels, seeds, epochs, history, users) < 1 or components < 2 or length < 20:
+        raise WrongVectors("levels, seeds, epochs, history and users are at least 1, components 2, length 20")
     console = Console(width=200, highlight=False)
     if data is not None:
         log = read_log(data)
@@ -313,7 +331,9 @@ def ctr(
         _some("--reference-model", reference_model, names)
     chosen = {name: models[name] for name in names}
     embeddings = (False, True) if with_embedding else (False,)
-    rows, scores = compared(catalogue, chosen, sources, embeddings, range(seeds), history, _rates(rates))
+    rows, scores = compared(
+        catalogue, chosen, sources, embeddings, range(seeds), history, Budget(_rates(rates), epochs)
+    )
     test = log.of("test")
     cold = float((log.shown[test] < COLD).mean())
     console.print(
