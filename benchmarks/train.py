@@ -15,16 +15,16 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.ctr.din import DIN
 from benchmarks.ctr.embedding import Inputs, ItemVectors
+from benchmarks.ctr.figures import draw
 from benchmarks.ctr.hstu import HSTU
 from benchmarks.ctr.impressions import ItemTokens
 from benchmarks.ctr.linear_attention import LinearAttention
@@ -167,13 +167,11 @@ def train(
         machine = {"threads": torch.get_num_threads(), "cpus": os.cpu_count(), "processor": platform.processor()}
         json_file.write_text(json.dumps({"rows": rows, **ratios, **machine}, indent=1) + "\n")
     if picture is not None:
-        draw(rate, picture)
+        draw(picture, 1, lambda axes: paint_lengths(rate, axes), width=7)
 
 
-def draw(rate: Mapping[tuple[str, int], float], file: Path) -> None:
-    """The picture of milliseconds for 1,000 impressions, of examples a second by (model, history)."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
+def paint_lengths(rate: Mapping[tuple[str, int], float], axes: Any) -> None:
+    """Milliseconds for 1,000 impressions against the history, of examples a second by (model, history)."""
     for name in dict.fromkeys(name for name, _ in rate):
         axes.plot(LENGTHS, [1e6 / rate[name, length] for length in LENGTHS], "o-", label=name)
     axes.set(
@@ -185,11 +183,7 @@ def draw(rate: Mapping[tuple[str, int], float], file: Path) -> None:
     )
     axes.set_xticks(LENGTHS, [f"{length:,}" for length in LENGTHS])
     axes.minorticks_off()
-    axes.grid(alpha=0.3)
     axes.legend()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
-    typer.echo(f"picture: {file}")
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ class _Stage:
             return None
 
     def inputs(self, examples: Examples) -> ModelInputs:
-        """What the model reads; pieces of codes are learned of the training impressions."""
+        """What the model reads; pieces of codes are learned from the training impressions."""
         scheme, pieces = self.input_settings["scheme"], None
         if scheme["kind"] == "pieces":
             codes, counts = most_shown_codes(self.warehouse, examples.version, scheme["levels"])

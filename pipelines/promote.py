@@ -57,7 +57,7 @@ class RollbackResult:
 
     release: Release
     left_version: int | None  # codebook version that was champion before, if another; no night promotes it again
-    ctr_version: int | None  # CTR codebook of this codebook, which is the champion again
+    ctr_version: int | None  # CTR model of this codebook, which is the champion again
     items_without_id: int  # items that came after the earlier release; the next night encodes them
     nothing_to_do: bool = False
 

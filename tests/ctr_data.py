@@ -77,7 +77,7 @@ def random_events(seed: int, users: int, longest: int, items: int = 40) -> list[
 
 
 def scheme_of(kind: TokenKind, levels: int, components: int, alternates: int, rows: int, seed: int = 0) -> TokenScheme:
-    """A token scheme; where it needs pieces these are learned of random codes, of which the low ones are likelier."""
+    """A token scheme; where it needs pieces these are learned from random codes, of which the low ones are likelier."""
     if kind != "pieces":
         return TokenScheme(kind, levels, components, alternates, rows)
     g = np.random.default_rng(seed)

@@ -58,7 +58,7 @@ class Budget:
     """What every model may spend: training with each of the learning rates, for at most so many epochs."""
 
     rates: Sequence[float]
-    epochs: int = EPOCHS
+    epochs: int
 
 
 @dataclass(frozen=True)

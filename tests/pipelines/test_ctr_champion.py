@@ -141,7 +141,9 @@ def test_a_refused_model_is_judged_again_and_every_champion_reads_its_own_histor
 
 @pytest.mark.slow
 def test_nights_with_learned_pieces(small: SmallWarehouse) -> None:
-    """They are learned of training impressions, stored with the model, started from, and read by a later comparison."""
+    """They are learned from training impressions, stored with the model, started from, and read by a later
+    comparison.
+    """
     pieces = ("train.tokens=pieces", "train.token_rows=60", "train.warm_start=true")
     progress = Progress()
     first = small.night(date(2026, 1, 2), *pieces, progress=progress).trained
